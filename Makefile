@@ -1,0 +1,43 @@
+# Two commands: `make demo` (the whole recipe on a toy world, CPU) and `make test`.
+PYTHON ?= python3
+PY := .venv/bin/python
+TOY := --encoder toy-vit --llm toy-lm --data data/toy
+RUN := runs/toy-vit__toy-lm
+
+.PHONY: demo test real clean
+# torchrun and DataLoader workers each start processes: threads are for one process alone.
+
+.venv/done: requirements-dev.txt requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	    "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + \
+	    "; try: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+data/toy: | .venv/done
+	$(PY) toy.py data/toy
+
+# The recipe, in the order of the paper. Every line continues where it was interrupted.
+demo: .venv/done data/toy
+	$(PY) pretrain.py  $(TOY)
+	$(PY) train_sft.py $(TOY)
+	$(PY) train_dpo.py $(TOY)
+	$(PY) extract.py --run $(RUN) --stage sft
+	$(PY) extract.py --run $(RUN) --stage dpo
+	$(PY) repair_eval.py --mllm $(RUN)/pretrain/final --data data/toy
+	$(PY) repair_eval.py --mllm $(RUN)/sft/final --data data/toy
+	$(PY) repair_eval.py --mllm $(RUN)/dpo/final --data data/toy
+	$(PY) repair_eval.py $(TOY)
+	$(PY) repair_eval.py --encoder $(RUN)/sft/encoder --llm toy-lm --data data/toy
+	$(PY) repair_eval.py --encoder $(RUN)/dpo/encoder --llm toy-lm --data data/toy
+	@echo; echo "The trained models themselves (pretrain = stage 1)"
+	@$(PY) repair_eval.py --compare $(RUN)/pretrain $(RUN)/sft $(RUN)/dpo
+	@echo; echo "The encoders, frozen, each re-paired with a new LLM (toy-vit = original)"
+	@$(PY) repair_eval.py --compare $(RUN)/repair/toy-vit $(RUN)/repair/sft $(RUN)/repair/dpo
+
+test: .venv/done
+	$(PY) -m pytest -q tests
+
+clean:
+	rm -rf .venv data/toy runs

@@ -1,0 +1,206 @@
+"""Which encoder, which layer, which pixels: every fact a vision tower brings along, in two tables.
+
+`FAMILIES` says, for each transformers model type, where the features are read (PAPER: LLaVA-NeXT's
+choice for SigLIP and CLIP, the final norm for the others) and what the class insists on although
+no gradient can reach it. `PRESETS` gives names to published checkpoints. `--encoder` and `--llm`
+accept a preset, a local folder or a hub id, in that order.
+"""
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Family(NamedTuple):
+    """How one transformers vision class is read.
+
+    drop_last_block: features are the *input* of the last block, so that block gets no gradient;
+        it is deleted, lest "the encoder" be a mix of trained blocks and an untrained one.
+    normed: features are taken after the final norm (True) or before it (False).
+    prefix_tokens: CLS and the like, in front of the patches, dropped.
+    frozen: parameters the class keeps but no gradient reaches; prefixes of their names.
+    """
+    drop_last_block: bool
+    normed: bool
+    prefix_tokens: int
+    frozen: tuple
+    mean: tuple
+    std: tuple
+
+
+FAMILIES = {
+    "siglip_vision_model": Family(True, False, 0, ("post_layernorm.",), HALF, HALF),
+    "clip_vision_model": Family(True, False, 1, ("post_layernorm.",), CLIP_MEAN, CLIP_STD),
+    "dinov2": Family(False, True, 1, ("embeddings.mask_token",), IMAGENET_MEAN, IMAGENET_STD),
+    "dinov2_with_registers": Family(False, True, 1, ("embeddings.mask_token",),
+                                    IMAGENET_MEAN, IMAGENET_STD),
+    "vit": Family(False, True, 1, (), HALF, HALF),
+}
+
+
+class Preset(NamedTuple):
+    """path: hub id or folder beside this file. geometry: model type, hidden, layers, heads, MLP
+    width, patch, image size; enough to plan without weights."""
+    path: str
+    geometry: tuple
+
+
+SIGLIP, CLIP = "siglip_vision_model", "clip_vision_model"
+ENCODERS = {
+    "siglip2-base": Preset("google/siglip2-base-patch16-384", (SIGLIP, 768, 12, 12, 3072, 16, 384)),
+    "siglip2-large": Preset("google/siglip2-large-patch16-384",
+                            (SIGLIP, 1024, 24, 16, 4096, 16, 384)),
+    "siglip2-so400m": Preset("google/siglip2-so400m-patch16-384",
+                             (SIGLIP, 1152, 27, 16, 4304, 16, 384)),
+    "siglip2-giant": Preset("google/siglip2-giant-opt-patch16-384",
+                            (SIGLIP, 1536, 40, 16, 6144, 16, 384)),
+    "siglip1-base": Preset("google/siglip-base-patch16-384", (SIGLIP, 768, 12, 12, 3072, 16, 384)),
+    "siglip1-so400m": Preset("google/siglip-so400m-patch14-384",
+                             (SIGLIP, 1152, 27, 16, 4304, 14, 384)),
+    "clip-large-224": Preset("openai/clip-vit-large-patch14", (CLIP, 1024, 24, 16, 4096, 14, 224)),
+    "clip-large-336": Preset("openai/clip-vit-large-patch14-336",
+                             (CLIP, 1024, 24, 16, 4096, 14, 336)),
+    "dinov2-small": Preset("facebook/dinov2-small", ("dinov2", 384, 12, 6, 1536, 14, 518)),
+    "dinov2-base": Preset("facebook/dinov2-base", ("dinov2", 768, 12, 12, 3072, 14, 518)),
+    "dinov2-large": Preset("facebook/dinov2-large", ("dinov2", 1024, 24, 16, 4096, 14, 518)),
+    "dinov2-giant": Preset("facebook/dinov2-giant", ("dinov2", 1536, 40, 24, 4096, 14, 518)),
+    "vit-huge-in21k": Preset("google/vit-huge-patch14-224-in21k",
+                             ("vit", 1280, 32, 16, 5120, 14, 224)),
+    "toy-vit": Preset("weights/toy-vit", (SIGLIP, 128, 5, 4, 512, 8, 48)),
+    "toy-vit-l": Preset("weights/toy-vit-l", (SIGLIP, 192, 7, 6, 768, 8, 48)),
+}
+LLMS = {
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "toy-lm": "weights/toy-lm",
+    "toy-lm-l": "weights/toy-lm-l",
+}
+
+
+def resolve(name):
+    """A preset, a local folder or a hub id → what `from_pretrained` accepts (str)."""
+    path = ENCODERS[name].path if name in ENCODERS else LLMS.get(name, name)
+    if path.startswith("weights/"):
+        path = str(HERE / path)
+        if not Path(path, "config.json").exists():
+            raise SystemExit(f"error: {name} has no weights at {path}; make them with:  "
+                             f"python toy.py pretrain --models {name}")
+    if not Path(path).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))) \
+            and name not in ENCODERS and name not in LLMS:
+        known = ", ".join([*ENCODERS, *LLMS])
+        raise SystemExit(f"error: {name} is neither a preset ({known}), nor a folder here, "
+                         f"nor a hub id like google/siglip2-base-patch16-384")
+    return path
+
+
+def short_name(name):
+    """The part of a run directory's default name that stands for this model."""
+    return Path(name.rstrip("/")).name.lower()
+
+
+class Encoder(nn.Module):
+    """Any ViT of transformers as one function from pixels to a grid of patch features.
+
+    vision: a SiglipVisionModel, CLIPVisionModel, Dinov2Model or ViTModel, already truncated.
+    forward: pixel_values uint8 (B, 3, S, S), 0..255 → features (B, N, D), N patches row by row.
+    """
+
+    def __init__(self, vision, mean, std):
+        super().__init__()
+        self.vision, self.family = vision, FAMILIES[vision.config.model_type]
+        config = vision.config
+        self.image_size = config.image_size
+        self.prefix = self.family.prefix_tokens + getattr(config, "num_register_tokens", 0)
+        self.num_tokens = (config.image_size // config.patch_size) ** 2
+        self.hidden_size = config.hidden_size
+        self.mean, self.std = tuple(mean), tuple(std)
+        for name, p in vision.named_parameters():
+            p.requires_grad_(not name.startswith(self.family.frozen or ("\0",)))
+
+    @property
+    def blocks(self):
+        """The transformer blocks: each of these classes holds exactly one list of modules."""
+        return next(m for m in self.vision.modules() if isinstance(m, nn.ModuleList))
+
+    def forward(self, pixel_values):
+        mean = torch.tensor(self.mean, device=pixel_values.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=pixel_values.device).view(3, 1, 1)
+        pixels = (pixel_values.float() / 255 - mean) / std  # on the device: uint8 travels, not fp32
+        out = self.vision(pixels, output_hidden_states=not self.family.normed)
+        # SigLIP: hidden_states[-1] is *before* post_layernorm, last_hidden_state is after it.
+        features = out.last_hidden_state if self.family.normed else out.hidden_states[-1]
+        return features[:, self.prefix:]
+
+
+def truncate(vision):
+    """Delete the block that no gradient reaches, in place; a folder already cut stays as it is.
+
+    The cut is recorded in the config (`pivot_feature_layer`), which transformers keeps untouched.
+    """
+    family = FAMILIES[vision.config.model_type]
+    if family.drop_last_block and getattr(vision.config, "pivot_feature_layer", None) is None:
+        blocks = next(m for m in vision.modules() if isinstance(m, nn.ModuleList))
+        del blocks[-1]
+        vision.config.num_hidden_layers -= 1
+        vision.config.pivot_feature_layer = -1
+    if getattr(vision, "use_head", False):  # SigLIP's attention pooling: never part of the features
+        vision.use_head = vision.config.vision_use_head = False
+        del vision.head
+    return vision
+
+
+def load_encoder(name):
+    """Open an encoder for training, fp32, truncated to the layer whose output is the feature.
+
+    name: preset, folder (published or extracted) or hub id.
+    raises SystemExit, one line, when the folder is missing, of a family not in FAMILIES, or when
+        a tensor of the published model is missing.
+    """
+    from transformers import AutoConfig, AutoModel
+    path = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = getattr(config, "vision_config", config)  # a whole SigLIP/CLIP: take the eye
+        if config.model_type not in FAMILIES:
+            raise SystemExit(f"error: --encoder {name} is a {config.model_type}; "
+                             f"known families: {', '.join(FAMILIES)}")
+        extra = {"add_pooling_layer": False} if config.model_type == "vit" else {}
+        vision, info = AutoModel.from_pretrained(
+            path, config=config, dtype=torch.float32, attn_implementation="sdpa",
+            output_loading_info=True, **extra)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"error: cannot open --encoder {name} ({path}): {first_line(e)}")
+    if info["missing_keys"]:
+        raise SystemExit(f"error: --encoder {name} lacks {len(info['missing_keys'])} tensors, "
+                         f"first: {sorted(info['missing_keys'])[0]}")
+    family, mean, std = FAMILIES[config.model_type], None, None
+    processor = Path(path, "preprocessor_config.json")
+    if processor.exists():  # the encoder's own statistics win over the family's
+        facts = json.loads(processor.read_text())
+        mean, std = facts.get("image_mean"), facts.get("image_std")
+    return Encoder(truncate(vision), mean or family.mean, std or family.std)
+
+
+def first_line(error):
+    """The first line of an exception: what a person needs, without the traceback."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def image_processor(encoder):
+    """The transformers processor that does exactly what data.py does: bicubic squash, rescale,
+    normalise. The Pillow backend is the definition; torchvision's resize differs in the last bit.
+    """
+    from transformers import SiglipImageProcessorPil
+    size = encoder.image_size
+    return SiglipImageProcessorPil(size={"height": size, "width": size}, resample=3,
+                                   image_mean=list(encoder.mean), image_std=list(encoder.std))

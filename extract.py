@@ -1,0 +1,151 @@
+"""Detach the trained eye: a folder that transformers opens, and how far every block moved.
+
+    python extract.py --run runs/toy-vit__toy-lm --stage dpo [--out DIR]
+
+Reads   runs/NAME/STAGE/final and the original encoder named in its config.json.
+Writes  runs/NAME/STAGE/encoder (or DIR): config.json, model.safetensors,
+        preprocessor_config.json, README.md (the model card; its first code block runs as it is).
+
+A vision tower that was silently not trained, or not saved, is the classic failure of this recipe.
+So the table of relative weight changes is printed, the command refuses when nothing moved, and the
+folder is reopened and compared bit by bit before it gets its final name.
+"""
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import encoders
+import model as m
+import runtime
+import torch
+
+CARD = """---
+tags: [vision, pivot]
+base_model: {base}
+---
+# {title}
+
+The vision encoder of `{folder}`, trained through an LLM ({stage}) and detached.
+Features are `{layer}`{dropped}: the very tensor the LLM saw in training{unused}.
+
+```python
+from PIL import Image
+import torch
+from transformers import AutoImageProcessor, {cls}
+
+folder = "."
+processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+encoder = {cls}.from_pretrained(folder{extra})
+image = Image.new("RGB", (640, 480), "white")
+pixels = processor(image, return_tensors="pt")["pixel_values"]
+with torch.no_grad():
+    features = encoder(pixels, output_hidden_states=True).{layer}{slice}
+print(tuple(features.shape))  # (1, {tokens}, {width})
+```
+
+Preprocessing is a bicubic squash to {size} × {size} with the encoder's own mean and standard
+deviation; the Pillow backend is the definition.
+
+| provenance | |
+|---|---|
+| original encoder | {base} |
+| LLM it was trained through | {llm} |
+| stage | {stage} |
+| data digest | {digest} |
+| parent digest | {parent} |
+| how far it moved | {moved} |
+"""
+
+
+def movement(vision, original):
+    """Relative weight change ‖w − w₀‖ / ‖w₀‖ of every group: {name: float}, in fp64.
+
+    Groups are the embeddings, each block, and whatever else the class holds.
+    """
+    before, squares = dict(original.named_parameters()), {}
+    for name, p in vision.named_parameters():
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+        group = ".".join(parts[:number + 1])
+        change, size = squares.get(group, (0.0, 0.0))
+        old = before[name].detach().double()
+        squares[group] = (change + (p.detach().double() - old).square().sum().item(),
+                          size + old.square().sum().item())
+    return {g: (c / s) ** 0.5 if s else 0.0 for g, (c, s) in squares.items()}
+
+
+def write_folder(vision, encoder, folder, card):
+    vision.save_pretrained(folder)
+    encoders.image_processor(encoder).save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="run folder, e.g. runs/toy-vit__toy-lm")
+    parser.add_argument("--stage", default="dpo", choices=["pretrain", "sft", "dpo"],
+                        help="which trained model to take the encoder from (default dpo)")
+    parser.add_argument("--out", help="where to write it; default RUN/STAGE/encoder")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+    args = parser.parse_args()
+    stage = Path(args.run, args.stage)
+    out = Path(args.out or stage / "encoder")
+    script = "pretrain.py" if args.stage == "pretrain" else f"train_{args.stage}.py"
+    if not (stage / "final" / "config.json").exists():
+        raise SystemExit(f"error: no trained model at {stage}/final; make it with:  "
+                         f"python {script} --run {args.run}")
+    if out.exists() and not args.overwrite:
+        print(f"{out} is already there: nothing to do (--overwrite replaces it)")
+        return
+    config = json.loads((stage / "config.json").read_text())
+    base = config["arguments"]["encoder"]
+    model, _ = m.load_mllm(stage / "final")
+    encoder, original = model.encoder, encoders.load_encoder(base)
+
+    # ---- how far did it move? Trained blocks must have; a frozen norm must not.
+    moved = movement(encoder.vision, original.vision)
+    print(f"relative weight change of {stage}/final against {base}")
+    for name, change in moved.items():
+        frozen = encoder.family.frozen and f"{name}.".startswith(encoder.family.frozen)
+        print(f"  {name:<32} {change:9.2e}" + ("  (never trained: unused)" if frozen else ""))
+    if not any(moved.values()):
+        raise SystemExit(f"error: nothing moved: {stage}/final holds the original encoder; was it "
+                         f"trained with --encoder-lr 0 or --lr 0?")
+
+    # ---- write aside, reopen, compare bit by bit, rename
+    family, vision = encoder.family, encoder.vision
+    blocks = [v for k, v in moved.items() if k.split(".")[-1].isdigit()]
+    card = CARD.format(
+        base=base, title=f"{encoders.short_name(base)}, after {args.stage.upper()}",
+        folder=stage / "final", stage=args.stage, cls=type(vision).__name__,
+        layer="last_hidden_state" if family.normed else "hidden_states[-1]",
+        slice=f"[:, {encoder.prefix}:]" if encoder.prefix else "",
+        dropped=f" without its first {encoder.prefix} tokens" if encoder.prefix else "",
+        unused=", *not* `last_hidden_state`, which adds a norm that nobody trained"
+        if family.frozen == ("post_layernorm.",) and not encoder.prefix else "",
+        extra=", add_pooling_layer=False" if vision.config.model_type == "vit" else "",
+        tokens=encoder.num_tokens, width=encoder.hidden_size, size=encoder.image_size,
+        llm=config["arguments"]["llm"], digest=config.get("data_digest"),
+        parent=config.get("parent_digest", "none: stage 1 starts from the original"),
+        moved=f"blocks {min(blocks):.1e} … {max(blocks):.1e} (relative weight change)")
+    aside = Path(f"{out}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write_folder(vision, encoder, aside, card)
+    pixels = torch.randint(0, 256, (2, 3, encoder.image_size, encoder.image_size),
+                           dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    if not torch.equal(encoders.load_encoder(str(aside)).eval()(pixels), encoder.eval()(pixels)):
+        raise SystemExit(f"error: {aside} reopened gives other features; nothing was written")
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(aside, out)
+    print(f"wrote {out}: {encoder.num_tokens} tokens of width {encoder.hidden_size}; "
+          f"reopened, features bit-equal")
+
+
+if __name__ == "__main__":
+    runtime.launch(main)

@@ -1,0 +1,370 @@
+"""What is computed: pixels and tokens → response log-probs, in one forward that reads on one screen.
+
+    encode → project → scatter into the token embeddings → LLM → response rows only
+           → fp32 log-softmax → gather
+
+Every gradient that reaches the eye flows back through exactly these lines. How it is *run*
+(processes, sharding, checkpoints) is in runtime.py; which encoder and layer, in encoders.py.
+
+The pair layout (shared prefix, one image, one sequence a pair; `p` is the last prompt token):
+
+      tokens     <image>×N  question   p   c1  c2  c3    p   r1  r2      (padding)
+      branch        0  …        0      1   1   1   1     2   2   2          3
+      position      0  …       P-2    P-1  P  P+1 P+2   P-1  P  P+1         …
+
+    A token sees what stands before it in its own branch and in branch 0, nothing else. Because `p`
+    opens both branches, each first answer token is predicted from its own copy of it, and the
+    ordinary label shift is right everywhere (without the copy it is wrong by nats for r1, and
+    positions that run on through the rejected answer are wrong by 2e-3: small enough to miss).
+"""
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import encoders
+
+IGNORE = -100                                    # label of a token that is not predicted
+SHARED, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3   # branch of a token in the pair layout
+IMAGE_TOKEN = "<image>"
+SYSTEM = "You are a helpful assistant."
+# Qwen's ChatML with the system turn spelled out; content is a string or LLaVA's list of parts.
+# It takes the place of the tokenizer's own template, so that no default system prompt slips in.
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LOGIT_ROWS = 1024  # response rows through lm_head at once: 0.6 GB of fp32 at Qwen's 151,936 words
+
+
+class Projector(nn.Module):
+    """Linear – GELU – Linear with bias: (B, N, d_vision) → (B, N, d_llm)."""
+
+    def __init__(self, d_vision, d_llm):
+        super().__init__()
+        self.linear_1 = nn.Linear(d_vision, d_llm)
+        self.linear_2 = nn.Linear(d_llm, d_llm)
+
+    def forward(self, features):
+        return self.linear_2(F.gelu(self.linear_1(features)))
+
+
+def pair_mask(branch):
+    """Who sees whom in the pair layout. branch (B, T) int → bool (B, 1, T, T), True = visible.
+
+                     keys:  q  q  p  c1 c2  p  r1        Every row sees at least itself, padding
+        query c2  (chosen)  x  x  x  x  x   .  .         included, so that no row of the softmax
+        query r1 (rejected) x  x  .  .  .   x  x         is empty (an empty one is NaN).
+    """
+    same = branch[:, :, None] == branch[:, None, :]
+    shared = (branch == SHARED)[:, None, :]
+    causal = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool,
+                        device=branch.device).tril()
+    return (causal & (same | shared))[:, None]
+
+
+def token_logps(hidden, lm_head, targets):
+    """log p(target) of each row. hidden (R, D), targets (R,) → (R,) fp32.
+
+    The logits are cast to fp32 *before* the log-softmax: in bf16 a sum over 200 tokens is off by
+    1.2 nats. Rows go through in chunks, recomputed in the backward pass, so that the peak is
+    LOGIT_ROWS × vocabulary however long the answers are.
+    """
+    def chunk(h, t):
+        return -F.cross_entropy(lm_head(h).float(), t, reduction="none")
+    if len(hidden) <= LOGIT_ROWS:
+        return chunk(hidden, targets)
+    return torch.cat([checkpoint(chunk, h, t, use_reentrant=False)
+                      for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))])
+
+
+class MLLM(nn.Module):
+    """Encoder + projector + LLM as one module.
+
+    encoder: encoders.Encoder; llm: a causal LM of transformers with a ChatML tokenizer;
+    image_token_id: the id that stands for one patch in input_ids.
+    """
+
+    def __init__(self, encoder, llm, image_token_id):
+        super().__init__()
+        self.encoder, self.llm, self.image_token_id = encoder, llm, image_token_id
+        self.projector = Projector(encoder.hidden_size, llm.config.hidden_size)
+
+    def embed(self, pixel_values, input_ids):
+        """Token embeddings with the projected patches in place of `<image>`: (B, T, d_llm)."""
+        embeds = self.llm.get_input_embeddings()(input_ids)
+        # A frozen eye keeps no activations. Under sharding every process runs it at every step,
+        # also for a batch of text alone, or the others would wait for its all-gather for ever.
+        learns = any(p.requires_grad for p in self.encoder.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            features = self.encoder(pixel_values)                      # (B, N, d_vision)
+        features = self.projector(features)                            # (B, N, d_llm)
+        is_image = input_ids == self.image_token_id                    # (B, T)
+        features = features[is_image.any(1)]                           # text-only rows have none
+        if int(is_image.sum()) != features.shape[0] * features.shape[1]:
+            raise ValueError(f"{int(is_image.sum())} image tokens for "
+                             f"{features.shape[0]} × {features.shape[1]} image features")
+        return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
+
+    def forward(self, pixel_values, input_ids, labels, branch=None, position_ids=None):
+        """Log-prob of every supervised token, 0 elsewhere: (B, T) fp32.
+
+        pixel_values uint8 (B, 3, S, S); input_ids, labels int64 (B, T), right-padded, labels
+        IGNORE where nothing is predicted; branch, position_ids int64 (B, T) for the pair layout.
+        out[b, t] = log p(labels[b, t] | image, what t sees); a response's log-prob is a sum.
+        """
+        embeds = self.embed(pixel_values, input_ids)
+        # Without branches: right padding under a causal mask needs neither mask nor positions.
+        mask = None if branch is None else pair_mask(branch)
+        hidden = self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
+                                     position_ids=position_ids).last_hidden_state
+        targets = labels[:, 1:]                       # row t predicts token t + 1: the one shift
+        rows = targets != IGNORE
+        logps = hidden.new_zeros(labels.shape, dtype=torch.float32)
+        if rows.any():
+            picked = token_logps(hidden[:, :-1][rows], self.llm.get_output_embeddings(),
+                                 targets[rows])
+            logps[:, 1:] = logps[:, 1:].masked_scatter(rows, picked)
+        else:
+            logps = logps + 0 * hidden.sum()          # nothing to predict, but still a graph
+        return logps
+
+    @torch.inference_mode()
+    def generate(self, pixel_values, input_ids, attention_mask, max_new_tokens, stop_ids):
+        """Greedy continuation, batched and KV-cached: a list of B lists of token ids.
+
+        input_ids int64 (B, T), *left*-padded; attention_mask int64 (B, T), 0 on padding.
+        """
+        stop = torch.tensor(sorted(stop_ids), device=input_ids.device)
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        inputs, cache = {"inputs_embeds": self.embed(pixel_values, input_ids)}, None
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        answers = [[] for _ in input_ids]
+        for _ in range(max_new_tokens):
+            out = self.llm.base_model(**inputs, attention_mask=attention_mask, use_cache=True,
+                                      position_ids=positions, past_key_values=cache)
+            token = self.llm.get_output_embeddings()(out.last_hidden_state[:, -1]).argmax(-1)
+            done |= torch.isin(token, stop)
+            if done.all():
+                break
+            for b in (~done).nonzero().flatten().tolist():
+                answers[b].append(int(token[b]))
+            inputs, cache = {"input_ids": token[:, None]}, out.past_key_values
+            positions = positions[:, -1:] + 1
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        return answers
+
+
+def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """Eq. 2 of the paper, per pair: −log σ(β[(log π(y_c) − log π_ref(y_c)) − (… y_r …)]).
+
+    All inputs (B,) fp32: *sums* of token log-probs (a mean would rescale beta by length).
+    → losses, chosen_rewards, rejected_rewards, each (B,); the rewards are detached.
+    """
+    chosen_logratio = chosen_logps - ref_chosen_logps
+    rejected_logratio = rejected_logps - ref_rejected_logps
+    losses = -F.logsigmoid(beta * (chosen_logratio - rejected_logratio))
+    return losses, beta * chosen_logratio.detach(), beta * rejected_logratio.detach()
+
+
+# ---------------------------------------------------------------------------- folders, in and out
+
+def prepare_tokenizer(tokenizer, vocab_size):
+    """Give the tokenizer `<image>` and our template; returns the id of `<image>`.
+
+    Qwen's embedding has more rows than its tokenizer has words (151,936 against 151,665), so the
+    placeholder takes a spare row: nothing is resized, and tied embeddings stay tied.
+    """
+    for token in ("<|im_start|>", "<|im_end|>"):
+        if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+            raise SystemExit(f"error: this LLM's tokenizer has no {token}: a ChatML model "
+                             f"(Qwen2.5-Instruct or alike) is needed")
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]},
+                                 replace_extra_special_tokens=False)
+    if len(tokenizer) > vocab_size:
+        raise SystemExit(f"error: no spare embedding row for {IMAGE_TOKEN}: the tokenizer has "
+                         f"{len(tokenizer)} words and the LLM {vocab_size} rows")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+
+def open_tokenizer(path):
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as e:
+        raise SystemExit(f"error: no usable tokenizer in {path}: {encoders.first_line(e)}")
+
+
+def build_mllm(encoder_name, llm_name, seed):
+    """A pretrained encoder, a fresh projector (a function of seed alone), a pretrained LLM.
+
+    → (MLLM in fp32, tokenizer). fp32 masters: in bf16 storage an AdamW step of 1e-6 on a weight of
+    0.02 is rounded away every time.
+    """
+    from transformers import AutoModelForCausalLM
+    encoder, path = encoders.load_encoder(encoder_name), encoders.resolve(llm_name)
+    try:
+        llm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32,
+                                                   attn_implementation="sdpa",
+                                                   trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"error: cannot open --llm {llm_name} ({path}): {encoders.first_line(e)}")
+    tokenizer = open_tokenizer(path)
+    image_token_id = prepare_tokenizer(tokenizer, llm.config.vocab_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return no_dropout(MLLM(encoder, llm, image_token_id)), tokenizer
+
+
+def no_dropout(model):
+    """Dropout anywhere would make policy and reference differ at step 0: refuse it."""
+    for name, module in model.named_modules():
+        rate = getattr(module, "p", 0) if isinstance(module, nn.Dropout) else 0
+        if rate or getattr(module, "attention_dropout", 0) or getattr(module, "drop_path", 0):
+            raise SystemExit(f"error: {name} has dropout; DPO compares two passes bit by bit")
+    return model
+
+
+# Our names → those of a LlavaForConditionalGeneration folder.
+PREFIXES = {"encoder.vision.": "vision_tower.", "projector.": "multi_modal_projector.",
+            "llm.": "language_model."}
+
+
+def file_name_of(name):
+    """`encoder.vision.x` → `vision_tower.x`, the name under which a tensor is stored."""
+    ours = next(p for p in PREFIXES if name.startswith(p))
+    return PREFIXES[ours] + name.removeprefix(ours)
+
+
+def full_tensors(model):
+    """Yield (name, whole fp32 tensor on the CPU), one at a time; every process must iterate.
+
+    One tensor is gathered at a time: nobody ever holds a second copy of the model. Tied weights
+    come once (safetensors refuses shared storage).
+    """
+    seen = set()
+    for name, p in model.state_dict(keep_vars=True).items():
+        if id(p) in seen:
+            continue
+        seen.add(id(p))
+        p = p.detach()
+        yield name, (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu().contiguous()
+
+
+def llava_config(model, tokenizer):
+    """The config of the folder. A feature layer after the final norm (DINOv2, ViT) cannot be said
+    in LLaVA's terms: such a folder gets a model_type that transformers refuses to open."""
+    from transformers import LlavaConfig
+    encoder = model.encoder
+    config = LlavaConfig(
+        vision_config=encoder.vision.config, text_config=model.llm.config,
+        image_token_index=model.image_token_id, image_seq_length=encoder.num_tokens,
+        vision_feature_layer=-1, projector_hidden_act="gelu",
+        vision_feature_select_strategy="default" if encoder.prefix else "full",
+        tie_word_embeddings=model.llm.config.tie_word_embeddings).to_dict()
+    config["architectures"] = ["LlavaForConditionalGeneration"]
+    if encoder.family.normed:
+        config.update(model_type="pivot_normed_features", architectures=["MLLM (model.py)"])
+    return config
+
+
+def save_mllm(model, tokenizer, folder, is_main, shard_bytes=5 * 10 ** 9):
+    """Write the folder transformers opens. Every process calls it; the main one writes.
+
+    model: MLLM, sharded or not; folder: Path, not yet under its final name (the caller renames).
+    """
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, LlavaProcessor
+    folder = Path(folder)
+    part, size, index, parts = {}, 0, {}, []
+
+    def flush():
+        if is_main and part:
+            parts.append(f"part-{len(parts)}")
+            save_file(part, folder / parts[-1], metadata={"format": "pt"})
+        part.clear()
+
+    for name, tensor in full_tensors(model):
+        if size and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        size += tensor.nbytes
+        if is_main:
+            part[file_name_of(name)] = tensor
+            index[file_name_of(name)] = len(parts)
+    flush()
+    if not is_main:
+        return
+    names = ["model.safetensors"] if len(parts) == 1 else \
+        [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    for temporary, final in zip(parts, names):
+        os.replace(folder / temporary, folder / final)
+    if len(parts) > 1:
+        total = sum((folder / n).stat().st_size for n in names)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(
+            {"metadata": {"total_size": total},
+             "weight_map": {k: names[i] for k, i in sorted(index.items())}}, indent=1))
+    (folder / "config.json").write_text(json.dumps(llava_config(model, tokenizer), indent=1))
+    encoder = model.encoder
+    LlavaProcessor(encoders.image_processor(encoder), tokenizer, chat_template=CHAT_TEMPLATE,
+                   patch_size=encoder.vision.config.patch_size,
+                   num_additional_image_tokens=encoder.prefix, image_token=IMAGE_TOKEN,
+                   vision_feature_select_strategy="default" if encoder.prefix else "full",
+                   ).save_pretrained(folder)
+    stops = stop_ids(tokenizer)
+    GenerationConfig(do_sample=False, eos_token_id=stops,
+                     pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+
+
+def stop_ids(tokenizer):
+    """Generation ends on ChatML's end of turn and on the base model's end of text."""
+    ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
+    return sorted({i for i in ids if i is not None})
+
+
+def load_mllm(folder):
+    """Open a folder written by save_mllm, strictly: (MLLM in fp32, tokenizer).
+
+    raises SystemExit, one line, when the folder is not one or a tensor is missing or left over.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise SystemExit(f"error: {folder} is not a trained model (no config.json)")
+    facts = json.loads((folder / "config.json").read_text())
+    if "vision_config" not in facts or "text_config" not in facts:
+        raise SystemExit(f"error: {folder} is a {facts.get('model_type')}, not a model written by "
+                         f"pretrain.py, train_sft.py, train_dpo.py or repair_eval.py")
+    configs = [AutoConfig.for_model(**facts[k]) for k in ("vision_config", "text_config")]
+    extra = {"add_pooling_layer": False} if configs[0].model_type == "vit" else {}
+    vision = AutoModel.from_config(configs[0], dtype=torch.float32, attn_implementation="sdpa",
+                                   **extra)
+    llm = AutoModelForCausalLM.from_config(configs[1], dtype=torch.float32,
+                                           attn_implementation="sdpa")
+    pixels = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    encoder = encoders.Encoder(vision, pixels["image_mean"], pixels["image_std"])
+    model = MLLM(encoder, llm, facts["image_token_index"])
+    stored = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        stored.update(load_file(file))
+    names = {file_name_of(n): n for n in model.state_dict()}
+    if llm.config.tie_word_embeddings:
+        names.pop("language_model.lm_head.weight", None)
+    for what, keys in (("lacks", names.keys() - stored.keys()),
+                       ("has an unknown", stored.keys() - names.keys())):
+        if keys:
+            raise SystemExit(f"error: {folder} {what} tensor {sorted(keys)[0]} "
+                             f"({len(keys)} in all)")
+    model.load_state_dict({names[k]: v for k, v in stored.items()}, strict=False)
+    llm.tie_weights()
+    return no_dropout(model), open_tokenizer(folder)

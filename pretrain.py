@@ -1,0 +1,125 @@
+"""Stage 1: teach the projector to speak (1a), then let encoder, projector and LLM learn (1b).
+
+One process:     python pretrain.py --encoder toy-vit --llm toy-lm --data data/toy
+Eight GPUs:      torchrun --nproc_per_node=8 pretrain.py --encoder siglip2-so400m
+
+Reads   image–caption pairs (LLaVA-Pretrain layout) for 1a, conversations (LLaVA layout) for 1b.
+Writes  runs/NAME/pretrain/: config.json, metrics.jsonl, timing.jsonl, checkpoints/, final/ (opens
+        as LlavaForConditionalGeneration). Next: train_sft.py and train_dpo.py
+
+1a and 1b share the folder and one step axis. --lr --encoder-lr --epochs --max-steps speak of 1b,
+--projector-lr --projector-epochs --projector-max-steps of 1a.
+"""
+from pathlib import Path
+
+import runtime
+import data
+import model as m
+
+PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", projector_epochs=1,
+             projector_lr=1e-3, epochs=1, lr=1e-5, encoder_lr=2e-6, global_batch=256,
+             micro_batch=8, warmup=0.03, workers=4)
+TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_lr=2e-3, lr=1e-3,
+           encoder_lr=3e-4, global_batch=32, micro_batch=32, workers=1)
+
+
+def get_args():
+    parser = runtime.arguments(__doc__, PAPER)
+    parser.add_argument("--captions", help="LLaVA-Pretrain json; default DATA/captions.json")
+    parser.add_argument("--instruct", help="LLaVA conversations, .json or .jsonl; default "
+                        "DATA/instruct.jsonl or .json")
+    parser.add_argument("--projector-epochs", type=int, help="passes over the captions (default 1)")
+    parser.add_argument("--projector-max-steps", type=int, help="bound of 1a; default: --max-steps")
+    args = runtime.settle(parser, "pretrain", PAPER, TOY)
+    args.captions = args.captions or data.default_file(args.data, "captions")
+    args.instruct = args.instruct or data.default_file(args.data, "instruct")
+    args.images = args.images or f"{args.data}/images"
+    return args
+
+
+def train(args, run, device, model, tokenizer, phases):
+    """Two phases on one step axis, then final/. repair_eval.py re-pairs through this same loop.
+
+    phases: [(name, kind of data.Samples, file, rates per module, epochs, bound on steps), …].
+    """
+    # ---- data
+    limit = model.llm.config.max_position_embeddings
+    samples = [data.Samples(kind, [(file, args.images)], tokenizer, model.encoder, limit,
+                            args.num_samples, args.seed, args.skip_bad)
+               for _, kind, file, *_ in phases]
+    plans = [data.BatchPlan(s, args.global_batch, args.micro_batch, args.seed, *runtime.world())
+             for s in samples]
+    counts = [runtime.num_steps(epochs, bound, plan)
+              for (*_, epochs, bound), plan in zip(phases, plans)]
+    run.describe({"data": [s.summary() for s in samples],
+                  "data_digest": [p.digest(n) for p, n in zip(plans, counts)],
+                  "projector_digest": runtime.tensors_digest(model.projector)})
+
+    # ---- shard
+    model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas)
+    clock = runtime.Clock(device)
+    first = 0                                         # step at which the phase begins
+    for (name, _, _, rates, _, _), samples, plan, steps in zip(phases, samples, plans, counts):
+        if run.start >= first + steps and name != phases[-1][0]:
+            first += steps                            # a checkpoint says this phase is behind us
+            continue
+        runtime.print0(f"stage {name}")
+        optimizer = runtime.adamw(model, rates)       # created before any forward
+        if run.start > first:
+            run.resume(model, optimizer)
+        elif run.start:
+            run.resume(model)                         # at the border: weights alone
+        start = max(run.start - first, 0)
+
+        clock.start(data.loader(samples, plan.schedule(start, steps), "sft", args.workers))
+        for step in (bar := runtime.progress(start, steps, name)):
+            lrs = runtime.set_lr(optimizer, step, steps, args.warmup)
+            # Token means divide by the tokens of the *global* batch, or micro-batches would count
+            # unequally. Every process holds the index, so the count needs no communication.
+            num_tokens = samples.answer_tokens[plan.batch(step)].sum()
+            sums = {"loss": 0.0, "tokens": 0}
+            for micro in range(plan.micro_steps):
+                batch = clock.wait()
+                model.set_requires_gradient_sync(micro == plan.micro_steps - 1)
+
+                # METHOD: L = −E log π(y), a mean over the tokens of all answers
+                batch.pop("index")
+                logps = model(**batch)                                # (B, T) fp32
+                loss = -logps.sum() / num_tokens
+                loss.backward()
+
+                sums["loss"] += loss.detach()
+                sums["tokens"] += batch["input_ids"].numel()
+            sums = runtime.reduce_sum(sums)
+            norms = runtime.clip_grad_norm(model)
+            runtime.require_finite(step, sums["loss"], norms, samples, plan)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            # ---- log, save
+            run.log({"step": first + step, "phase": name,
+                     "samples_seen": (step + 1) * args.global_batch,
+                     "loss": sums["loss"], "lr": lrs, "grad_norm": norms},
+                    clock.lap(first + step, sums["tokens"]))
+            bar.set_postfix(loss=f"{sums['loss']:.4f}", refresh=False)
+            run.save_if_due(first + step + 1, sum(counts), model, optimizer)
+        first += steps
+    run.finish(model, tokenizer)
+
+
+def main():
+    args = get_args()
+    device = runtime.start()
+    run = runtime.Run(Path(args.run, "pretrain"), args)
+    model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed)
+    train(args, run, device, model, tokenizer, phases=[
+        ("1a", "captions", args.captions,
+         {"encoder": 0, "projector": args.projector_lr, "llm": 0},
+         args.projector_epochs, args.projector_max_steps or args.max_steps),
+        ("1b", "conversations", args.instruct,
+         {**runtime.learning_rates(args), "projector": args.lr},
+         args.epochs, args.max_steps)])
+
+
+if __name__ == "__main__":
+    runtime.launch(main)

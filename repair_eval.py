@@ -1,0 +1,206 @@
+"""Re-pair a frozen encoder with a new LLM and a new projector, train those, score the benchmarks.
+
+Re-pair + score:  python repair_eval.py --encoder runs/toy-vit__toy-lm/dpo/encoder --llm toy-lm
+Eight GPUs:       torchrun --nproc_per_node=8 repair_eval.py --encoder DIR --llm qwen2.5-1.5b
+Score a model:    python repair_eval.py --mllm runs/toy-vit__toy-lm/dpo/final --bench DIR
+One table:        python repair_eval.py --compare runs/toy-vit__toy-lm/repair/*
+
+Reads   the captions of stage 1 (projector step), DATA/repair.jsonl (projector + LLM), and the
+        benchmark TSVs of DATA/bench. Every encoder meets the same LLM and projector start, the
+        same data in the same order: the digests printed at the start show it.
+Writes  runs/NAME/repair/<encoder>/: what a training stage writes, and bench/ (predictions as they
+        come, results.json). With --mllm, bench/ lies beside the model's final/.
+"""
+import json
+import shutil
+from pathlib import Path
+
+import runtime
+from runtime import print0
+import data
+import model as m
+import pretrain
+import score
+import torch
+
+PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", projector_epochs=1,
+             projector_lr=1e-3, epochs=1, lr=1e-5, global_batch=256, micro_batch=8, warmup=0.03,
+             workers=4)
+TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_lr=2e-3, lr=1e-3,
+           global_batch=32, micro_batch=32, workers=1)
+
+
+def get_args():
+    parser = runtime.arguments(__doc__, PAPER)
+    parser.add_argument("--captions", help="data of the projector step; default DATA/captions.json")
+    parser.add_argument("--instruct", help="data of the second step; default DATA/repair.jsonl")
+    parser.add_argument("--projector-epochs", type=int, help="passes over the captions (default 1)")
+    parser.add_argument("--projector-max-steps", type=int,
+                        help="bound of the projector step; default: --max-steps")
+    parser.add_argument("--mllm", help="score this trained model (a final/ folder) as it is")
+    parser.add_argument("--bench", help="folder of benchmark TSVs; default DATA/bench")
+    parser.add_argument("--limit", type=int, help="score only the first N questions of each")
+    parser.add_argument("--eval-batch", type=int, default=64, help="questions answered at once")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
+    parser.add_argument("--wrong-image", action="store_true",
+                        help="show every question the image of another one: what is left is what "
+                        "the model answers without looking")
+    parser.add_argument("--compare", nargs="+", metavar="DIR",
+                        help="print one table of models already scored; nothing is run")
+    args = runtime.settle(parser, "repair", PAPER, TOY)
+    args.captions = args.captions or data.default_file(args.data, "captions")
+    args.instruct = args.instruct or data.default_file(args.data, "repair")
+    args.images = args.images or f"{args.data}/images"
+    args.bench = args.bench or f"{args.data}/bench"
+    return args
+
+
+def repair_folder(args):
+    """runs/NAME/repair/<encoder>; an extracted encoder goes by its stage: runs/NAME/dpo/encoder →
+    runs/NAME/repair/dpo."""
+    path = Path(args.encoder)
+    if path.is_dir() and path.name == "encoder":
+        return path.parent.parent / "repair" / path.parent.name
+    return Path(args.run, "repair", runtime.encoders.short_name(args.encoder))
+
+
+class Questions(torch.utils.data.Dataset):
+    """Benchmark rows, tokenised, the image read in the worker: one question at a time."""
+
+    def __init__(self, rows, bench, tokenizer, encoder, wrong_image):
+        self.rows, self.size = rows, encoder.image_size
+        image_id = tokenizer.convert_tokens_to_ids(m.IMAGE_TOKEN)
+        prompts = [data.user_turn(score.prompt_of(r, bench), True, m.SYSTEM) for r in rows]
+        self.ids = []
+        for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]:
+            at = ids.index(image_id)
+            self.ids.append(ids[:at] + [image_id] * encoder.num_tokens + ids[at + 1:])
+        self.images = [r["image"] for r in rows]
+        if wrong_image:          # half the file away, further where that is the same picture
+            n = len(rows)
+            self.images = [next(self.images[j % n] for j in range(i + n // 2, i + n // 2 + n)
+                                if self.images[j % n] != self.images[i]) for i in range(n)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        pixels = data.load_image(self.images[i], self.size, self.rows[i]["where"])
+        return i, self.ids[i], torch.from_numpy(pixels)
+
+
+def collate(items):
+    """Left-pad, so that every prompt ends where its answer begins."""
+    width = max(len(ids) for _, ids, _ in items)
+    return ([i for i, _, _ in items], torch.stack([p for _, _, p in items]),
+            torch.tensor([[0] * (width - len(ids)) + ids for _, ids, _ in items]),
+            torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids, _ in items]))
+
+
+def answer(args, model, tokenizer, device, path, folder):
+    """Answer one TSV greedily; each process appends its share to a file of its own, as it comes.
+
+    → {index: prediction} of all rows, the rows. What an earlier, interrupted call answered stays.
+    """
+    name = path.stem
+    rows = list(data.read_tsv(path))[:args.limit]
+    rank, world = runtime.world()
+    done = {}
+    for file in folder.glob(f"{name}.*.jsonl"):
+        for line in file.read_text().splitlines():
+            if line.endswith("}"):                     # the last line may have been cut off
+                item = json.loads(line)
+                done[item["index"]] = item["prediction"]
+    runtime.dist.barrier()                             # all have read before anyone writes
+    questions = Questions(rows, score.BENCHES[name], tokenizer, model.encoder, args.wrong_image)
+    todo = [i for i, r in enumerate(rows) if r["index"] not in done]
+    todo.sort(key=lambda i: -len(questions.ids[i]))    # full batches; the longest first
+    todo = todo[rank::world]
+    batches = [todo[i:i + args.eval_batch] for i in range(0, len(todo), args.eval_batch)]
+    loader = torch.utils.data.DataLoader(questions, batch_sampler=batches, collate_fn=collate,
+                                         num_workers=min(args.workers, len(batches)))
+    stops, loader = m.stop_ids(tokenizer), iter(loader)
+    with open(folder / f"{name}.{rank}.jsonl", "a", encoding="utf-8") as file:
+        for _ in runtime.progress(0, len(batches), name):
+            index, pixels, ids, mask = next(loader)
+            tokens = model.generate(pixels.to(device), ids.to(device), mask.to(device),
+                                    args.max_new_tokens, stops)
+            for i, text in zip(index, tokenizer.batch_decode(tokens)):
+                file.write(json.dumps({"index": rows[i]["index"], "prediction": text},
+                                      ensure_ascii=False) + "\n")
+            file.flush()
+    runtime.dist.barrier()
+    for file in folder.glob(f"{name}.*.jsonl"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            item = json.loads(line)
+            done[item["index"]] = item["prediction"]
+    return done, rows
+
+
+def evaluate(args, mllm, device, folder):
+    """Every TSV of --bench that is known, answered and scored: results.json and the table."""
+    files = sorted(p for p in Path(args.bench).glob("*.tsv"))
+    known = [p for p in files if p.stem in score.BENCHES]
+    for path in files:
+        if path not in known:
+            print0(f"  {path.name}: not a benchmark known by its name, left out")
+    if not known:
+        raise SystemExit(f"error: no known benchmark TSV in {args.bench}; known names: "
+                         f"{', '.join(score.BENCHES)}")
+    key = {"model": runtime.file_digest(mllm), "wrong_image": args.wrong_image}
+    config = folder / "config.json"
+    if config.exists() and json.loads(config.read_text()) != key and not args.overwrite:
+        raise SystemExit(f"error: {folder} holds the answers of another model or setting; "
+                         f"--overwrite deletes them")
+    if runtime.is_main() and args.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    runtime.dist.barrier()
+    folder.mkdir(parents=True, exist_ok=True)
+    runtime.write_whole(config, lambda aside: aside.write_text(json.dumps(key)))
+    model, tokenizer = m.load_mllm(mllm)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    model = model.eval().to(device, dtype)             # whole on every process: it only answers
+    scores = {}
+    for path in known:
+        done, rows = answer(args, model, tokenizer, device, path, folder)
+        right = [score.score_row(r, done[r["index"]]) for r in rows]
+        scores[path.stem] = {"score": 100 * sum(right) / len(rows), "n": len(rows),
+                             "chance": score.chance(rows)}
+    results = {"mllm": str(mllm), **key, "benchmarks": scores, **score.summarise(scores)}
+    runtime.write_whole(folder / "results.json",
+                        lambda aside: aside.write_text(json.dumps(results, indent=1)))
+    print0("\n".join(score.table({folder.parent.name: results})))
+
+
+def main():
+    args = get_args()
+    if args.compare:
+        found = {Path(d).name: next((p for p in (Path(d, "bench", "results.json"),
+                                                 Path(d, "results.json")) if p.exists()), None)
+                 for d in args.compare}
+        lost = [name for name, path in found.items() if path is None]
+        if lost:
+            raise SystemExit(f"error: not scored yet: {', '.join(lost)}")
+        print("\n".join(score.table({n: json.loads(p.read_text()) for n, p in found.items()})))
+        return
+    device = runtime.start()
+    suffix = "bench-wrong-image" if args.wrong_image else "bench"
+    if args.mllm:
+        evaluate(args, Path(args.mllm), device, Path(args.mllm).parent / suffix)
+        return
+    folder = repair_folder(args)
+    if args.overwrite or not (folder / "final" / "config.json").exists():
+        run = runtime.Run(folder, args)
+        model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed)
+        frozen = {"encoder": 0}                       # the eye is judged, not trained
+        pretrain.train(args, run, device, model, tokenizer, phases=[
+            ("projector", "captions", args.captions,
+             {**frozen, "projector": args.projector_lr, "llm": 0},
+             args.projector_epochs, args.projector_max_steps or args.max_steps),
+            ("re-pair", "conversations", args.instruct,
+             {**frozen, "projector": args.lr, "llm": args.lr}, args.epochs, args.max_steps)])
+    evaluate(args, folder / "final", device, folder / suffix)
+
+
+if __name__ == "__main__":
+    runtime.launch(main)

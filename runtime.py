@@ -1,0 +1,534 @@
+"""How it is run: processes, sharding, checkpoints, arguments, logging. What is computed: model.py.
+
+Everything that knows about processes lives here, so that a stage reads the same for one and for
+sixty-four of them. One process is a group of one: the same `fully_shard`, the same checkpoints.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")     # before transformers is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")     # workers fork after tokenising
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+from transformers.utils import logging as transformers_logging
+
+import encoders
+import model as model_file
+
+transformers_logging.disable_progress_bar()
+
+MODULES = ("encoder", "projector", "llm")
+STOPPED = 75          # exit code of a run that was asked to stop and saved first (EX_TEMPFAIL)
+FREE = {"workers", "keep", "save_every", "log_every", "micro_batch", "overwrite", "replicas",
+        "activation_checkpointing", "run"}   # may differ on resume: they do not change the numbers
+
+
+# --------------------------------------------------------------------------------------- arguments
+
+def arguments(doc, paper):
+    """The flags every training stage shares. Their defaults are None here: `settle` fills them from
+    the command line, then the parent stage, then the toy's or the paper's values."""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(flag, kind, text, **options):
+        default = paper.get(flag[2:].replace("-", "_"))
+        note = "" if default is None else f" (default {default:g})" if kind is float \
+            else f" (default {default})"
+        parser.add_argument(flag, type=kind, help=text + note, **options)
+
+    add("--run", str, "run folder of one encoder–LLM pair; default runs/<encoder>__<llm>")
+    add("--encoder", str, "vision encoder: a preset, a local folder or a hub id")
+    add("--llm", str, "language model: a preset, a local folder or a hub id")
+    add("--data", str, "folder in the layout toy.py writes; its parts can be pointed elsewhere")
+    add("--images", str, "folder that image names are relative to; default DATA/images")
+    add("--epochs", int, "passes over the data")
+    add("--max-steps", int, "stop after so many steps; the schedule then ends there, too")
+    add("--global-batch", int, "samples (pairs, for DPO) a step, over all processes")
+    add("--micro-batch", int, "samples a process holds at once; lower it when memory runs out")
+    add("--lr", float, "peak learning rate; 0 freezes")
+    add("--encoder-lr", float, "the encoder's own rate; default: --lr")
+    add("--projector-lr", float, "the projector's own rate; default: --lr")
+    add("--warmup", float, "share of the steps in which the rate rises")
+    add("--num-samples", int, "use so many usable samples, drawn by a seeded shuffle")
+    parser.add_argument("--seed", type=int, default=0, help="order of samples, fresh projector")
+    parser.add_argument("--skip-bad", action="store_true",
+                        help="drop and count bad records instead of refusing the run")
+    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--keep", type=int, default=2, help="how many checkpoints stay on disk")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="delete what this stage left in the run folder and start anew")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"],
+                        help="compute dtype; masters stay fp32 (default bf16 on CUDA, fp32 on CPU)")
+    parser.add_argument("--activation-checkpointing", action="store_true",
+                        help="recompute each block in the backward pass: a third more time, far "
+                             "less memory")
+    parser.add_argument("--replicas", type=int, default=1,
+                        help="hybrid sharding: so many copies of the model, each sharded within "
+                             "its group of processes (one a node)")
+    parser.add_argument("--workers", type=int, help="image-decoding processes per training process")
+    parser.add_argument("--log-every", type=int, default=1, help="steps between bar updates")
+    return parser
+
+
+def settle(parser, stage, paper, toy, parent=None, argv=None):
+    """Parse, then fill every flag left open: parent stage → toy's values → paper's values.
+
+    parent: name of the stage whose final/ is trained on. Prints where each value came from when it
+    was not typed. raises SystemExit with the missing command when the parent is not there.
+    """
+    args = parser.parse_args(argv)
+    typed = {k for k, v in vars(args).items() if v is not None}
+    inherited = {}
+    if args.run is None:
+        names = (args.encoder or paper["encoder"], args.llm or paper["llm"])
+        args.run = f"runs/{encoders.short_name(names[0])}__{encoders.short_name(names[1])}"
+    if parent:
+        folder = Path(args.run, parent)
+        if not (folder / "final" / "config.json").exists():
+            wanted = " ".join(f"--{k} {getattr(args, k)}" for k in ("encoder", "llm", "data")
+                              if getattr(args, k))
+            n = os.environ.get("WORLD_SIZE", "8" if torch.cuda.is_available() else "1")
+            start = f"torchrun --nproc_per_node={n}" if int(n) > 1 else "python"
+            raise SystemExit(f"error: no stage-1 model at {folder}/final; make it with:  "
+                             f"{start} {parent}.py {wanted or '--run ' + args.run}")
+        inherited = json.loads((folder / "config.json").read_text())["arguments"]
+        for key in ("encoder", "llm"):
+            if key in typed and getattr(args, key) != inherited[key]:
+                raise SystemExit(f"error: {args.run} was made with --{key} {inherited[key]}, not "
+                                 f"{getattr(args, key)}; leave --run out or name another")
+    llm = args.llm or inherited.get("llm") or paper["llm"]
+    fallback = {**paper, **(toy if encoders.short_name(llm).startswith("toy-") else {})}
+    for key in vars(args):
+        if getattr(args, key) is None:
+            source = inherited if key in ("encoder", "llm", "data") and key in inherited \
+                else fallback
+            setattr(args, key, source.get(key))
+            if source is inherited:
+                print0(f"  --{key.replace('_', '-')} {source[key]} (inherited from {parent})")
+    args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+    for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas"):
+        if getattr(args, key) < 1:
+            raise SystemExit(f"error: --{key.replace('_', '-')} must be at least 1")
+    args.stage = stage
+    return args
+
+
+# --------------------------------------------------------------------------------------- processes
+
+def start(timeout_minutes=10):
+    """Join the processes torchrun started, or be a group of one. → torch.device."""
+    cuda = torch.cuda.is_available()
+    if "RANK" in os.environ:
+        limit = timedelta(minutes=timeout_minutes)   # a lost peer ends in an error, not in a hang
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
+    else:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=0, world_size=1,
+                                store=dist.HashStore())
+    torch.manual_seed(0)
+    if not cuda:
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def stop():
+    """Leave the group: gloo warns, and NCCL may hang, when a process exits without."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def world():
+    """(rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_main():
+    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0
+
+
+def print0(*words):
+    """Print once, not once a process; above the progress bar."""
+    if is_main():
+        tqdm.write(" ".join(map(str, words)), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(start, end, desc):
+    """range(start, end) as a bar with rate and time left, on the main process alone."""
+    return tqdm(range(start, end), desc=desc, initial=start, total=end, unit="step",
+                disable=not is_main(), dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 10)
+
+
+def reduce_sum(values):
+    """Sum a dict of numbers or 0-dim tensors over all processes: {name: float}, in fp64."""
+    total = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
+    dist.all_reduce(total)      # on the CPU, through gloo: exact, and in the same order every time
+    return dict(zip(values, total.tolist()))
+
+
+def sum_tensor(tensor):
+    """Sum a CPU tensor over all processes."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def from_main(make):
+    """Compute a small picklable value on the main process and give it to all."""
+    box = [make() if is_main() else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=1):
+    """FSDP2: every transformer block is a unit of its own, the rest one root group.
+
+    Tied embeddings both stay in the root group, where they remain one tensor. Gradients are summed
+    over processes, not averaged: losses are already divided by *global* counts.
+    """
+    size = dist.get_world_size()
+    if size % replicas:
+        raise SystemExit(f"error: {size} processes cannot hold --replicas {replicas}")
+    mesh = init_device_mesh(device.type, (replicas, size // replicas) if replicas > 1 else (size,),
+                            mesh_dim_names=("replicate", "shard")[-1 if replicas == 1 else -2:])
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bf16" else None,
+                                  reduce_dtype=torch.float32)
+    if activation_checkpointing:       # non-reentrant: it must also work on frozen inputs
+        for part in (model.encoder.vision, model.llm):
+            part.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in [*model.encoder.blocks, *model.llm.base_model.layers]:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)   # gloo knows no premultiplied sum
+    return model.train()
+
+
+# ------------------------------------------------------------------------------------ optimisation
+
+def adamw(model, rates):
+    """AdamW (0.9, 0.999), no weight decay, one group a module; a rate of 0 freezes the module.
+
+    rates: {"encoder": lr, "projector": lr, "llm": lr}. Prints the table of what is trained at which
+    rate: a rate silently ignored is the best hidden bug of public DPO scripts.
+    """
+    groups = []
+    for name in MODULES:
+        module, lr = getattr(model, name), rates[name]
+        frozen = model.encoder.family.frozen if name == "encoder" else ()
+        for key, p in module.named_parameters():
+            p.requires_grad_(lr > 0 and not key.removeprefix("vision.").startswith(frozen or "\0"))
+            p.grad = None
+        trained = [p for p in module.parameters() if p.requires_grad]
+        count = sum(p.numel() for p in module.parameters())
+        never = sorted({k for k, _ in module.named_parameters()
+                        if k.removeprefix("vision.").startswith(frozen or "\0")})
+        print0(f"  {name:<10} {count:>13,} parameters, {sum(p.numel() for p in trained):>13,} "
+               f"trained" + (f", lr {lr:g}" if trained else "")
+               + (f"; frozen: {', '.join(never)}" if never else ""))
+        if trained:
+            groups.append({"params": trained, "lr": lr, "peak": lr, "name": name})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+
+
+def learning_rates(args):
+    """--lr is the LLM's; encoder and projector have their own or share it."""
+    return {"encoder": args.lr if args.encoder_lr is None else args.encoder_lr,
+            "projector": args.lr if args.projector_lr is None else args.projector_lr,
+            "llm": args.lr}
+
+
+def num_steps(epochs, max_steps, plan):
+    """Steps of a run, bounded by --max-steps; prints what a step is made of."""
+    steps = min(epochs * plan.steps_per_epoch, max_steps or sys.maxsize)
+    print0(f"  {steps} steps of {plan.global_batch} samples: {plan.world} processes × "
+           f"{plan.micro_steps} micro-steps of {plan.micro_batch}; {plan.steps_per_epoch} steps "
+           f"an epoch, image = {plan.samples.num_image_tokens} tokens")
+    return steps
+
+
+def set_lr(optimizer, step, steps, warmup):
+    """Linear warm-up over a share of the steps, then cosine to 0. → {module: lr}."""
+    rise = max(1, math.ceil(warmup * steps))
+    scale = (step + 1) / rise if step < rise else \
+        0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    for group in optimizer.param_groups:
+        group["lr"] = scale * group["peak"]
+    return {g["name"]: g["lr"] for g in optimizer.param_groups}
+
+
+def clip_grad_norm(model, max_norm=1.0):
+    """Clip the global gradient norm; → {module: norm before clipping}, over all shards."""
+    norms = {}
+    for name in MODULES:
+        grads = [p.grad for p in getattr(model, name).parameters() if p.grad is not None]
+        if grads:
+            norm = torch.nn.utils.get_total_norm(grads)
+            norms[name] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    total = math.sqrt(sum(n * n for n in norms.values()))
+    if total > max_norm:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(max_norm / total)
+    return norms
+
+
+def require_finite(step, loss, norms, samples, plan):
+    """Stop before the step that would ruin the weights, naming the batch's records."""
+    if not all(map(math.isfinite, [loss, *norms.values()])):
+        where = [samples.where[i] for i in plan.batch(step)]
+        raise SystemExit(f"error: step {step}: loss {loss}, gradient norms {norms}; nothing was "
+                         f"updated. The batch: {', '.join(where[:8])}"
+                         + (f" and {len(where) - 8} more" if len(where) > 8 else ""))
+
+
+# ---------------------------------------------------------------------------------- run directories
+
+def file_digest(folder):
+    """sha256 over the safetensors of a model folder (16 hex digits): the identity of a parent.
+    Read by the main process alone: 32 GB take half a minute."""
+    def digest():
+        sha = hashlib.sha256()
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            with open(file, "rb") as f:
+                while block := f.read(1 << 24):
+                    sha.update(block)
+        return sha.hexdigest()[:16]
+    return from_main(digest)
+
+
+def write_whole(path, write):
+    """Let the main process write a file aside, then rename it; the others wait."""
+    if is_main():
+        aside = Path(f"{path}.tmp")
+        write(aside)
+        os.replace(aside, path)
+    dist.barrier()
+
+
+def tensors_digest(module):
+    """sha256 over a module's tensors: equal digests mean an equal start (16 hex digits)."""
+    sha = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        sha.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def write_json(path, value):
+    """Written aside and renamed: a reader never sees half a file."""
+    aside = Path(f"{path}.tmp")
+    aside.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    os.replace(aside, path)
+
+
+def sync_folder(folder):
+    """fsync every file of a folder and the folder itself, so that a rename means "on disk"."""
+    for path in [*Path(folder).rglob("*"), Path(folder)]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+class Run:
+    """One stage's folder: config.json, metrics.jsonl, timing.jsonl, checkpoints/, final/.
+
+    Opening it decides what happens: a finished stage says so and exits 0, an interrupted one goes
+    on from its newest whole checkpoint, --overwrite starts anew.
+    """
+
+    def __init__(self, folder, args):
+        self.folder, self.args, self.stopping = Path(folder), args, False
+        if args.overwrite and is_main() and self.folder.exists():
+            shutil.rmtree(self.folder)
+        dist.barrier()
+        if (self.folder / "final" / "config.json").exists():
+            print0(f"{self.folder}/final is already there: nothing to do "
+                   f"(--overwrite starts anew)")
+            stop()
+            raise SystemExit(0)
+        try:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise SystemExit(f"error: cannot write {self.folder}: {e.strerror}")
+        steps = [int(p.name[5:]) for p in (self.folder / "checkpoints").glob("step-*")
+                 if p.name[5:].isdigit() and (p / "position.json").exists()]
+        self.start = from_main(lambda: max(steps, default=0))   # samples already behind us: steps
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask_to_stop)
+
+    def ask_to_stop(self, number, frame):
+        """Finish the step, save, exit; a second signal ends at once."""
+        self.stopping = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def describe(self, facts):
+        """Write config.json, or compare it: a run of other arguments, data or parent is refused."""
+        import transformers
+        config = {"stage": self.args.stage, "arguments": vars(self.args), "versions": {
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": sys.version.split()[0]}}
+        self.config = config = json.loads(json.dumps({**config, **facts}, default=str))
+        path = self.folder / "config.json"
+        if self.start and path.exists():
+            old = json.loads(path.read_text())
+            pairs = [(f"--{k.replace('_', '-')}", old["arguments"].get(k), v)
+                     for k, v in config["arguments"].items() if k not in FREE]
+            pairs += [(k, old.get(k), config[k]) for k in facts]
+            for name, before, now in pairs:
+                if before != now:
+                    raise SystemExit(f"error: {self.folder} was begun with {name} {before}, now "
+                                     f"{now}; go on as before, name another --run, or --overwrite")
+        dist.barrier()
+        if is_main():
+            write_json(path, config)
+        for key, value in facts.items():
+            print0(f"  {key}: {value}")
+
+    def resume(self, model, optimizer=None):
+        """Load the newest whole checkpoint, resharding as needed; truncate the metrics to it."""
+        folder = self.folder / "checkpoints" / f"step-{self.start}"
+        if optimizer is None:
+            state = {"model": get_model_state_dict(model)}
+            dcp.load(state, checkpoint_id=folder)
+            set_model_state_dict(model, state["model"])
+        else:
+            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+            dcp.load(state, checkpoint_id=folder)
+            set_state_dict(model, optimizer, model_state_dict=state["model"],
+                           optim_state_dict=state["optimizer"])
+        position = json.loads((folder / "position.json").read_text())
+        if is_main():
+            for name, length in position["lengths"].items():
+                if (self.folder / name).exists():
+                    os.truncate(self.folder / name, length)
+        print0(f"  continuing after step {self.start} of {folder}")
+
+    def log(self, metrics, timing=None):
+        """One line in metrics.jsonl (deterministic fields only), one in timing.jsonl."""
+        if is_main():
+            for name, line in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
+                if line is None:
+                    continue
+                with open(self.folder / name, "a") as f:
+                    f.write(json.dumps(line) + "\n")
+
+    def save_if_due(self, done, steps, model, optimizer):
+        """After a step: save every --save-every steps, and when any process was asked to stop."""
+        asked = reduce_sum({"stop": self.stopping})["stop"] > 0
+        if done < steps and (asked or done % self.args.save_every == 0):
+            self.save(done, model, optimizer)
+        if asked:
+            print0(f"asked to stop: saved after step {done}; the same command goes on from there")
+            stop()
+            raise SystemExit(STOPPED)
+
+    def save(self, done, model, optimizer):
+        """Shards, position and metric lengths: written aside, fsynced, renamed; the last K stay."""
+        folder = self.folder / "checkpoints" / f"step-{done}"
+        aside = folder.with_name(f"writing-{done}")
+        if is_main():
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.mkdir(parents=True)
+        dist.barrier()
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+        dcp.save(state, checkpoint_id=aside)
+        if is_main():
+            lengths = {n: (self.folder / n).stat().st_size for n in
+                       ("metrics.jsonl", "timing.jsonl") if (self.folder / n).exists()}
+            write_json(aside / "position.json", {"step": done, "lengths": lengths})
+            sync_folder(aside)
+            os.replace(aside, folder)
+            kept = sorted((p for p in folder.parent.glob("step-*")), key=lambda p: int(p.name[5:]))
+            for old in kept[:-self.args.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        dist.barrier()
+
+    def finish(self, model, tokenizer):
+        """Write final/, the folder transformers opens; drop the checkpoints, which it replaces."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()       # after a forward the root group's tensors are still whole
+        aside = self.folder / "final.tmp"
+        if is_main():
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        dist.barrier()
+        model_file.save_mllm(model, tokenizer, aside, is_main())
+        if is_main():
+            sync_folder(aside)
+            os.replace(aside, self.folder / "final")
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        print0(f"wrote {self.folder}/final")
+        dist.barrier()
+
+
+class Clock:
+    """Fetches micro-batches and knows where a step's time goes: waiting for data, or computing."""
+
+    def __init__(self, device):
+        self.device, self.batches = device, None
+
+    def start(self, loader):
+        self.batches, self.waited, self.began = iter(loader), 0.0, time.perf_counter()
+
+    def wait(self):
+        """The next micro-batch on the device; an unreadable image ends the run with its line."""
+        t = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - t
+        if "error" in batch:
+            tqdm.write(batch["error"], file=sys.stderr)
+            os._exit(1)     # peers may be inside a collective: leaving must not wait for them
+        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+
+    def lap(self, step, tokens):
+        """The line of timing.jsonl for the step just finished."""
+        now = time.perf_counter()
+        seconds, waited = now - self.began, self.waited
+        self.began, self.waited = now, 0.0
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            import resource
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"step": step, "data_wait": round(waited, 4), "seconds": round(seconds, 4),
+                "tokens_per_s": round(tokens / seconds, 1), "peak_bytes": peak}
+
+
+def launch(main):
+    """Run a stage's main(): refusals are one line, printed once, with a non-zero exit code."""
+    try:
+        main()
+        stop()
+    except SystemExit as e:
+        if isinstance(e.code, str):
+            if is_main():
+                print(e.code, file=sys.stderr, flush=True)
+            os._exit(1)      # not through a collective that the other processes may never enter
+        raise
+    except OSError as e:     # a full disk, a vanished folder: checkpoints are renamed when whole
+        print(f"error: {e}; the last checkpoint is whole, the same command goes on from there",
+              file=sys.stderr, flush=True)
+        os._exit(1)

@@ -1,0 +1,110 @@
+"""How an answer is scored: pure functions, one a rule; and how scores are averaged.
+
+BENCHES names each benchmark's group, rule and prompt suffix. A file is recognised by its name.
+"""
+import re
+from collections import Counter, defaultdict
+from typing import NamedTuple
+
+LETTER = "Answer with the option's letter from the given choices directly."
+GROUPS = ("General", "Knowledge", "OCR & Chart", "Vision-Centric")
+
+
+class Bench(NamedTuple):
+    group: str
+    suffix: str      # of open questions; questions with options always end in LETTER
+
+
+BENCHES = {
+    "ToyGeneral": Bench("General", ""),
+    "ToyKnowledge": Bench("Knowledge", ""),
+    "ToyOCR": Bench("OCR & Chart", ""),
+    "ToyVision": Bench("Vision-Centric", ""),
+    "EasyVQA": Bench("General", ""),
+}
+
+
+def options_of(row):
+    """The choice columns of a TSV row that hold something: {"A": text, …}."""
+    return {c: row[c] for c in "ABCDEFGH" if (row.get(c) or "").strip()}
+
+
+def prompt_of(row, bench):
+    """The one fixed prompt of a benchmark: hint, question, options, suffix."""
+    hint, options = (row.get("hint") or "").strip(), options_of(row)
+    lines = [hint] if hint else []
+    lines += [row["question"].strip()] + [f"{k}. {v}" for k, v in options.items()]
+    suffix = LETTER if options else bench.suffix
+    return "\n".join(lines + ([suffix] if suffix else []))
+
+
+def exact(prediction, answer):
+    """Equal after lower-casing and dropping surrounding space and a final full stop."""
+    return prediction.strip().lower().rstrip(".") == answer.strip().lower().rstrip(".")
+
+
+def letter(prediction, answer, options):
+    """Cambrian's letter rule, then option text. "B", "(b)", "Answer: B." and "B. cat" are B.
+
+    options: {"A": text, …}. The text after the last "answer is" / "answer:" counts; a first
+    character that stands alone is the letter; else exactly one option text contained decides.
+    """
+    text = re.split(r"answer is|answer:", prediction.lower())[-1].strip()
+    text = text.strip(" .()\n")
+    match = re.match(r"([a-h])(?![a-z0-9])", text)
+    if match:
+        return match[1] == answer.strip().lower()
+    named = [k for k, v in options.items() if v.strip().lower() == text] or \
+        [k for k, v in options.items() if v.strip().lower() in text]
+    return len(named) == 1 and named[0].lower() == answer.strip().lower()
+
+
+def score_row(row, prediction):
+    """Is this prediction right? row: a TSV row with `answer` and perhaps options."""
+    options = options_of(row)
+    return letter(prediction, row["answer"], options) if options \
+        else exact(prediction, row["answer"])
+
+
+def chance(rows):
+    """Accuracy, in percent, of always giving the most frequent answer of each question type."""
+    answers = defaultdict(Counter)
+    for row in rows:
+        answers[row.get("category"), bool(options_of(row))][row["answer"].strip().lower()] += 1
+    return 100 * sum(max(c.values()) for c in answers.values()) / len(rows)
+
+
+def summarise(scores):
+    """{bench: {"score", …}} → group means and the average over benchmarks, missing ones left out.
+
+    The average of all is the plain mean over benchmarks (= mean of group means, when all are in).
+    """
+    groups = {}
+    for group in GROUPS:
+        inside = [s["score"] for name, s in scores.items() if BENCHES[name].group == group]
+        if inside:
+            groups[group] = sum(inside) / len(inside)
+    return {"groups": groups, "average": sum(s["score"] for s in scores.values()) / len(scores)}
+
+
+def table(columns):
+    """{model name: results} → the lines of one table, benchmarks × models, chance beside them."""
+    names = [n for n in BENCHES if any(n in r["benchmarks"] for r in columns.values())]
+    width = max(16, *(len(c) + 2 for c in columns))
+    lines = [f"{'':<16}{'n':>6}{'chance':>9}" + "".join(f"{c:>{width}}" for c in columns)]
+
+    def row(label, n, base, values):
+        cells = "".join(f"{'–' if v is None else format(v, '.1f'):>{width}}" for v in values)
+        lines.append(f"{label:<16}{n:>6}{base:>9}{cells}")
+    for group in GROUPS:
+        inside = [n for n in names if BENCHES[n].group == group]
+        if not inside:
+            continue
+        row(group, "", "", [r["groups"].get(group) for r in columns.values()])
+        for name in inside:
+            some = next(r["benchmarks"][name] for r in columns.values()
+                        if name in r["benchmarks"])
+            row(f"  {name}", some["n"], f"{some['chance']:.1f}",
+                [r["benchmarks"].get(name, {}).get("score") for r in columns.values()])
+    row("Average", "", "", [r["average"] for r in columns.values()])
+    return lines

@@ -1,0 +1,195 @@
+"""Stage 2b, DPO: the contrast of a right and a wrong answer, back-propagated into the eye.
+
+One process:     python train_dpo.py --encoder toy-vit --llm toy-lm --data data/toy
+Eight GPUs:      torchrun --nproc_per_node=8 train_dpo.py --encoder siglip2-so400m
+
+Reads   runs/NAME/pretrain/final (policy and reference both start there) and MMPR preference pairs.
+Writes  runs/NAME/dpo/: config.json, metrics.jsonl, timing.jsonl, checkpoints/,
+        ref_logps.safetensors, final/ (opens as LlavaForConditionalGeneration).
+        Next: python extract.py --stage dpo
+
+`diff train_sft.py train_dpo.py` shows the method and nothing else: same items, same order.
+"""
+import json
+from pathlib import Path
+
+import runtime
+from runtime import print0
+import data
+import model as m
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=1e-6,
+             global_batch=256, micro_batch=8, warmup=0.03, num_samples=20_000, workers=4)
+TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=2, lr=1e-4, global_batch=32,
+           micro_batch=32, workers=1)
+
+
+def get_args():
+    parser = runtime.arguments(__doc__, PAPER)
+    parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
+                        "chosen, rejected; default DATA/preferences/meta.json")
+    parser.add_argument("--beta", type=float, default=0.1, help="how strongly a change of the "
+                        "log-ratio counts; a smaller one lets the policy move further (paper: 0.1)")
+    parser.add_argument("--reference", choices=["cached", "live"], default="cached",
+                        help="reference log-probs from one pass before the first step (cached), or "
+                        "from a frozen second model at every step (live: for teaching and checking)")
+    parser.add_argument("--heldout", help="pairs scored before and after training; default "
+                        "DATA/preferences/heldout.jsonl, where that exists")
+    args = runtime.settle(parser, "dpo", PAPER, TOY, parent="pretrain")
+    args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
+    heldout = Path(args.data, "preferences", "heldout.jsonl")
+    args.heldout = args.heldout or (str(heldout) if heldout.exists() else None)
+    return args
+
+
+def branch_logps(logps, branch):
+    """Token log-probs (B, T) → log π(y_c), log π(y_r), each (B,): *sums* over the answer."""
+    return [(logps * (branch == b)).sum(1) for b in (m.CHOSEN, m.REJECTED)]
+
+
+@torch.no_grad()
+def score_pairs(model, pairs, plan, clock, workers, desc):
+    """log π of both answers of every pair: (n, 2) fp32, complete on every process.
+
+    In the order and layout of the first epoch, so that step 0 meets the very same batches.
+    """
+    logps, seen = torch.zeros(len(pairs), 2), torch.zeros(len(pairs), 1)
+    cover = plan.cover()
+    clock.start(data.loader(pairs, cover, "dpo", workers))
+    for _ in runtime.progress(0, len(cover), desc):
+        batch = clock.wait()
+        index = batch.pop("index").cpu()
+        logps[index] = torch.stack(branch_logps(model(**batch), batch["branch"]), 1).cpu()
+        seen[index] = 1
+    return runtime.sum_tensor(logps) / runtime.sum_tensor(seen)
+
+
+def reference_logps(args, run, model, sets, key, clock):
+    """METHOD: log π_ref of both answers, once, by the same code in the same layout, before step 0.
+
+    The parent's weights are still in `model`. sets: {"pairs": (samples, plan), "heldout": …}
+    → {"pairs": (n, 2), …}. Later epochs, resumed runs and other betas reuse the file; a file made
+    from anything else is refused, never reused.
+    """
+    path, key = run.folder / "ref_logps.safetensors", json.dumps(key, sort_keys=True)
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            made_from = json.loads(file.metadata()["key"])
+            for name, now in json.loads(key).items():
+                if made_from.get(name) != now:
+                    raise SystemExit(f"error: {path} was computed with {name} "
+                                     f"{made_from.get(name)}, now {now}; delete it or --overwrite")
+            return {name: file.get_tensor(name) for name in sets}
+    tables = {name: score_pairs(model, *s, clock, args.workers, f"reference {name}")
+              for name, s in sets.items()}
+    runtime.write_whole(path, lambda aside: save_file(tables, aside, metadata={"key": key}))
+    return tables
+
+
+def report_heldout(args, run, model, samples, plan, ref, clock, step):
+    """Reward margin and accuracy on pairs never trained on: policy against reference log-ratio."""
+    logps = score_pairs(model, samples, plan, clock, args.workers, "held-out pairs")
+    reward = args.beta * (logps - ref)                               # (n, 2): chosen, rejected
+    margin, correct = reward[:, 0] - reward[:, 1], reward[:, 0] > reward[:, 1]   # a tie is wrong
+    run.log({"step": step, "heldout_margin": margin.mean().item(),
+             "heldout_accuracy": correct.float().mean().item()})
+    print0(f"  held-out pairs after step {step}: margin {margin.mean():.4f}, "
+           f"accuracy {correct.float().mean():.3f} (n = {len(samples)})")
+
+
+def main():
+    args = get_args()
+    device = runtime.start()
+    run = runtime.Run(Path(args.run, "dpo"), args)
+
+    # ---- model
+    parent = Path(args.run, "pretrain", "final")
+    model, tokenizer = m.load_mllm(parent)
+
+    # ---- data
+    pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
+    plan = data.BatchPlan(pairs, args.global_batch, args.micro_batch, args.seed, *runtime.world())
+    steps = runtime.num_steps(args.epochs, args.max_steps, plan)
+    run.describe({"data": pairs.summary(), "data_digest": plan.digest(steps),
+                  "parent_digest": runtime.file_digest(parent)})
+
+    # ---- shard; the optimizer is created before any forward, on sharded fp32 masters
+    model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas)
+    optimizer = runtime.adamw(model, runtime.learning_rates(args))
+    clock = runtime.Clock(device)
+
+    # ---- METHOD: the reference, and pairs kept aside to see what was learned
+    sets = {"pairs": (pairs, plan)}
+    if args.heldout:
+        heldout = data.preference_pairs(args, args.heldout, tokenizer, model, keep_all=True)
+        sets["heldout"] = (heldout, plan.like(heldout))
+    if args.reference == "live":
+        ref_model = runtime.shard(m.load_mllm(parent)[0].requires_grad_(False), device, args.dtype)
+        del sets["pairs"]
+    key = {"parent_digest": run.config["parent_digest"], "dtype": args.dtype,
+           "image_size": model.encoder.image_size, "layout": "shared prefix, ChatML",
+           **{name: s.fingerprint() for name, (s, _) in sets.items()}}
+    ref = reference_logps(args, run, model, sets, key, clock)
+    if run.start:
+        run.resume(model, optimizer)
+    elif args.heldout:
+        report_heldout(args, run, model, *sets["heldout"], ref["heldout"], clock, step=0)
+
+    clock.start(data.loader(pairs, plan.schedule(run.start, steps), "dpo", args.workers))
+    for step in (bar := runtime.progress(run.start, steps, "dpo")):
+        lrs = runtime.set_lr(optimizer, step, steps, args.warmup)
+        sums = {"loss": 0.0, "tokens": 0, "chosen_reward": 0.0, "rejected_reward": 0.0,
+                "correct": 0}
+        for micro in range(plan.micro_steps):
+            batch = clock.wait()
+            model.set_requires_gradient_sync(micro == plan.micro_steps - 1)
+
+            # METHOD: one image, one prompt, two answers, one forward.
+            # L = −E log σ(β[(log π(y_c) − log π_ref(y_c)) − (log π(y_r) − log π_ref(y_r))])
+            index = batch.pop("index")
+            logps = model(**batch)                                    # (B, T) fp32
+            chosen_logps, rejected_logps = branch_logps(logps, batch["branch"])
+            if args.reference == "cached":
+                ref_chosen, ref_rejected = ref["pairs"][index.cpu()].to(device).unbind(1)
+            else:
+                with torch.no_grad():
+                    ref_chosen, ref_rejected = branch_logps(ref_model(**batch), batch["branch"])
+            losses, chosen_reward, rejected_reward = m.dpo_loss(
+                chosen_logps, rejected_logps, ref_chosen, ref_rejected, args.beta)
+            loss = losses.sum() / args.global_batch       # a mean over the pairs of all processes
+            loss.backward()
+
+            sums["loss"] += loss.detach()
+            sums["tokens"] += batch["input_ids"].numel()
+            sums["chosen_reward"] += chosen_reward.sum() / args.global_batch
+            sums["rejected_reward"] += rejected_reward.sum() / args.global_batch
+            sums["correct"] += (chosen_reward > rejected_reward).sum()          # a tie is wrong
+        sums = runtime.reduce_sum(sums)
+        norms = runtime.clip_grad_norm(model)
+        runtime.require_finite(step, sums["loss"], norms, pairs, plan)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # ---- log, save
+        margin = sums["chosen_reward"] - sums["rejected_reward"]
+        run.log({"step": step, "samples_seen": (step + 1) * args.global_batch,
+                 "loss": sums["loss"], "lr": lrs, "grad_norm": norms, "margin": margin,
+                 "chosen_reward": sums["chosen_reward"],
+                 "rejected_reward": sums["rejected_reward"],
+                 "accuracy": sums["correct"] / args.global_batch},
+                clock.lap(step, sums["tokens"]))
+        if step == 0:
+            print0(f"  step 0: loss {sums['loss']:.6f} (ln 2 = 0.693147), margin {margin:.6f}: "
+                   f"policy and reference are the same function")
+        bar.set_postfix(loss=f"{sums['loss']:.4f}", margin=f"{margin:.3f}", refresh=False)
+        run.save_if_due(step + 1, steps, model, optimizer)
+    if args.heldout:
+        report_heldout(args, run, model, *sets["heldout"], ref["heldout"], clock, step=steps)
+    run.finish(model, tokenizer)
+
+
+if __name__ == "__main__":
+    runtime.launch(main)
