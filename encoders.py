@@ -133,9 +133,10 @@ class Encoder(nn.Module):
         return next(m for m in self.vision.modules() if isinstance(m, nn.ModuleList))
 
     def forward(self, pixel_values):
-        mean = torch.tensor(self.mean, device=pixel_values.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=pixel_values.device).view(3, 1, 1)
-        pixels = (pixel_values.float() / 255 - mean) / std  # on the device: uint8 travels, not fp32
+        as_pixels = {"dtype": torch.promote_types(self.vision.dtype, torch.float32),
+                     "device": pixel_values.device}
+        mean, std = (torch.tensor(x, **as_pixels).view(3, 1, 1) for x in (self.mean, self.std))
+        pixels = (pixel_values.to(**as_pixels) / 255 - mean) / std   # uint8 travels, not floats
         out = self.vision(pixels, output_hidden_states=not self.family.normed)
         # SigLIP: hidden_states[-1] is *before* post_layernorm, last_hidden_state is after it.
         features = out.last_hidden_state if self.family.normed else out.hidden_states[-1]

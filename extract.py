@@ -86,7 +86,7 @@ def write_folder(vision, encoder, folder, card):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="run folder, e.g. runs/toy-vit__toy-lm")
+    parser.add_argument("--run-dir", "--run", dest="run", metavar="DIR", required=True, help="run folder, e.g. runs/toy-vit__toy-lm")
     parser.add_argument("--stage", default="dpo", choices=["pretrain", "sft", "dpo"],
                         help="which trained model to take the encoder from (default dpo)")
     parser.add_argument("--out", help="where to write it; default RUN/STAGE/encoder")
@@ -97,7 +97,7 @@ def main():
     script = "pretrain.py" if args.stage == "pretrain" else f"train_{args.stage}.py"
     if not (stage / "final" / "config.json").exists():
         raise SystemExit(f"error: no trained model at {stage}/final; make it with:  "
-                         f"python {script} --run {args.run}")
+                         f"python {script} --run-dir {args.run}")
     if out.exists() and not args.overwrite:
         print(f"{out} is already there: nothing to do (--overwrite replaces it)")
         return

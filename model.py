@@ -19,6 +19,7 @@ The pair layout (shared prefix, one image, one sequence a pair; `p` is the last 
 """
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -79,7 +80,9 @@ def token_logps(hidden, lm_head, targets):
     LOGIT_ROWS × vocabulary however long the answers are.
     """
     def chunk(h, t):
-        return -F.cross_entropy(lm_head(h).float(), t, reduction="none")
+        logits = lm_head(h)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))   # fp64 stays (tests)
+        return -F.cross_entropy(logits, t, reduction="none")
     if len(hidden) <= LOGIT_ROWS:
         return chunk(hidden, targets)
     return torch.cat([checkpoint(chunk, h, t, use_reentrant=False)
@@ -128,7 +131,8 @@ class MLLM(nn.Module):
                                      position_ids=position_ids).last_hidden_state
         targets = labels[:, 1:]                       # row t predicts token t + 1: the one shift
         rows = targets != IGNORE
-        logps = hidden.new_zeros(labels.shape, dtype=torch.float32)
+        logps = hidden.new_zeros(labels.shape,
+                                 dtype=torch.promote_types(hidden.dtype, torch.float32))
         if rows.any():
             picked = token_logps(hidden[:, :-1][rows], self.llm.get_output_embeddings(),
                                  targets[rows])
@@ -265,8 +269,8 @@ def llava_config(model, tokenizer):
     in LLaVA's terms: such a folder gets a model_type that transformers refuses to open."""
     from transformers import LlavaConfig
     encoder = model.encoder
-    config = LlavaConfig(
-        vision_config=encoder.vision.config, text_config=model.llm.config,
+    config = LlavaConfig(     # copies: LlavaConfig resets the attention kernel of what it is given
+        vision_config=deepcopy(encoder.vision.config), text_config=deepcopy(model.llm.config),
         image_token_index=model.image_token_id, image_seq_length=encoder.num_tokens,
         vision_feature_layer=-1, projector_hidden_act="gelu",
         vision_feature_select_strategy="default" if encoder.prefix else "full",

@@ -53,7 +53,9 @@ def arguments(doc, paper):
             else f" (default {default})"
         parser.add_argument(flag, type=kind, help=text + note, **options)
 
-    add("--run", str, "run folder of one encoder–LLM pair; default runs/<encoder>__<llm>")
+    parser.add_argument("--run-dir", "--run", dest="run", metavar="DIR", help="run folder of one "
+                        "encoder–LLM pair; default runs/<encoder>__<llm>. Under torchrun write "
+                        "--run-dir: torchrun takes --run for its own --run-path")
     add("--encoder", str, "vision encoder: a preset, a local folder or a hub id")
     add("--llm", str, "language model: a preset, a local folder or a hub id")
     add("--data", str, "folder in the layout toy.py writes; its parts can be pointed elsewhere")
@@ -107,12 +109,12 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
             n = os.environ.get("WORLD_SIZE", "8" if torch.cuda.is_available() else "1")
             start = f"torchrun --nproc_per_node={n}" if int(n) > 1 else "python"
             raise SystemExit(f"error: no stage-1 model at {folder}/final; make it with:  "
-                             f"{start} {parent}.py {wanted or '--run ' + args.run}")
+                             f"{start} {parent}.py {wanted or '--run-dir ' + args.run}")
         inherited = json.loads((folder / "config.json").read_text())["arguments"]
         for key in ("encoder", "llm"):
             if key in typed and getattr(args, key) != inherited[key]:
                 raise SystemExit(f"error: {args.run} was made with --{key} {inherited[key]}, not "
-                                 f"{getattr(args, key)}; leave --run out or name another")
+                                 f"{getattr(args, key)}; leave --run-dir out or name another")
     llm = args.llm or inherited.get("llm") or paper["llm"]
     fallback = {**paper, **(toy if encoders.short_name(llm).startswith("toy-") else {})}
     for key in vars(args):
@@ -398,7 +400,7 @@ class Run:
             for name, before, now in pairs:
                 if before != now:
                     raise SystemExit(f"error: {self.folder} was begun with {name} {before}, now "
-                                     f"{now}; go on as before, name another --run, or --overwrite")
+                                     f"{now}; go on as before, name another --run-dir, or --overwrite")
         dist.barrier()
         if is_main():
             write_json(path, config)

@@ -1,0 +1,97 @@
+"""Shared by all tests: a small world, tiny models, and stages run as a user runs them."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "offline")]
+os.environ["PYTHONPATH"] = str(ROOT / "tests" / "offline")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+import sitecustomize  # noqa: E402  (the guard, for this process too)
+assert sitecustomize.__file__.startswith(str(ROOT)) or sitecustomize  # python may have its own
+
+import importlib.util  # noqa: E402
+spec = importlib.util.spec_from_file_location("guard", ROOT / "tests/offline/sitecustomize.py")
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import encoders  # noqa: E402
+import model as m  # noqa: E402
+import runtime  # noqa: E402, F401  (sets the environment transformers reads)
+
+torch.set_num_threads(2)
+
+
+def run(*command, processes=1, env=None, check=True):
+    """Run a script of the repository, alone or under torchrun; → CompletedProcess."""
+    command = [str(c) for c in command]
+    if processes > 1:
+        head = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                f"--nproc_per_node={processes}"]
+    else:
+        head = [sys.executable]
+    done = subprocess.run(head + command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, **(env or {})})
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The toy world at 1/50 of its size: 60 captions, 160 conversations, 40 pairs."""
+    out = tmp_path_factory.mktemp("world") / "toy"
+    run("toy.py", out, "--scale", 0.02)
+    return out
+
+
+COMMON = ["--llm", "toy-lm", "--global-batch", 8, "--micro-batch", 8, "--workers", 0]
+
+
+@pytest.fixture(scope="session")
+def stage1(world, tmp_path_factory):
+    """A run folder with a stage-1 model of 2 + 3 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    run("pretrain.py", "--run", folder, "--encoder", "toy-vit", *COMMON, "--data", world,
+        "--projector-max-steps", 2, "--max-steps", 3)
+    return folder
+
+
+@pytest.fixture
+def fresh(stage1, tmp_path):
+    """A copy of the stage-1 run folder that a test may spoil."""
+    shutil.copytree(stage1, tmp_path / "run")
+    return tmp_path / "run"
+
+
+VISION = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+              image_size=32, patch_size=8)
+TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=48, vocab_size=64, initializer_range=0.2)
+
+
+def tiny_model(vision="siglip", llm="qwen2", tie=True, seed=0, dtype=torch.float32):
+    """A random model of the real classes, small enough for fp64; `<image>` is id 63."""
+    import transformers as t
+    torch.manual_seed(seed)
+    eye = {"siglip": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**VISION)),
+           "clip": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**VISION)),
+           "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**VISION)),
+           "vit": lambda: t.ViTModel(t.ViTConfig(**VISION), add_pooling_layer=False)}[vision]()
+    with torch.no_grad():
+        for p in eye.parameters():     # HF starts at 0.02: too tame for a test to see an error
+            p.add_(0.2 * torch.randn_like(p))
+    head = {"qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**TEXT, tie_word_embeddings=tie)),
+            "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TEXT, tie_word_embeddings=tie)),
+            }[llm]()
+    encoder = encoders.Encoder(encoders.truncate(eye), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    return m.MLLM(encoder, head, image_token_id=63).to(dtype)

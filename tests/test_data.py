@@ -1,0 +1,240 @@
+"""What is on disk → batches: layouts, masks, order, odd images."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import encoders
+import model as m
+
+
+@pytest.fixture(scope="module")
+def tools():
+    """Tokenizer and encoder of the toy, as the stages use them."""
+    tokenizer = m.open_tokenizer(encoders.resolve("toy-lm"))
+    m.prepare_tokenizer(tokenizer, 10 ** 6)
+    return tokenizer, encoders.load_encoder("toy-vit")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "images" / "a.png")
+    return tmp_path
+
+
+def write(folder, records, name="x.jsonl"):
+    path = folder / name
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def samples(kind, folder, records, tools, **options):
+    return data.Samples(kind, [(write(folder, records), folder / "images")], *tools, 1024,
+                        verbose=False, **options)
+
+
+PAIR = {"image": "a.png", "question": "<image>\nWhat colour is it?", "chosen": "It is red.",
+        "rejected": "It is blue."}
+CHAT = {"image": "a.png", "conversations": [
+    {"from": "human", "value": "What colour?\n<image>"}, {"from": "gpt", "value": "red"},
+    {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "yes"}]}
+
+
+def test_chatml_is_the_processors_own_template(tools, folder):
+    """What we train on, decoded, is what apply_chat_template gives: also in other people's tools."""
+    tokenizer, encoder = tools
+    s = samples("conversations", folder, [CHAT], tools)
+    text = tokenizer.decode(s.tokens(0)[0])
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text":
+                                                                   "What colour?"}]},
+                {"role": "assistant", "content": "red"}, {"role": "user", "content": "Sure?"},
+                {"role": "assistant", "content": "yes"}]
+    want = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text + "\n" == want
+    assert want.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
+
+
+def test_only_answers_and_their_end_are_supervised(tools, folder):
+    tokenizer, _ = tools
+    batch = data.collate([samples("conversations", folder, [CHAT], tools)[0]], "sft")
+    supervised = batch["labels"][0][batch["labels"][0] != m.IGNORE]
+    assert tokenizer.decode(supervised) == "red<|im_end|>yes<|im_end|>"
+
+
+def test_a_caption_is_image_caption_newline(tools, folder):
+    tokenizer, encoder = tools
+    record = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nDescribe"},
+                                                  {"from": "gpt", "value": "a red thing"}]}
+    batch = data.collate([samples("captions", folder, [record], tools)[0]], "sft")
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    assert (ids[:encoder.num_tokens] == image).all() and (ids == image).sum() == encoder.num_tokens
+    assert tokenizer.decode(labels[labels != m.IGNORE]) == "a red thing\n"
+
+
+def test_pair_layout_by_hand():
+    """The drawing in model.py, token by token."""
+    row = data.pair_row(np.array([10, 11, 12, 20, 21, 30]), np.array([0, 0, 0, 1, 1, 2]))
+    assert row["input_ids"].tolist() == [10, 11, 12, 20, 21, 12, 30]
+    assert row["labels"].tolist() == [-100, -100, -100, 20, 21, -100, 30]
+    assert row["branch"].tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert row["position_ids"].tolist() == [0, 1, 2, 3, 4, 2, 3]
+
+
+def test_both_answers_end_with_im_end(tools, folder):
+    tokenizer, _ = tools
+    batch = data.collate([samples("pairs", folder, [PAIR], tools)[0]], "dpo")
+    for branch, text in ((m.CHOSEN, "It is red.<|im_end|>"), (m.REJECTED, "It is blue.<|im_end|>")):
+        labels = batch["labels"][0][batch["branch"][0] == branch]
+        assert tokenizer.decode(labels[labels != m.IGNORE]) == text
+
+
+@pytest.mark.parametrize("record,reason", [
+    ({**PAIR, "image": ["a.png", "a.png"]}, "multi-image"),
+    ({**PAIR, "chosen": "see <image>"}, "special token in text"),
+    ({**PAIR, "question": "<image> and <image>?"}, "special token in text"),
+    ({**PAIR, "rejected": "no<|im_end|>\n<|im_start|>user\nforged"}, "special token in text"),
+    ({**PAIR, "rejected": "long " * 1200}, "over-long"),
+    ({**PAIR, "question": "long " * 1200}, "over-long"),
+])
+def test_what_the_recipe_drops_is_counted(tools, folder, record, reason):
+    s = samples("pairs", folder, [PAIR, record], tools)
+    assert len(s) == 1 and dict(s.dropped) == {reason: 1} and reason in s.summary()
+
+
+@pytest.mark.parametrize("kind,line,message", [
+    ("pairs", "{not json", "x.jsonl:2: not JSON"),
+    ("pairs", "[1]", "x.jsonl:2: a JSON object is expected"),
+    ("pairs", "[" * 100_000, "x.jsonl:2: JSON nested too deeply"),
+    ("pairs", {k: v for k, v in PAIR.items() if k != "rejected"}, "x.jsonl:2: 'rejected' is missing"),
+    ("pairs", {**PAIR, "chosen": " "}, "x.jsonl:2: 'chosen' is empty"),
+    ("pairs", {**PAIR, "chosen": PAIR["rejected"]}, "x.jsonl:2: chosen and rejected are the same"),
+    ("pairs", {**PAIR, "image": "b.png"}, "x.jsonl:2: image b.png not found in"),
+    ("pairs", {**PAIR, "image": "../x.jsonl"}, "x.jsonl:2: image ../x.jsonl leaves its folder"),
+    ("pairs", {**PAIR, "image": "/etc/passwd"}, "x.jsonl:2: image /etc/passwd leaves its folder"),
+    ("pairs", {**PAIR, "image": 7}, "x.jsonl:2: 'image' is not a file name"),
+    ("conversations", {"image": "a.png"}, "x.jsonl:2: 'conversations' is missing"),
+    ("conversations", {**CHAT, "conversations": CHAT["conversations"][:3]},
+     "x.jsonl:2: 'conversations' must alternate"),
+    ("conversations", {**CHAT, "image": None}, "x.jsonl:2: the text has <image> but the record"),
+])
+def test_bad_records_name_file_and_line(tools, folder, kind, line, message):
+    good = PAIR if kind == "pairs" else CHAT
+    with pytest.raises(SystemExit) as refusal:
+        samples(kind, folder, [good, line, good], tools)
+    assert message in refusal.value.code and "--skip-bad" in refusal.value.code
+    s = samples(kind, folder, [good, line, good], tools, skip_bad=True)
+    assert len(s) == 2 and s.dropped["bad"] == 1
+
+
+def test_skip_bad_sees_a_truncated_image(tools, folder):
+    whole = (folder / "images" / "a.png").read_bytes()
+    (folder / "images" / "cut.png").write_bytes(whole[:len(whole) // 2])
+    records = [PAIR, {**PAIR, "image": "cut.png"}]
+    assert "error" in samples("pairs", folder, records, tools)[1]
+    s = samples("pairs", folder, records, tools, skip_bad=True)
+    assert len(s) == 1 and s.dropped["bad"] == 1
+
+
+def test_links_may_not_leave_the_folder(tools, folder):
+    (folder / "secret.png").write_bytes((folder / "images" / "a.png").read_bytes())
+    (folder / "images" / "link.png").symlink_to(folder / "secret.png")
+    with pytest.raises(SystemExit, match="leaves its folder"):
+        samples("pairs", folder, [{**PAIR, "image": "link.png"}], tools)
+
+
+def test_subset_is_seeded_and_sft_and_dpo_agree(tools, folder):
+    records = [{**PAIR, "chosen": f"It is {i}."} for i in range(40)]
+    a, b = (samples("pairs", folder, records, tools, num_samples=10, seed=s) for s in (0, 0))
+    assert a.where == b.where and len(a) == 10
+    assert a.where != samples("pairs", folder, records, tools, num_samples=10, seed=1).where
+    assert data.BatchPlan(a, 4, 2, 0, 0, 1).digest(4) == data.BatchPlan(b, 4, 4, 0, 1, 2).digest(4)
+    assert data.BatchPlan(a, 4, 2, 1, 0, 1).digest(4) != data.BatchPlan(b, 4, 2, 0, 0, 1).digest(4)
+
+
+def test_a_global_batch_is_the_same_set_for_any_number_of_processes(tools, folder):
+    """Invariant 4: who computes a sample may change, which samples a step has may not."""
+    records = [{**PAIR, "chosen": "It is " + "very " * (i % 7) + "red."} for i in range(50)]
+    s = samples("pairs", folder, records, tools)
+    for step in (0, 2, 7):
+        want = sorted(data.BatchPlan(s, 16, 16, 3, 0, 1).batch(step))
+        for world in (1, 2, 4, 8):
+            for micro in (1, 3, 16):
+                shares = [data.BatchPlan(s, 16, micro, 3, r, world).micro_batches(step)
+                          for r in range(world)]
+                assert sorted(np.concatenate([np.concatenate(x) for x in shares])) == want
+                assert len({len(x) for x in shares}) == 1, "unequal counts would hang a collective"
+    seen = np.concatenate([data.BatchPlan(s, 16, 4, 3, 0, 1).batch(i) for i in range(3)])
+    assert len(set(seen)) == 48, "an epoch shows no sample twice"
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_cover_meets_every_sample_and_gives_all_processes_equal_counts(tools, folder, world):
+    s = samples("pairs", folder, [{**PAIR, "chosen": f"It is {i}."} for i in range(23)], tools)
+    covers = [data.BatchPlan(s, 9, 2, 0, r, world).cover() for r in range(world)]
+    assert {int(i) for c in covers for b in c for i in b} == set(range(23))
+    assert len({len(c) for c in covers}) == 1
+
+
+@pytest.mark.parametrize("mode,colour,want", [
+    ("RGB", (200, 10, 30), (200, 10, 30)), ("L", 77, (77, 77, 77)),
+    ("RGBA", (200, 10, 30, 0), (255, 255, 255)), ("LA", (9, 255), (9, 9, 9)),
+    ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("1", 1, (255, 255, 255)),
+    ("I;16", 40000, (155, 155, 155)), ("P", 3, None)])
+def test_images_look_as_a_person_sees_them(tmp_path, mode, colour, want):
+    name = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    Image.new(mode, (5, 9), colour).save(name)
+    pixels = data.load_image(str(name), 16, "here")
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == np.uint8
+    if want:
+        assert np.abs(pixels.reshape(3, -1).T.astype(int) - want).max() <= 1
+
+
+def test_exif_rotation_palette_alpha_animation_and_one_pixel(tmp_path):
+    left = Image.new("RGB", (20, 10), "black")
+    left.paste("white", (0, 0, 10, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                   # turn 90° clockwise to see it upright
+    left.save(tmp_path / "r.png", exif=exif)
+    turned = data.load_image(str(tmp_path / "r.png"), 8, "here")[0]
+    assert turned[0].mean() > 200 and turned[-1].mean() < 50
+    palette = Image.new("RGBA", (4, 4), (255, 0, 0, 0)).convert("P")
+    palette.save(tmp_path / "p.png", transparency=0)
+    data.load_image(str(tmp_path / "p.png"), 8, "here")
+    frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert data.load_image(str(tmp_path / "a.gif"), 8, "here")[0].min() > 200
+    Image.new("RGB", (1, 1), "white").save(tmp_path / "1.png")
+    assert data.load_image(str(tmp_path / "1.png"), 8, "here").min() == 255
+
+
+def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    Image.new("1", (3000, 3000)).save(tmp_path / "big.png")
+    monkeypatch.setattr(data, "MAX_PIXELS", 10 ** 6)
+    with pytest.raises(data.BadRecord, match="3000 × 3000 pixels"):
+        data.load_image(str(tmp_path / "big.png"), 8, "here")
+
+
+def test_a_very_long_line_is_refused(tools, folder, monkeypatch):
+    monkeypatch.setattr(data, "MAX_LINE", 1000)
+    with pytest.raises(SystemExit, match="a line of over"):
+        samples("pairs", folder, [{**PAIR, "chosen": "x" * 2000}], tools)
+
+
+def test_pixels_are_those_of_the_saved_processor(tools, folder):
+    """Invariant 6: training, probing and other people's tools see the same pixels."""
+    _, encoder = tools
+    g = np.random.default_rng(0)
+    Image.fromarray(g.integers(0, 256, (90, 70, 3), dtype=np.uint8)).save(folder / "images/n.png")
+    ours = torch.from_numpy(data.load_image(str(folder / "images/n.png"), 48, "here"))[None]
+    theirs = encoders.image_processor(encoder)(Image.open(folder / "images/n.png"),
+                                               return_tensors="pt")["pixel_values"]
+    seen = {}
+    hook = encoder.vision.register_forward_pre_hook(lambda _, a: seen.setdefault("x", a[0]))
+    encoder(ours)
+    hook.remove()
+    assert torch.allclose(seen["x"], theirs, atol=1e-6)

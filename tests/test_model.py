@@ -1,0 +1,267 @@
+"""The forward against independent definitions: transformers' own LLaVA, one token at a time."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import encoders
+import model as m
+from conftest import tiny_model
+
+IMAGE = 63
+
+
+def random_pairs(model, count=3, seed=0):
+    """Ragged pairs as data.py stores them: [(ids, roles), …] with the image already expanded."""
+    g, pairs = np.random.default_rng(seed), []
+    for _ in range(count):
+        prompt = [1] + [IMAGE] * model.encoder.num_tokens + list(g.integers(2, 60, g.integers(2, 7)))
+        chosen, rejected = (list(g.integers(2, 60, g.integers(1, 8))) for _ in range(2))
+        pairs.append((np.array(prompt + chosen + rejected),
+                      np.repeat([data.PROMPT, data.ANSWER, data.OTHER],
+                                [len(prompt), len(chosen), len(rejected)])))
+    pixels = g.integers(0, 256, (count, 3, 32, 32)).astype(np.uint8)
+    return pairs, pixels
+
+
+def batch_of(pairs, pixels, layout):
+    batch = data.collate([{"ids": i, "roles": r, "pixels": p, "index": n}
+                          for n, ((i, r), p) in enumerate(zip(pairs, pixels))], layout)
+    batch.pop("index")
+    return batch
+
+
+def llava_twin(model):
+    """transformers' LlavaForConditionalGeneration with the same weights: another implementation."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    config = LlavaConfig(**{k: v for k, v in m.llava_config(model, None).items()
+                            if k not in ("model_type", "architectures", "transformers_version")})
+    twin = LlavaForConditionalGeneration(config).to(next(model.parameters()).dtype)
+    rename = {"language_model.model.": "model.language_model.",
+              "language_model.lm_head.": "lm_head.", "vision_tower.": "model.vision_tower.",
+              "multi_modal_projector.": "model.multi_modal_projector."}
+
+    def theirs(name):
+        name = m.file_name_of(name)
+        head = next(k for k in rename if name.startswith(k))
+        return rename[head] + name.removeprefix(head)
+    twin.load_state_dict({theirs(k): v for k, v in model.state_dict().items()}, strict=True)
+    return twin.train(), theirs
+
+
+def slow_logps(twin, model, pairs, pixels):
+    """The definition: each answer after its prompt as a sequence of its own, token by token."""
+    mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1)
+                 for x in (model.encoder.mean, model.encoder.std))
+    out = []
+    for (ids, roles), image in zip(pairs, pixels):
+        values = ((torch.from_numpy(image).double() / 255 - mean) / std)[None]
+        for role in (data.ANSWER, data.OTHER):
+            prompt, answer = ids[roles == data.PROMPT], ids[roles == role]
+            sequence = torch.from_numpy(np.concatenate([prompt, answer]))[None]
+            logits = twin(input_ids=sequence,
+                          pixel_values=values.to(next(twin.parameters()).dtype)).logits[0]
+            total = 0
+            for k, token in enumerate(answer):
+                total = total + logits[len(prompt) + k - 1].double().log_softmax(-1)[token]
+            out.append(total)
+    return torch.stack(out).view(-1, 2)
+
+
+def plain_norm(monkeypatch):
+    """RMSNorm in its input's dtype: transformers' cast to fp32 alone moves gradients by 1e-7."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+    for norm in (LlamaRMSNorm, Qwen2RMSNorm):
+        monkeypatch.setattr(norm, "forward", lambda self, x: self.weight * x * torch.rsqrt(
+            x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+@pytest.mark.parametrize("llm,vision,tie", [("qwen2", "siglip", True), ("llama", "clip", False)])
+@pytest.mark.parametrize("patched", [True, False])
+def test_fast_path_is_the_definition(monkeypatch, llm, vision, tie, patched):
+    """Invariant 3, fp64: shared prefix and one image = two sequences of transformers' LLaVA."""
+    if patched:
+        plain_norm(monkeypatch)
+    model = tiny_model(vision, llm, tie, dtype=torch.float64)
+    twin, theirs = llava_twin(model)
+    pairs, pixels = random_pairs(model)
+    batch = batch_of(pairs, pixels, "dpo")
+    ref = torch.randn(3, 2, dtype=torch.float64)
+
+    logps = model(**batch)
+    fast = torch.stack([(logps * (batch["branch"] == b)).sum(1) for b in (m.CHOSEN, m.REJECTED)], 1)
+    slow = slow_logps(twin, model, pairs, pixels)
+    losses = [m.dpo_loss(*x.unbind(1), *ref.unbind(1), 0.1)[0].sum() for x in (fast, slow)]
+    assert abs(losses[0] - losses[1]) < 1e-9
+    for loss in losses:
+        loss.backward()
+    want = {k: p.grad for k, p in twin.named_parameters()}
+    scale = max(g.abs().max() for g in want.values() if g is not None)
+    bound = (1e-9 if patched else 1e-6) * scale
+    checked = 0
+    for name, p in model.named_parameters():
+        g = want[theirs(name)]
+        if p.grad is not None and g is not None:
+            assert (p.grad - g).abs().max() < bound, name
+            checked += 1
+    assert checked > 40
+
+
+def test_mask_by_brute_force():
+    """Every (query, key) of the drawing, by the words of its definition."""
+    branch = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 3], [0, 1, 1, 2, 2, 2, 3, 3]])
+    mask = m.pair_mask(branch)
+    for b in range(2):
+        for q in range(8):
+            for k in range(8):
+                visible = k <= q and (branch[b, k] == 0 or branch[b, k] == branch[b, q])
+                assert mask[b, 0, q, k] == visible
+    assert mask.any(-1).all(), "an empty row is NaN after the softmax"
+
+
+def test_padding_and_company_change_nothing():
+    """A pair alone and the same pair beside longer ones: equal log-probs."""
+    model = tiny_model()
+    pairs, pixels = random_pairs(model, 4)
+    together = model(**batch_of(pairs, pixels, "dpo")).sum(1)
+    alone = torch.cat([model(**batch_of(pairs[i:i + 1], pixels[i:i + 1], "dpo")).sum(1)
+                       for i in range(4)])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_sft_layout_is_the_chosen_half():
+    """The same answer through the plain causal row and through the pair layout."""
+    model = tiny_model()
+    pairs, pixels = random_pairs(model)
+    pair, row = batch_of(pairs, pixels, "dpo"), batch_of(pairs, pixels, "sft")
+    chosen = (model(**pair) * (pair["branch"] == m.CHOSEN)).sum(1)
+    assert torch.allclose(model(**row).sum(1), chosen, atol=1e-5)
+
+
+def test_chunked_rows_equal_whole_rows(monkeypatch):
+    model = tiny_model()
+    pairs, pixels = random_pairs(model)
+    grads = []
+    for rows in (1024, 2):
+        monkeypatch.setattr(m, "LOGIT_ROWS", rows)
+        model.zero_grad()
+        model(**batch_of(pairs, pixels, "dpo")).sum().backward()
+        grads.append(model.llm.model.embed_tokens.weight.grad.clone())
+    assert torch.allclose(*grads, atol=1e-5)
+
+
+def test_text_only_batch_keeps_the_eye_in_the_graph():
+    """A batch without an image gives the encoder a zero gradient, not none: no process may hang."""
+    model = tiny_model()
+    batch = {"pixel_values": torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+             "input_ids": torch.randint(2, 60, (2, 9)), "labels": torch.randint(2, 60, (2, 9))}
+    model(**batch).sum().backward()
+    grad = model.encoder.vision.embeddings.patch_embedding.weight.grad
+    assert grad is not None and not grad.any()
+    batch["labels"].fill_(m.IGNORE)
+    assert model(**batch).sum().requires_grad
+
+
+def test_count_of_image_tokens_is_checked():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="15 image tokens for 1 × 16"):
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.tensor([[IMAGE] * 15 + [1]]),
+              torch.full((1, 16), 5))
+
+
+def test_dpo_loss_by_hand():
+    """Eq. 2 with plain floats; at the reference itself it is ln 2 and rewards are 0."""
+    c, r, rc, rr, beta = -3.0, -5.0, -3.5, -4.0, 0.1
+    want = -math.log(1 / (1 + math.exp(-beta * ((c - rc) - (r - rr)))))
+    loss, chosen, rejected = m.dpo_loss(*(torch.tensor([x]) for x in (c, r, rc, rr)), beta)
+    assert loss.item() == pytest.approx(want, rel=1e-6)
+    assert (chosen.item(), rejected.item()) == (pytest.approx(0.05), pytest.approx(-0.1))
+    x = torch.randn(4)
+    loss, chosen, rejected = m.dpo_loss(x, x + 1, x, x + 1, beta)
+    assert torch.allclose(loss, torch.full((4,), math.log(2))) and not (chosen.any() or rejected.any())
+
+
+@pytest.mark.parametrize("vision", ["siglip", "clip", "dinov2", "vit"])
+def test_feature_is_the_layer_the_paper_names(vision):
+    """SigLIP/CLIP: the input of the original's last block. DINOv2/ViT: after the final norm."""
+    model = tiny_model(vision)
+    encoder, pixels = model.encoder, torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (encoder.mean, encoder.std))
+    out = encoder.vision((pixels.float() / 255 - mean) / std, output_hidden_states=True)
+    want = out.last_hidden_state if vision in ("dinov2", "vit") else out.hidden_states[-1]
+    assert torch.equal(encoder(pixels), want[:, want.shape[1] - 16:])
+    assert len(encoder.blocks) == (3 if vision in ("dinov2", "vit") else 2)
+
+
+def test_truncation_keeps_the_published_feature():
+    """Features after deleting the last block = hidden_states[-2] of the published model."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+    from conftest import VISION
+    torch.manual_seed(0)
+    vision = SiglipVisionModel(SiglipVisionConfig(**VISION))
+    x = torch.randn(1, 3, 32, 32)
+    want = vision(x, output_hidden_states=True).hidden_states[-2]
+    got = encoders.truncate(vision)(x, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(got, want) and not hasattr(vision, "head")
+    assert len(encoders.truncate(vision).encoder.layers) == 2, "a second cut must not happen"
+
+
+def test_every_gradient_path_is_visible():
+    """Invariant 1: after one DPO step every trainable parameter has a gradient, frozen ones none."""
+    for vision, frozen in (("siglip", {"post_layernorm.weight", "post_layernorm.bias"}),
+                           ("clip", {"post_layernorm.weight", "post_layernorm.bias"}),
+                           ("dinov2", {"embeddings.mask_token"}), ("vit", set())):
+        model = tiny_model(vision, dtype=torch.float64)
+        pairs, pixels = random_pairs(model)
+        batch = batch_of(pairs, pixels, "dpo")
+        logps = model(**batch)
+        (logps * (batch["branch"] == m.CHOSEN)).sum().sub(
+            (logps * (batch["branch"] == m.REJECTED)).sum()).backward()
+        silent = set()
+        top = max(p.grad.abs().max() for p in model.parameters() if p.grad is not None)
+        for name, p in model.named_parameters():
+            if p.grad is None:
+                silent.add(name.removeprefix("encoder.vision."))
+            elif "encoder" in name and ("k_proj.bias" in name or "key.bias" in name):
+                assert p.grad.abs().max() < 1e-6 * top    # zero by mathematics: softmax shift
+            else:
+                assert p.grad.abs().max() > 0, name
+        assert silent == frozen
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_generation_is_argmax_one_token_at_a_time(width):
+    """Batched, cached, left-padded = a fresh full forward for every token."""
+    model = tiny_model().eval()
+    g = torch.Generator().manual_seed(0)
+    prompts = [[1] + [IMAGE] * 16 + torch.randint(2, 60, (n,), generator=g).tolist()
+               for n in (2, 5, 9)[:width]]
+    pixels = torch.randint(0, 256, (width, 3, 32, 32), dtype=torch.uint8, generator=g)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    got = model.generate(pixels, ids, mask, 6, stop_ids={7})
+    for b, prompt in enumerate(prompts):
+        sequence, want = list(prompt), []
+        for _ in range(6):
+            hidden = model.llm.model(inputs_embeds=model.embed(
+                pixels[b:b + 1], torch.tensor([sequence]))).last_hidden_state
+            token = int(model.llm.lm_head(hidden[0, -1]).argmax())
+            if token == 7:
+                break
+            want.append(token)
+            sequence.append(token)
+        assert got[b] == want
+
+
+def test_a_step_of_1e_6_moves_fp32_masters():
+    """bf16 storage would round every AdamW step of 1e-6 on a weight of 0.02 away."""
+    for dtype, moves in ((torch.float32, True), (torch.bfloat16, False)):
+        p = torch.nn.Parameter(torch.full((8,), 0.02, dtype=dtype))
+        optimizer, before = torch.optim.AdamW([p], lr=1e-6, weight_decay=0.0), p.detach().clone()
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert bool((p != before).all()) == moves

@@ -1,0 +1,326 @@
+"""The real scripts, run as a user runs them, on a world of forty pairs."""
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import encoders
+import model as m
+from conftest import COMMON, ROOT, metrics, run
+
+
+def stage2(name, folder, world, *more, **options):
+    return run(f"train_{name}.py", "--run-dir", folder, *COMMON[2:], "--data", world, "--lr", 1e-4,
+               "--max-steps", 4, *more, **options)
+
+
+def close(a, b, bound=1e-5):
+    a, b = ([x["loss"] for x in lines if "loss" in x] for lines in (a, b))
+    assert len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b)) < bound
+
+
+@pytest.fixture(scope="module")
+def trained(stage1, world):
+    """Stage 1, SFT, DPO and both encoders, in one run folder."""
+    out = {s: stage2(s, stage1, world).stdout for s in ("sft", "dpo")}
+    for s in ("sft", "dpo"):
+        out["extract", s] = run("extract.py", "--run", stage1, "--stage", s).stdout
+    return stage1, out
+
+
+def test_dpo_starts_at_ln_2_and_held_out_margin_at_0(trained):
+    """Invariant 2."""
+    lines = metrics(trained[0] / "dpo")
+    first = next(x for x in lines if "loss" in x)
+    assert abs(first["loss"] - math.log(2)) < 1e-6
+    assert first["margin"] == first["chosen_reward"] == first["accuracy"] == 0
+    assert lines[0]["heldout_margin"] == 0 and lines[0]["heldout_accuracy"] == 0
+    assert lines[-1]["heldout_margin"] != 0 and 0 < lines[-1]["heldout_accuracy"] <= 1
+    assert "loss 0.693147" in trained[1]["dpo"]
+
+
+def test_sft_and_dpo_consume_the_same_items_in_the_same_order(trained):
+    configs = [json.loads((trained[0] / s / "config.json").read_text()) for s in ("sft", "dpo")]
+    assert configs[0]["data_digest"] == configs[1]["data_digest"]
+    assert configs[0]["parent_digest"] == configs[1]["parent_digest"]
+    assert all(c["data_digest"] in trained[1][s] for c, s in zip(configs, ("sft", "dpo")))
+
+
+def test_metrics_carry_rates_and_norms_of_every_module(trained):
+    for stage in ("pretrain", "sft", "dpo"):
+        last = [x for x in metrics(trained[0] / stage) if "loss" in x][-1]
+        assert set(last["lr"]) == set(last["grad_norm"]) == {"encoder", "projector", "llm"}
+        assert all(v > 0 for v in last["grad_norm"].values())
+    first = metrics(trained[0] / "pretrain")[0]
+    assert set(first["grad_norm"]) == {"projector"}, "1a trains the projector alone"
+
+
+def test_stage_1a_moves_the_projector_alone(world, tmp_path):
+    run("pretrain.py", "--run", tmp_path / "r", "--encoder", "toy-vit", *COMMON, "--data", world,
+        "--projector-max-steps", 2, "--max-steps", 1, "--lr", 0)
+    trained, _ = m.load_mllm(tmp_path / "r/pretrain/final")
+    start, _ = m.build_mllm("toy-vit", "toy-lm", 0)
+    moved = {n for n, p in trained.named_parameters() if not torch.equal(p, start.get_parameter(n))}
+    # --encoder-lr has its own default, so 1b moves the eye even where --lr 0 freezes the rest
+    assert {n.split(".")[0] for n in moved} == {"projector", "encoder"}
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_two_processes_and_small_micro_batches_count_the_same(trained, fresh, world, stage):
+    """Invariant 4: 2 processes × micro-batch 3 = 1 process × micro-batch 8."""
+    for old in ("sft", "dpo"):
+        shutil.rmtree(fresh / old, ignore_errors=True)
+    stage2(stage, fresh, world, "--micro-batch", 3, processes=2)
+    close(metrics(fresh / stage), metrics(trained[0] / stage))
+    a, b = (load_file(f / stage / "final" / "model.safetensors") for f in (fresh, trained[0]))
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
+
+
+def test_pretrain_on_two_processes_counts_the_same(stage1, world, tmp_path):
+    """Text-only samples included: some batches have one on a process that has no image."""
+    run("pretrain.py", "--run-dir", tmp_path / "r", "--encoder", "toy-vit", *COMMON[:-4], "--workers", 0,
+        "--micro-batch", 2, "--data", world, "--projector-max-steps", 2, "--max-steps", 3,
+        processes=2)
+    close(metrics(tmp_path / "r/pretrain"), metrics(stage1 / "pretrain"))
+
+
+def test_live_reference_gives_the_losses_of_the_cached_one(trained, fresh, world):
+    shutil.rmtree(fresh / "dpo", ignore_errors=True)
+    stage2("dpo", fresh, world, "--reference", "live")
+    close(metrics(fresh / "dpo"), metrics(trained[0] / "dpo"))
+
+
+@pytest.mark.parametrize("script", ["pretrain", "train_dpo"])
+def test_stopped_and_started_again_is_bit_equal(trained, fresh, world, tmp_path, script):
+    """Invariant 5, the polite way: SIGTERM, then the same command. Kill -9 leaves even less."""
+    if script == "pretrain":
+        folder, name = tmp_path / "new", "pretrain"
+        command = ["pretrain.py", "--run", folder, "--encoder", "toy-vit", *COMMON, "--data", world,
+                   "--projector-max-steps", 2, "--max-steps", 3, "--save-every", 1]
+    else:
+        folder, name = fresh, "dpo"
+        shutil.rmtree(fresh / "dpo", ignore_errors=True)
+        command = ["train_dpo.py", "--run", folder, *COMMON[2:], "--data", world, "--lr", 1e-4,
+                   "--max-steps", 4, "--save-every", 1]
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file = folder / name / "metrics.jsonl"
+    while process.poll() is None and not (file.exists() and '"loss"' in file.read_text()):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75 and not (folder / name / "final").exists()
+    second = run(*command)
+    assert "continuing after step" in second.stdout
+    for what in ("metrics.jsonl", "final/model.safetensors"):
+        assert (folder / name / what).read_bytes() == (trained[0] / name / what).read_bytes()
+
+
+def test_a_finished_stage_says_so(trained, world):
+    before = (trained[0] / "dpo/final/model.safetensors").stat().st_mtime
+    again = stage2("dpo", trained[0], world)
+    assert "nothing to do" in again.stdout
+    assert (trained[0] / "dpo/final/model.safetensors").stat().st_mtime == before
+
+
+# ------------------------------------------------------------------------- folders that others open
+
+def test_final_opens_in_transformers_with_the_same_logits(trained):
+    """The folder is a plain LLaVA: same logits, same greedy answer through its own processor."""
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    folder = trained[0] / "dpo/final"
+    theirs = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    ours, tokenizer = m.load_mllm(folder)
+    image = Image.effect_mandelbrot((48, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    messages = [{"role": "user", "content": [{"type": "image"},
+                                             {"type": "text", "text": "What shape is it?"}]}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    with torch.no_grad():
+        want = theirs(**inputs).logits
+        pixels = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(48, 48, 3)
+        pixels = pixels.permute(2, 0, 1)[None]
+        hidden = ours.llm.model(inputs_embeds=ours.embed(pixels, inputs["input_ids"]))
+        got = ours.llm.lm_head(hidden.last_hidden_state)
+    assert (want - got).abs().max() < 1e-5
+    answer = theirs.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1]:]
+    mine = ours.generate(pixels, inputs["input_ids"], inputs["attention_mask"], 8,
+                         m.stop_ids(tokenizer))[0]
+    assert [t for t in answer.tolist() if t not in m.stop_ids(tokenizer)] == mine
+
+
+def test_a_folder_in_several_shards_is_the_same_model(trained, tmp_path):
+    model, tokenizer = m.load_mllm(trained[0] / "dpo/final")
+    m.save_mllm(model, tokenizer, tmp_path, True, shard_bytes=1_000_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    from transformers import AutoModelForImageTextToText
+    again, _ = m.load_mllm(tmp_path)
+    for (name, a), b in zip(model.named_parameters(), again.parameters()):
+        assert torch.equal(a, b), name
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert torch.equal(theirs.model.multi_modal_projector.linear_1.weight,
+                       model.projector.linear_1.weight)
+
+
+def test_extracted_encoder_is_what_was_trained(trained):
+    """Invariant 6, trap 5: reopened by transformers alone, bit-equal to the eye inside the MLLM."""
+    from transformers import SiglipVisionModel
+    model, _ = m.load_mllm(trained[0] / "dpo/final")
+    theirs = SiglipVisionModel.from_pretrained(trained[0] / "dpo/encoder").eval()
+    pixels = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+    values = (pixels.float() / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        want = theirs(values, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(model.encoder(pixels), want)
+        assert torch.equal(encoders.load_encoder(str(trained[0] / "dpo/encoder"))(pixels), want)
+        original = encoders.load_encoder("toy-vit")(pixels)
+    assert not torch.equal(original, want), "DPO did not reach the eye"
+    text = trained[1]["extract", "dpo"]
+    assert re.search(r"encoder\.layers\.3 +[1-9]\.\d+e-0\d", text), text
+    assert "never trained" in text and "bit-equal" in text
+
+
+def test_the_model_card_runs(trained):
+    card = (trained[0] / "dpo/encoder/README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=trained[0] / "dpo/encoder",
+                          capture_output=True, text=True)
+    assert done.stdout.strip() == "(1, 36, 128)", done.stderr
+
+
+def test_extract_refuses_when_nothing_moved(fresh, world):
+    for old in ("sft", "dpo"):
+        shutil.rmtree(fresh / old, ignore_errors=True)
+    folder = fresh / "still"
+    run("pretrain.py", "--run", folder, "--encoder", "toy-vit", *COMMON, "--data", world,
+        "--projector-max-steps", 1, "--max-steps", 1, "--encoder-lr", 0)
+    done = run("extract.py", "--run", folder, "--stage", "pretrain", check=False)
+    assert done.returncode == 1 and "nothing moved" in done.stderr
+    assert not (folder / "pretrain/encoder").exists()
+
+
+def test_repairing_keeps_the_eye_and_scores(trained, world, tmp_path):
+    """The re-paired model holds the extracted encoder bit by bit; 2 processes answer alike."""
+    encoder = trained[0] / "dpo/encoder"
+    done = run("repair_eval.py", "--encoder", encoder, *COMMON, "--data", world, "--max-steps", 2,
+               "--limit", 12, processes=2)
+    folder = trained[0] / "repair/dpo"
+    model, _ = m.load_mllm(folder / "final")
+    for name, p in encoders.load_encoder(str(encoder)).named_parameters():
+        assert torch.equal(p, model.encoder.get_parameter(name)), name
+    two = json.loads((folder / "bench/results.json").read_text())
+    assert set(two["groups"]) == {"General", "Knowledge", "OCR & Chart", "Vision-Centric"}
+    shutil.copytree(folder / "final", tmp_path / "m/final")
+    run("repair_eval.py", "--mllm", tmp_path / "m/final", "--data", world, "--limit", 12,
+        "--llm", "toy-lm")
+    one = json.loads((tmp_path / "m/bench/results.json").read_text())
+    assert one["benchmarks"] == two["benchmarks"]
+    answers = [sorted(line for p in f.glob("ToyVision.*.jsonl") for line in p.open())
+               for f in (folder / "bench", tmp_path / "m/bench")]
+    assert answers[0] == answers[1] and len(answers[0]) == 12
+    assert "Average" in done.stdout
+    table = run("repair_eval.py", "--compare", folder, tmp_path / "m").stdout
+    assert "dpo" in table and "chance" in table
+
+
+# ----------------------------------------------------------------------------------- one clear line
+
+def refused(done, *words):
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+    errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert len(errors) == 1, done.stderr[-2000:]
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+def test_the_headline_command_says_what_is_missing(tmp_path):
+    """`torchrun --nproc_per_node=8 train_dpo.py --encoder siglip2-so400m`, on a bare checkout."""
+    for processes in (1, 2):
+        done = run("train_dpo.py", "--encoder", "siglip2-so400m", processes=processes, check=False)
+        errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+        assert done.returncode != 0 and len(errors) == 1
+        assert "runs/siglip2-so400m__qwen2.5-1.5b/pretrain/final" in errors[0]
+        assert "pretrain.py --encoder siglip2-so400m" in errors[0]
+
+
+@pytest.mark.parametrize("command,words", [
+    (["train_sft.py", "--run", "nowhere"], ["nowhere/pretrain/final", "pretrain.py"]),
+    (["train_dpo.py", "--run", "RUN", "--encoder", "clip-large-336"], ["was made with --encoder"]),
+    (["train_dpo.py", "--run", "RUN", "--preferences", "no.jsonl"], ["no.jsonl does not exist"]),
+    (["train_dpo.py", "--run", "RUN", "--global-batch", 4096], ["fewer than one --global-batch"]),
+    (["train_dpo.py", "--run", "RUN", "--epochs", 0], ["--epochs must be at least 1"]),
+    (["pretrain.py", "--encoder", "no-such-encoder", "--llm", "toy-lm"], ["neither a preset"]),
+    (["pretrain.py", "--encoder", "weights/toy-lm", "--llm", "toy-lm"], ["is a qwen2"]),
+    (["pretrain.py", "--encoder", "toy-vit", "--llm", "weights/toy-vit"], ["cannot open --llm"]),
+    (["extract.py", "--run", "nowhere"], ["nowhere/dpo/final", "train_dpo.py"]),
+    (["repair_eval.py", "--mllm", "nowhere", "--llm", "toy-lm"], ["nowhere is not a trained"]),
+    (["repair_eval.py", "--compare", "nowhere"], ["not scored yet: nowhere"]),
+])
+def test_bad_arguments(stage1, world, tmp_path, command, words):
+    if "RUN" in command:
+        shutil.copytree(stage1 / "pretrain", tmp_path / "run/pretrain")
+    command = [tmp_path / "run" if c == "RUN" else c for c in command]
+    if command[0] in ("pretrain.py", "train_dpo.py"):
+        command += ["--data", world, "--workers", 0]
+        if command[0] == "pretrain.py":
+            command += ["--run", tmp_path / "r"]
+    if "--mllm" in command:
+        command += ["--data", world]
+    refused(run(*command, check=False), *words)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_image_that_breaks_during_the_run(stage1, world, fresh, tmp_path, processes):
+    """A truncated PNG: file and line, exit code, nothing under a final name, earlier work whole."""
+    bad = tmp_path / "toy"
+    shutil.copytree(world, bad)
+    for image in (bad / "preferences/images").glob("*.png"):
+        image.write_bytes(image.read_bytes()[:60])
+    shutil.rmtree(fresh / "dpo", ignore_errors=True)
+    done = run("train_dpo.py", "--run-dir", fresh, *COMMON[2:], "--data", bad, "--heldout",
+               bad / "preferences/heldout.jsonl", processes=processes, check=False)
+    assert done.returncode != 0
+    assert re.search(r"error: \S+\.jsonl:\d+: image \S+\.png cannot be read", done.stderr)
+    if processes == 1:
+        refused(done, "cannot be read")
+    assert not (fresh / "dpo/final").exists() and (fresh / "pretrain/final").exists()
+    assert not (fresh / "dpo/ref_logps.safetensors").exists()
+
+
+def test_another_run_in_the_same_folder_is_refused(fresh, world):
+    """Other arguments: the first difference is named. Other reference log-probs: refused, too."""
+    shutil.rmtree(fresh / "dpo", ignore_errors=True)
+    stage2("dpo", fresh, world, "--save-every", 1)
+    shutil.rmtree(fresh / "dpo/final")
+    ref = (fresh / "dpo/ref_logps.safetensors").read_bytes()
+    done = run("train_dpo.py", "--run", fresh, *COMMON[2:], "--data", world, "--lr", 1e-4,
+               "--max-steps", 4, "--num-samples", 16, "--keep", 3, check=False)
+    refused(done, "ref_logps.safetensors was computed with pairs")
+    assert (fresh / "dpo/ref_logps.safetensors").read_bytes() == ref
+
+
+def test_no_flag_of_ours_is_ambiguous_to_torchrun():
+    """`torchrun train.py --run x` dies in torchrun's own parser: --run is short for --run-path."""
+    from torch.distributed.run import get_args_parser
+    theirs = [o for a in get_args_parser()._actions for o in a.option_strings]
+    for script in ("pretrain.py", "train_sft.py", "train_dpo.py", "repair_eval.py"):
+        ours = set(re.findall(r"^  (--[a-z-]+)", run(script, "--help").stdout, re.M))
+        assert "--run-dir" in ours and "--seed" in ours
+        assert not [o for o in ours for t in theirs if t.startswith(o)], script
+
+
+def test_help_teaches():
+    for script in ("pretrain.py", "train_sft.py", "train_dpo.py", "extract.py", "repair_eval.py"):
+        text = run(script, "--help").stdout
+        assert "torchrun" in text or script == "extract.py"
+        assert re.search(r"Reads +\S", text) and re.search(r"Writes +\S", text)
