@@ -1,4 +1,4 @@
-"""What is on disk → batches. LLaVA conversations, MMPR preference pairs, benchmark TSVs.
+"""What is on disk → batches. LLaVA conversations and captions, MMPR preference pairs.
 
 Three rules hold throughout. Nothing is truncated: an item that is too long is dropped and counted.
 Nothing is skipped in silence: a bad record refuses the run, naming file and line (`--skip-bad`
@@ -7,13 +7,12 @@ drops and counts it instead). And the order of samples is a function of (seed, e
 Text is tokenised piece by piece and the ids are concatenated, never the strings: the border between
 prompt and answer is then where we say it is, in training and in generation alike.
 """
-import base64
-import csv
 import functools
 import hashlib
 import io
 import json
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from model import CHOSEN, IGNORE, IMAGE_TOKEN, PADDING, REJECTED, SHARED, SYSTEM
 
-MAX_TEXT = 1500             # text tokens of prompt + answer, for either answer of a pair (MMPR rule)
+MAX_TEXT = 1500             # text tokens of prompt + answer, for either answer of a pair (MMPR)
 MAX_LENGTH = 2048           # the same with the image tokens
 MAX_PIXELS = 50_000_000     # a larger image is refused before it is decoded
 MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
@@ -67,7 +66,7 @@ def read_lines(path):
 
 
 def open_lines(path):
-    """The lines of a .jsonl as bytes, none longer than MAX_LINE; blank ones are kept (numbering)."""
+    """The lines of a .jsonl as bytes, none longer than MAX_LINE; blank ones keep their number."""
     with open(path, "rb") as f:
         while line := f.readline(MAX_LINE + 1):
             if len(line) > MAX_LINE:
@@ -243,7 +242,7 @@ class Samples(torch.utils.data.Dataset):
                     offsets.append(len(ids))
             texts.clear()
 
-        for where, item, root in tqdm(raw, desc=f"reading {kind}", disable=not verbose, leave=False):
+        for where, item, root in tqdm(raw, f"reading {kind}", disable=not verbose, leave=False):
             if num_samples is not None and len(kept) >= num_samples:
                 break
             try:
@@ -490,33 +489,10 @@ def loader(samples, micro_batches, layout, workers):
     return torch.utils.data.DataLoader(
         samples, batch_sampler=micro_batches, num_workers=workers,
         collate_fn=lambda s: collate(s, layout), pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None)
+        prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
 
 
-# -------------------------------------------------------------------------------------- benchmarks
-
-def read_tsv(path):
-    """Yield the rows of a VLMEvalKit TSV as dicts, `image` resolved to bytes; raises SystemExit.
-
-    An `image` of at most 64 characters is the index of an earlier row whose image is reused.
-    """
-    csv.field_size_limit(2 ** 31 - 1)
-    images = {}
-    with open(path, newline="", encoding="utf-8") as f:
-        for number, row in enumerate(csv.DictReader(f, delimiter="\t"), 2):
-            missing = [c for c in ("index", "question", "answer", "image") if not row.get(c)]
-            if missing:
-                raise SystemExit(f"error: {path}:{number}: no '{missing[0]}'")
-            if len(row["image"]) > 64:
-                images[row["index"]] = row["image"]
-            elif row["image"] not in images:
-                raise SystemExit(f"error: {path}:{number}: image {row['image']!r} is neither "
-                                 f"base64 nor the index of an earlier row")
-            else:
-                row["image"] = images[row["image"]]
-            try:
-                row["image"] = base64.b64decode(row["image"], validate=True)
-            except ValueError:
-                raise SystemExit(f"error: {path}:{number}: 'image' is not base64")
-            row["where"] = f"{path}:{number}"
-            yield row
+def ignore_signals(worker):
+    """A stop signal sent to the whole process group is for the trainer, which saves first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

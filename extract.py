@@ -86,7 +86,8 @@ def write_folder(vision, encoder, folder, card):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", "--run", dest="run", metavar="DIR", required=True, help="run folder, e.g. runs/toy-vit__toy-lm")
+    parser.add_argument("--run-dir", "--run", dest="run", metavar="DIR", required=True,
+                        help="run folder, e.g. runs/toy-vit__toy-lm")
     parser.add_argument("--stage", default="dpo", choices=["pretrain", "sft", "dpo"],
                         help="which trained model to take the encoder from (default dpo)")
     parser.add_argument("--out", help="where to write it; default RUN/STAGE/encoder")

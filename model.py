@@ -1,4 +1,4 @@
-"""What is computed: pixels and tokens → response log-probs, in one forward that reads on one screen.
+"""What is computed: pixels and tokens → response log-probs, in one forward on one screen.
 
     encode → project → scatter into the token embeddings → LLM → response rows only
            → fp32 log-softmax → gather

@@ -12,6 +12,7 @@ Writes  runs/NAME/pretrain/: config.json, metrics.jsonl, timing.jsonl, checkpoin
 """
 from pathlib import Path
 
+import flags
 import runtime
 import data
 import model as m
@@ -24,13 +25,13 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_lr=2e-3, 
 
 
 def get_args():
-    parser = runtime.arguments(__doc__, PAPER)
+    parser = flags.arguments(__doc__, PAPER)
     parser.add_argument("--captions", help="LLaVA-Pretrain json; default DATA/captions.json")
     parser.add_argument("--instruct", help="LLaVA conversations, .json or .jsonl; default "
                         "DATA/instruct.jsonl or .json")
     parser.add_argument("--projector-epochs", type=int, help="passes over the captions (default 1)")
     parser.add_argument("--projector-max-steps", type=int, help="bound of 1a; default: --max-steps")
-    args = runtime.settle(parser, "pretrain", PAPER, TOY)
+    args = flags.settle(parser, "pretrain", PAPER, TOY)
     args.captions = args.captions or data.default_file(args.data, "captions")
     args.instruct = args.instruct or data.default_file(args.data, "instruct")
     args.images = args.images or f"{args.data}/images"

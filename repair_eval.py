@@ -15,9 +15,11 @@ import json
 import shutil
 from pathlib import Path
 
+import flags
 import runtime
 from runtime import print0
 import data
+import encoders
 import model as m
 import pretrain
 import score
@@ -31,7 +33,7 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_lr=2e-3, 
 
 
 def get_args():
-    parser = runtime.arguments(__doc__, PAPER)
+    parser = flags.arguments(__doc__, PAPER)
     parser.add_argument("--captions", help="data of the projector step; default DATA/captions.json")
     parser.add_argument("--instruct", help="data of the second step; default DATA/repair.jsonl")
     parser.add_argument("--projector-epochs", type=int, help="passes over the captions (default 1)")
@@ -47,7 +49,7 @@ def get_args():
                         "the model answers without looking")
     parser.add_argument("--compare", nargs="+", metavar="DIR",
                         help="print one table of models already scored; nothing is run")
-    args = runtime.settle(parser, "repair", PAPER, TOY)
+    args = flags.settle(parser, "repair", PAPER, TOY)
     args.captions = args.captions or data.default_file(args.data, "captions")
     args.instruct = args.instruct or data.default_file(args.data, "repair")
     args.images = args.images or f"{args.data}/images"
@@ -61,7 +63,7 @@ def repair_folder(args):
     path = Path(args.encoder)
     if path.is_dir() and path.name == "encoder":
         return path.parent.parent / "repair" / path.parent.name
-    return Path(args.run, "repair", runtime.encoders.short_name(args.encoder))
+    return Path(args.run, "repair", encoders.short_name(args.encoder))
 
 
 class Questions(torch.utils.data.Dataset):
@@ -103,7 +105,7 @@ def answer(args, model, tokenizer, device, path, folder):
     → {index: prediction} of all rows, the rows. What an earlier, interrupted call answered stays.
     """
     name = path.stem
-    rows = list(data.read_tsv(path))[:args.limit]
+    rows = list(score.read_tsv(path))[:args.limit]
     rank, world = runtime.world()
     done = {}
     for file in folder.glob(f"{name}.*.jsonl"):

@@ -1,7 +1,9 @@
-"""How an answer is scored: pure functions, one a rule; and how scores are averaged.
+"""Benchmarks: how a file is read, how an answer is scored, how scores are averaged.
 
 BENCHES names each benchmark's group, rule and prompt suffix. A file is recognised by its name.
 """
+import base64
+import csv
 import re
 from collections import Counter, defaultdict
 from typing import NamedTuple
@@ -22,6 +24,33 @@ BENCHES = {
     "ToyVision": Bench("Vision-Centric", ""),
     "EasyVQA": Bench("General", ""),
 }
+
+
+def read_tsv(path):
+    """Yield the rows of a VLMEvalKit TSV as dicts, `image` resolved to bytes; raises SystemExit.
+
+    An `image` of at most 64 characters is the index of an earlier row whose image is reused.
+    """
+    csv.field_size_limit(2 ** 31 - 1)
+    images = {}
+    with open(path, newline="", encoding="utf-8") as f:
+        for number, row in enumerate(csv.DictReader(f, delimiter="\t"), 2):
+            missing = [c for c in ("index", "question", "answer", "image") if not row.get(c)]
+            if missing:
+                raise SystemExit(f"error: {path}:{number}: no '{missing[0]}'")
+            if len(row["image"]) > 64:
+                images[row["index"]] = row["image"]
+            elif row["image"] not in images:
+                raise SystemExit(f"error: {path}:{number}: image {row['image']!r} is neither "
+                                 f"base64 nor the index of an earlier row")
+            else:
+                row["image"] = images[row["image"]]
+            try:
+                row["image"] = base64.b64decode(row["image"], validate=True)
+            except ValueError:
+                raise SystemExit(f"error: {path}:{number}: 'image' is not base64")
+            row["where"] = f"{path}:{number}"
+            yield row
 
 
 def options_of(row):

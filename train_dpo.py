@@ -13,6 +13,7 @@ Writes  runs/NAME/dpo/: config.json, metrics.jsonl, timing.jsonl, checkpoints/,
 import json
 from pathlib import Path
 
+import flags
 import runtime
 from runtime import print0
 import data
@@ -28,17 +29,17 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=2, lr=1e-4, 
 
 
 def get_args():
-    parser = runtime.arguments(__doc__, PAPER)
+    parser = flags.arguments(__doc__, PAPER)
     parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
                         "chosen, rejected; default DATA/preferences/meta.json")
     parser.add_argument("--beta", type=float, default=0.1, help="how strongly a change of the "
                         "log-ratio counts; a smaller one lets the policy move further (paper: 0.1)")
     parser.add_argument("--reference", choices=["cached", "live"], default="cached",
-                        help="reference log-probs from one pass before the first step (cached), or "
-                        "from a frozen second model at every step (live: for teaching and checking)")
+                        help="reference log-probs from one pass before the first step (cached) or "
+                        "from a frozen second model at every step (live: teaching, checking)")
     parser.add_argument("--heldout", help="pairs scored before and after training; default "
                         "DATA/preferences/heldout.jsonl, where that exists")
-    args = runtime.settle(parser, "dpo", PAPER, TOY, parent="pretrain")
+    args = flags.settle(parser, "dpo", PAPER, TOY, parent="pretrain")
     args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
     heldout = Path(args.data, "preferences", "heldout.jsonl")
     args.heldout = args.heldout or (str(heldout) if heldout.exists() else None)

@@ -3,7 +3,7 @@
 One process:     python train_sft.py --encoder toy-vit --llm toy-lm --data data/toy
 Eight GPUs:      torchrun --nproc_per_node=8 train_sft.py --encoder siglip2-so400m
 
-Reads   runs/NAME/pretrain/final (the stage-1 model) and MMPR preference pairs (chosen answers only).
+Reads   runs/NAME/pretrain/final (the stage-1 model) and MMPR pairs, of which the chosen answers.
 Writes  runs/NAME/sft/: config.json, metrics.jsonl, timing.jsonl, checkpoints/, final/ (opens as
         LlavaForConditionalGeneration). Next: python extract.py --stage sft
 
@@ -11,6 +11,7 @@ Writes  runs/NAME/sft/: config.json, metrics.jsonl, timing.jsonl, checkpoints/, 
 """
 from pathlib import Path
 
+import flags
 import runtime
 import data
 import model as m
@@ -22,10 +23,10 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=2, lr=1e-4, 
 
 
 def get_args():
-    parser = runtime.arguments(__doc__, PAPER)
+    parser = flags.arguments(__doc__, PAPER)
     parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
                         "chosen, rejected; default DATA/preferences/meta.json")
-    args = runtime.settle(parser, "sft", PAPER, TOY, parent="pretrain")
+    args = flags.settle(parser, "sft", PAPER, TOY, parent="pretrain")
     args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
     return args
 

@@ -45,7 +45,7 @@ CHAT = {"image": "a.png", "conversations": [
 
 
 def test_chatml_is_the_processors_own_template(tools, folder):
-    """What we train on, decoded, is what apply_chat_template gives: also in other people's tools."""
+    """What we train on, decoded, is what apply_chat_template gives, here and in other tools."""
     tokenizer, encoder = tools
     s = samples("conversations", folder, [CHAT], tools)
     text = tokenizer.decode(s.tokens(0)[0])
@@ -110,7 +110,7 @@ def test_what_the_recipe_drops_is_counted(tools, folder, record, reason):
     ("pairs", "{not json", "x.jsonl:2: not JSON"),
     ("pairs", "[1]", "x.jsonl:2: a JSON object is expected"),
     ("pairs", "[" * 100_000, "x.jsonl:2: JSON nested too deeply"),
-    ("pairs", {k: v for k, v in PAIR.items() if k != "rejected"}, "x.jsonl:2: 'rejected' is missing"),
+    ("pairs", {k: v for k, v in PAIR.items() if k != "rejected"}, "'rejected' is missing"),
     ("pairs", {**PAIR, "chosen": " "}, "x.jsonl:2: 'chosen' is empty"),
     ("pairs", {**PAIR, "chosen": PAIR["rejected"]}, "x.jsonl:2: chosen and rejected are the same"),
     ("pairs", {**PAIR, "image": "b.png"}, "x.jsonl:2: image b.png not found in"),

@@ -17,7 +17,8 @@ def random_pairs(model, count=3, seed=0):
     """Ragged pairs as data.py stores them: [(ids, roles), …] with the image already expanded."""
     g, pairs = np.random.default_rng(seed), []
     for _ in range(count):
-        prompt = [1] + [IMAGE] * model.encoder.num_tokens + list(g.integers(2, 60, g.integers(2, 7)))
+        prompt = [1] + [IMAGE] * model.encoder.num_tokens
+        prompt += list(g.integers(2, 60, g.integers(2, 7)))
         chosen, rejected = (list(g.integers(2, 60, g.integers(1, 8))) for _ in range(2))
         pairs.append((np.array(prompt + chosen + rejected),
                       np.repeat([data.PROMPT, data.ANSWER, data.OTHER],
@@ -181,7 +182,8 @@ def test_dpo_loss_by_hand():
     assert (chosen.item(), rejected.item()) == (pytest.approx(0.05), pytest.approx(-0.1))
     x = torch.randn(4)
     loss, chosen, rejected = m.dpo_loss(x, x + 1, x, x + 1, beta)
-    assert torch.allclose(loss, torch.full((4,), math.log(2))) and not (chosen.any() or rejected.any())
+    assert torch.allclose(loss, torch.full((4,), math.log(2)))
+    assert not chosen.any() and not rejected.any()
 
 
 @pytest.mark.parametrize("vision", ["siglip", "clip", "dinov2", "vit"])
@@ -210,7 +212,7 @@ def test_truncation_keeps_the_published_feature():
 
 
 def test_every_gradient_path_is_visible():
-    """Invariant 1: after one DPO step every trainable parameter has a gradient, frozen ones none."""
+    """Invariant 1: one DPO step gives every trainable parameter a gradient, frozen ones none."""
     for vision, frozen in (("siglip", {"post_layernorm.weight", "post_layernorm.bias"}),
                            ("clip", {"post_layernorm.weight", "post_layernorm.bias"}),
                            ("dinov2", {"embeddings.mask_token"}), ("vit", set())):

@@ -86,8 +86,8 @@ def test_two_processes_and_small_micro_batches_count_the_same(trained, fresh, wo
 
 def test_pretrain_on_two_processes_counts_the_same(stage1, world, tmp_path):
     """Text-only samples included: some batches have one on a process that has no image."""
-    run("pretrain.py", "--run-dir", tmp_path / "r", "--encoder", "toy-vit", *COMMON[:-4], "--workers", 0,
-        "--micro-batch", 2, "--data", world, "--projector-max-steps", 2, "--max-steps", 3,
+    run("pretrain.py", "--run-dir", tmp_path / "r", "--encoder", "toy-vit", *COMMON[:-4],
+        "--workers", 0, "--micro-batch", 2, "--data", world, "--projector-max-steps", 2, "--max-steps", 3,
         processes=2)
     close(metrics(tmp_path / "r/pretrain"), metrics(stage1 / "pretrain"))
 

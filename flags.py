@@ -1,0 +1,100 @@
+"""The flags every training stage shares, and where a flag that was not typed gets its value."""
+import argparse
+import json
+import os
+from pathlib import Path
+
+import encoders
+import torch
+from runtime import print0
+
+
+def arguments(doc, paper):
+    """The flags every training stage shares. Their defaults are None here: `settle` fills them from
+    the command line, then the parent stage, then the toy's or the paper's values."""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(flag, kind, text, **options):
+        default = paper.get(flag[2:].replace("-", "_"))
+        note = "" if default is None else f" (default {default:g})" if kind is float \
+            else f" (default {default})"
+        parser.add_argument(flag, type=kind, help=text + note, **options)
+
+    parser.add_argument("--run-dir", "--run", dest="run", metavar="DIR", help="run folder of one "
+                        "encoder–LLM pair; default runs/<encoder>__<llm>. Under torchrun write "
+                        "--run-dir: torchrun takes --run for its own --run-path")
+    add("--encoder", str, "vision encoder: a preset, a local folder or a hub id")
+    add("--llm", str, "language model: a preset, a local folder or a hub id")
+    add("--data", str, "folder in the layout toy.py writes; its parts can be pointed elsewhere")
+    add("--images", str, "folder that image names are relative to; default DATA/images")
+    add("--epochs", int, "passes over the data")
+    add("--max-steps", int, "stop after so many steps; the schedule then ends there, too")
+    add("--global-batch", int, "samples (pairs, for DPO) a step, over all processes")
+    add("--micro-batch", int, "samples a process holds at once; lower it when memory runs out")
+    add("--lr", float, "peak learning rate; 0 freezes")
+    add("--encoder-lr", float, "the encoder's own rate; default: --lr")
+    add("--projector-lr", float, "the projector's own rate; default: --lr")
+    add("--warmup", float, "share of the steps in which the rate rises")
+    add("--num-samples", int, "use so many usable samples, drawn by a seeded shuffle")
+    parser.add_argument("--seed", type=int, default=0, help="order of samples, fresh projector")
+    parser.add_argument("--skip-bad", action="store_true",
+                        help="drop and count bad records instead of refusing the run")
+    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--keep", type=int, default=2, help="how many checkpoints stay on disk")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="delete what this stage left in the run folder and start anew")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"],
+                        help="compute dtype; masters stay fp32 (default bf16 on CUDA, fp32 on CPU)")
+    parser.add_argument("--activation-checkpointing", action="store_true",
+                        help="recompute each block in the backward pass: a third more time, far "
+                             "less memory")
+    parser.add_argument("--replicas", type=int, default=1,
+                        help="hybrid sharding: so many copies of the model, each sharded within "
+                             "its group of processes (one a node)")
+    parser.add_argument("--workers", type=int, help="image-decoding processes per training process")
+    parser.add_argument("--log-every", type=int, default=1, help="steps between bar updates")
+    return parser
+
+
+def settle(parser, stage, paper, toy, parent=None, argv=None):
+    """Parse, then fill every flag left open: parent stage → toy's values → paper's values.
+
+    parent: name of the stage whose final/ is trained on. Prints where each value came from when it
+    was not typed. raises SystemExit with the missing command when the parent is not there.
+    """
+    args = parser.parse_args(argv)
+    typed = {k for k, v in vars(args).items() if v is not None}
+    inherited = {}
+    if args.run is None:
+        names = (args.encoder or paper["encoder"], args.llm or paper["llm"])
+        args.run = f"runs/{encoders.short_name(names[0])}__{encoders.short_name(names[1])}"
+    if parent:
+        folder = Path(args.run, parent)
+        if not (folder / "final" / "config.json").exists():
+            wanted = " ".join(f"--{k} {getattr(args, k)}" for k in ("encoder", "llm", "data")
+                              if getattr(args, k))
+            n = os.environ.get("WORLD_SIZE", "8" if torch.cuda.is_available() else "1")
+            start = f"torchrun --nproc_per_node={n}" if int(n) > 1 else "python"
+            raise SystemExit(f"error: no stage-1 model at {folder}/final; make it with:  "
+                             f"{start} {parent}.py {wanted or '--run-dir ' + args.run}")
+        inherited = json.loads((folder / "config.json").read_text())["arguments"]
+        for key in ("encoder", "llm"):
+            if key in typed and getattr(args, key) != inherited[key]:
+                raise SystemExit(f"error: {args.run} was made with --{key} {inherited[key]}, not "
+                                 f"{getattr(args, key)}; leave --run-dir out or name another")
+    llm = args.llm or inherited.get("llm") or paper["llm"]
+    fallback = {**paper, **(toy if encoders.short_name(llm).startswith("toy-") else {})}
+    for key in vars(args):
+        if getattr(args, key) is None:
+            source = inherited if key in ("encoder", "llm", "data") and key in inherited \
+                else fallback
+            setattr(args, key, source.get(key))
+            if source is inherited:
+                print0(f"  --{key.replace('_', '-')} {source[key]} (inherited from {parent})")
+    args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+    for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas"):
+        if getattr(args, key) < 1:
+            raise SystemExit(f"error: --{key.replace('_', '-')} must be at least 1")
+    args.stage = stage
+    return args
