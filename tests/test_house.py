@@ -1,0 +1,89 @@
+"""The house keeps its promises: sizes, imports, one knower of processes, an honest README."""
+import ast
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+FILES = sorted(p for p in ROOT.glob("*.py"))
+STAGES = {"pretrain.py", "train_sft.py", "train_dpo.py", "extract.py", "repair_eval.py"}
+ALLOWED = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "tokenizers"}
+
+
+def lines(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def test_files_stay_readable():
+    for path in FILES:
+        text = lines(path)
+        assert len(text) <= (300 if path.name in STAGES else 500 if path.name != "toy.py" else 800)
+        assert not [i for i, x in enumerate(text, 1) if len(x) > 100], path.name
+        assert ast.get_docstring(ast.parse("\n".join(text))), path.name
+    assert sum(len(lines(p)) for p in FILES) <= 4500
+
+
+def test_run_time_imports_are_the_six():
+    ours = {p.stem for p in FILES}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] in ALLOWED | ours | set(sys.stdlib_module_names), \
+                    f"{path.name} imports {name}"
+
+
+def test_one_module_knows_about_processes():
+    for path in FILES:
+        if path.name != "runtime.py":
+            text = path.read_text(encoding="utf-8")
+            assert "get_rank(" not in text and not re.search(r"\brank\s*[=!]=", text), path.name
+
+
+def test_the_method_is_the_diff():
+    """SFT and DPO run the same lines in the same order, but for the method and its reports."""
+    sft, dpo = ([x.strip() for x in lines(ROOT / f"train_{s}.py")] for s in ("sft", "dpo"))
+    inside = sft[sft.index("def main():"):]
+    missing = [x for x in inside if x and x not in dpo]
+    assert len(missing) <= 12, missing
+
+
+def test_readme_counts_and_names_every_file():
+    """The file map's line counts are real, and no file is missing from it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme, re.M))
+    assert {p.name: str(len(lines(p))) for p in FILES} == table
+    total = re.search(r"(\d,\d+) lines in all", readme)[1]
+    assert int(total.replace(",", "")) == sum(len(lines(p)) for p in FILES)
+
+
+def test_readme_commands_exist():
+    """Every command and flag the README shows is one the scripts accept."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"(?:python|torchrun[^\n]*?) (\w+\.py)([^\n#`]*)", readme)
+    assert len(found) >= 8
+    texts = {}
+    for script, rest in found:
+        if script not in texts:
+            texts[script] = subprocess.run([sys.executable, script, "--help"], cwd=ROOT,
+                                           capture_output=True, text=True).stdout
+        for flag in re.findall(r"--[a-z-]+", rest):
+            assert flag in texts[script], f"{script} {flag}"
+
+
+@pytest.mark.parametrize("where", ["here", "in a process of a test's own"])
+def test_the_suite_opens_no_connection(where):
+    code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)"
+    if where == "here":
+        with pytest.raises(PermissionError, match="opened a connection"):
+            socket.create_connection(("192.0.2.1", 80), timeout=1)
+    else:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                              env=os.environ)
+        assert "opened a connection" in done.stderr
