@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 TOY := --encoder toy-vit --llm toy-lm --data data/toy
+SCORE := --llm toy-lm --data data/toy
 RUN := runs/toy-vit__toy-lm
 
 .PHONY: demo test real clean
@@ -25,15 +26,18 @@ demo: .venv/done data/toy
 	$(PY) train_dpo.py $(TOY)
 	$(PY) extract.py --run $(RUN) --stage sft
 	$(PY) extract.py --run $(RUN) --stage dpo
-	$(PY) repair_eval.py --mllm $(RUN)/pretrain/final --data data/toy
-	$(PY) repair_eval.py --mllm $(RUN)/sft/final --data data/toy
-	$(PY) repair_eval.py --mllm $(RUN)/dpo/final --data data/toy
+	$(PY) repair_eval.py --mllm $(RUN)/pretrain/final $(SCORE)
+	$(PY) repair_eval.py --mllm $(RUN)/pretrain/final $(SCORE) --wrong-image
+	$(PY) repair_eval.py --mllm $(RUN)/sft/final $(SCORE)
+	$(PY) repair_eval.py --mllm $(RUN)/dpo/final $(SCORE)
 	$(PY) repair_eval.py $(TOY)
-	$(PY) repair_eval.py --encoder $(RUN)/sft/encoder --llm toy-lm --data data/toy
-	$(PY) repair_eval.py --encoder $(RUN)/dpo/encoder --llm toy-lm --data data/toy
-	@echo; echo "The trained models themselves (pretrain = stage 1)"
+	$(PY) repair_eval.py --encoder $(RUN)/sft/encoder $(SCORE)
+	$(PY) repair_eval.py --encoder $(RUN)/dpo/encoder $(SCORE)
+	@echo; echo "1. Stage 1, and the same model shown the wrong images"
+	@$(PY) repair_eval.py --compare $(RUN)/pretrain/bench $(RUN)/pretrain/bench-wrong-image
+	@echo; echo "2. The trained models (pretrain = stage 1)"
 	@$(PY) repair_eval.py --compare $(RUN)/pretrain $(RUN)/sft $(RUN)/dpo
-	@echo; echo "The encoders, frozen, each re-paired with a new LLM (toy-vit = original)"
+	@echo; echo "3. The encoders, frozen, each re-paired with a new LLM (toy-vit = original)"
 	@$(PY) repair_eval.py --compare $(RUN)/repair/toy-vit $(RUN)/repair/sft $(RUN)/repair/dpo
 
 # The same chain on data nobody here drew: easy-VQA, 5,000 images and 48k questions (MIT).

@@ -53,7 +53,7 @@ def arguments(doc, paper):
                         help="hybrid sharding: so many copies of the model, each sharded within "
                              "its group of processes (one a node)")
     parser.add_argument("--workers", type=int, help="image-decoding processes per training process")
-    parser.add_argument("--log-every", type=int, default=1, help="steps between bar updates")
+    parser.add_argument("--log-every", type=int, default=50, help="steps between printed lines")
     return parser
 
 
@@ -93,7 +93,8 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
             if source is inherited:
                 print0(f"  --{key.replace('_', '-')} {source[key]} (inherited from {parent})")
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
-    for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas"):
+    for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas",
+                "log_every"):
         if getattr(args, key) < 1:
             raise SystemExit(f"error: --{key.replace('_', '-')} must be at least 1")
     args.stage = stage

@@ -12,6 +12,7 @@ Writes  runs/NAME/repair/<encoder>/: what a training stage writes, and bench/ (p
         come, results.json). With --mllm, bench/ lies beside the model's final/.
 """
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -109,11 +110,15 @@ def answer(args, model, tokenizer, device, path, folder):
     rank, world = runtime.world()
     done = {}
     for file in folder.glob(f"{name}.*.jsonl"):
-        for line in file.read_text().splitlines():
-            if line.endswith("}"):                     # the last line may have been cut off
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("}\n"):                   # the last line may have been cut off
                 item = json.loads(line)
                 done[item["index"]] = item["prediction"]
     runtime.dist.barrier()                             # all have read before anyone writes
+    own = folder / f"{name}.{rank}.jsonl"
+    if own.exists():
+        whole = own.read_bytes()
+        os.truncate(own, whole.rfind(b"\n") + 1)
     questions = Questions(rows, score.BENCHES[name], tokenizer, model.encoder, args.wrong_image)
     todo = [i for i, r in enumerate(rows) if r["index"] not in done]
     todo.sort(key=lambda i: -len(questions.ids[i]))    # full batches; the longest first
@@ -122,7 +127,7 @@ def answer(args, model, tokenizer, device, path, folder):
     loader = torch.utils.data.DataLoader(questions, batch_sampler=batches, collate_fn=collate,
                                          num_workers=min(args.workers, len(batches)))
     stops, loader = m.stop_ids(tokenizer), iter(loader)
-    with open(folder / f"{name}.{rank}.jsonl", "a", encoding="utf-8") as file:
+    with open(own, "a", encoding="utf-8") as file:
         for _ in runtime.progress(0, len(batches), name):
             index, pixels, ids, mask = next(loader)
             tokens = model.generate(pixels.to(device), ids.to(device), mask.to(device),
@@ -166,8 +171,9 @@ def evaluate(args, mllm, device, folder):
     for path in known:
         done, rows = answer(args, model, tokenizer, device, path, folder)
         right = [score.score_row(r, done[r["index"]]) for r in rows]
-        scores[path.stem] = {"score": 100 * sum(right) / len(rows), "n": len(rows),
-                             "chance": score.chance(rows)}
+        p = sum(right) / len(rows)
+        scores[path.stem] = {"score": 100 * p, "n": len(rows), "chance": score.chance(rows),
+                             "ci95": 196 * (p * (1 - p) / len(rows)) ** 0.5}
     results = {"mllm": str(mllm), **key, "benchmarks": scores, **score.summarise(scores)}
     runtime.write_whole(folder / "results.json",
                         lambda aside: aside.write_text(json.dumps(results, indent=1)))

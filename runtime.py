@@ -132,6 +132,13 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
     return model.train()
 
 
+def reshard(model):
+    """Back to sharded fp32 masters: after a bare forward the root group's tensors are whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 # ------------------------------------------------------------------------------------ optimisation
 
 def adamw(model, rates):
@@ -315,6 +322,7 @@ class Run:
 
     def resume(self, model, optimizer=None):
         """Load the newest whole checkpoint, resharding as needed; truncate the metrics to it."""
+        reshard(model)
         folder = self.folder / "checkpoints" / f"step-{self.start}"
         if optimizer is None:
             state = {"model": get_model_state_dict(model)}
@@ -333,7 +341,13 @@ class Run:
         print0(f"  continuing after step {self.start} of {folder}")
 
     def log(self, metrics, timing=None):
-        """One line in metrics.jsonl (deterministic fields only), one in timing.jsonl."""
+        """One line in metrics.jsonl (deterministic fields only), one in timing.jsonl; every
+        --log-every steps one for people."""
+        if "loss" in metrics and metrics["step"] % self.args.log_every == 0:
+            words = [f"{k} {metrics[k]:.4g}" for k in ("loss", "margin", "accuracy")
+                     if k in metrics] + [f"|g| {k} {v:.3g}" for k, v in
+                                         metrics["grad_norm"].items()]
+            print0(f"  step {metrics['step']}: {', '.join(words)}")
         if is_main():
             for name, line in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
                 if line is None:
@@ -360,6 +374,7 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
             aside.mkdir(parents=True)
         dist.barrier()
+        reshard(model)
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
         dcp.save(state, checkpoint_id=aside)
         if is_main():
@@ -375,9 +390,7 @@ class Run:
 
     def finish(self, model, tokenizer):
         """Write final/, the folder transformers opens; drop the checkpoints, which it replaces."""
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()       # after a forward the root group's tensors are still whole
+        reshard(model)
         aside = self.folder / "final.tmp"
         if is_main():
             shutil.rmtree(aside, ignore_errors=True)

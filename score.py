@@ -117,23 +117,26 @@ def summarise(scores):
 
 
 def table(columns):
-    """{model name: results} → the lines of one table, benchmarks × models, chance beside them."""
+    """{model name: results} → the lines of one table, benchmarks × models: score ± the half-width
+    of its 95 % interval (binomial), with the chance level beside it."""
     names = [n for n in BENCHES if any(n in r["benchmarks"] for r in columns.values())]
     width = max(16, *(len(c) + 2 for c in columns))
     lines = [f"{'':<16}{'n':>6}{'chance':>9}" + "".join(f"{c:>{width}}" for c in columns)]
 
     def row(label, n, base, values):
-        cells = "".join(f"{'–' if v is None else format(v, '.1f'):>{width}}" for v in values)
-        lines.append(f"{label:<16}{n:>6}{base:>9}{cells}")
+        lines.append(f"{label:<16}{n:>6}{base:>9}" + "".join(f"{v:>{width}}" for v in values))
+
+    def cell(value, interval=None):
+        return "–" if value is None else f"{value:.1f}" + (f" ±{interval:.1f}" if interval else "")
     for group in GROUPS:
         inside = [n for n in names if BENCHES[n].group == group]
         if not inside:
             continue
-        row(group, "", "", [r["groups"].get(group) for r in columns.values()])
+        row(group, "", "", [cell(r["groups"].get(group)) for r in columns.values()])
         for name in inside:
-            some = next(r["benchmarks"][name] for r in columns.values()
-                        if name in r["benchmarks"])
+            cells = [r["benchmarks"].get(name, {}) for r in columns.values()]
+            some = next(c for c in cells if c)
             row(f"  {name}", some["n"], f"{some['chance']:.1f}",
-                [r["benchmarks"].get(name, {}).get("score") for r in columns.values()])
-    row("Average", "", "", [r["average"] for r in columns.values()])
+                [cell(c.get("score"), c.get("ci95")) for c in cells])
+    row("Average", "", "", [cell(r["average"]) for r in columns.values()])
     return lines

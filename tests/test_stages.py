@@ -92,6 +92,19 @@ def test_pretrain_on_two_processes_counts_the_same(stage1, world, tmp_path):
     close(metrics(tmp_path / "r/pretrain"), metrics(stage1 / "pretrain"))
 
 
+def test_bf16_and_activation_checkpointing_stay_close(trained, fresh, world):
+    """bf16 compute over fp32 masters: losses within 1e-2, step 0 still at ln 2, weights move."""
+    shutil.rmtree(fresh / "dpo", ignore_errors=True)
+    stage2("dpo", fresh, world, "--dtype", "bf16", "--activation-checkpointing", processes=2)
+    close(metrics(fresh / "dpo"), metrics(trained[0] / "dpo"), 1e-2)
+    first = next(x for x in metrics(fresh / "dpo") if "loss" in x)
+    assert abs(first["loss"] - math.log(2)) < 1e-6
+    a, b = (load_file(fresh / s / "final/model.safetensors") for s in ("pretrain", "dpo"))
+    still = [k for k in a if torch.equal(a[k], b[k])]
+    assert all("post_layernorm" in k for k in still), still
+    assert {v.dtype for v in b.values()} == {torch.float32}
+
+
 def test_live_reference_gives_the_losses_of_the_cached_one(trained, fresh, world):
     shutil.rmtree(fresh / "dpo", ignore_errors=True)
     stage2("dpo", fresh, world, "--reference", "live")
