@@ -188,7 +188,10 @@ def pair_sources(path):
         return [(path, None)]
     try:
         sets = json.loads(path.read_text(encoding="utf-8"))
-        return [(path.parent / s["annotation"], path.parent / s["root"]) for s in sets.values()]
+        # Published beside its folders, or one level inside them (MMPR-v1.2/meta.json).
+        base = next((b for b in (path.parent, path.parent.parent)
+                     if all((b / s["annotation"]).is_file() for s in sets.values())), path.parent)
+        return [(base / s["annotation"], base / s["root"]) for s in sets.values()]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
         raise SystemExit(f"error: {path}: not an MMPR meta.json ({type(e).__name__}: {e}); each "
                          f"set needs 'root' and 'annotation'")
@@ -236,10 +239,10 @@ class Samples(torch.utils.data.Dataset):
                 elif num_samples is None or len(kept) < num_samples:
                     kept.append(record._replace(pieces=None))
                     self.text_only += record.image is None
-                    ids.extend(i for part in parts for i in part)
-                    roles.extend(role for part, (_, role) in zip(parts, record.pieces)
-                                 for _ in part)
-                    offsets.append(len(ids))
+                    ids.append(np.concatenate(parts).astype(np.int32))
+                    roles.append(np.repeat([role for _, role in record.pieces],
+                                           [len(part) for part in parts]).astype(np.int8))
+                    offsets.append(offsets[-1] + len(ids[-1]))
             texts.clear()
 
         for where, item, root in tqdm(raw, f"reading {kind}", disable=not verbose, leave=False):
@@ -269,12 +272,12 @@ class Samples(torch.utils.data.Dataset):
                 flush()
         flush()
         self.where, self.images = [r.where for r in kept], [r.image for r in kept]
-        self.ids, self.roles = np.array(ids, np.int32), np.array(roles, np.int8)
-        self.offsets = np.array(offsets)
         self.read = len(raw)
         if not kept:
             raise SystemExit(f"error: no usable record in {sources[0][0]} "
                              f"(dropped: {dict(self.dropped)})")
+        self.ids, self.roles = np.concatenate(ids), np.concatenate(roles)
+        self.offsets = np.array(offsets)
 
     def __len__(self):
         return len(self.where)
@@ -488,8 +491,9 @@ def loader(samples, micro_batches, layout, workers):
     """Micro-batches from worker processes: decoded, resized, uint8; in the order given."""
     return torch.utils.data.DataLoader(
         samples, batch_sampler=micro_batches, num_workers=workers,
-        collate_fn=lambda s: collate(s, layout), pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
+        collate_fn=functools.partial(collate, layout=layout), worker_init_fn=ignore_signals,
+        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers else None)   # the samples are shared, not sent
 
 
 def ignore_signals(worker):

@@ -90,7 +90,7 @@ LLMS = {
 def resolve(name):
     """A preset, a local folder or a hub id → what `from_pretrained` accepts (str)."""
     path = ENCODERS[name].path if name in ENCODERS else LLMS.get(name, name)
-    if path.startswith("weights/"):
+    if path != name and path.startswith("weights/"):
         path = str(HERE / path)
         if not Path(path, "config.json").exists():
             raise SystemExit(f"error: {name} has no weights at {path}; make them with:  "
@@ -168,6 +168,7 @@ def load_encoder(name):
         a tensor of the published model is missing.
     """
     from transformers import AutoConfig, AutoModel
+    from transformers.utils import cached_file
     path = resolve(name)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -185,9 +186,11 @@ def load_encoder(name):
         raise SystemExit(f"error: --encoder {name} lacks {len(info['missing_keys'])} tensors, "
                          f"first: {sorted(info['missing_keys'])[0]}")
     family, mean, std = FAMILIES[config.model_type], None, None
-    processor = Path(path, "preprocessor_config.json")
-    if processor.exists():  # the encoder's own statistics win over the family's
-        facts = json.loads(processor.read_text())
+    processor = cached_file(path, "preprocessor_config.json",
+                            _raise_exceptions_for_missing_entries=False,
+                            _raise_exceptions_for_connection_errors=False)
+    if processor:           # the encoder's own statistics win over the family's
+        facts = json.loads(Path(processor).read_text())
         mean, std = facts.get("image_mean"), facts.get("image_std")
     return Encoder(truncate(vision), mean or family.mean, std or family.std)
 

@@ -76,6 +76,11 @@ def movement(vision, original):
     return {g: (c / s) ** 0.5 if s else 0.0 for g, (c, s) in squares.items()}
 
 
+def blocks_of(moved):
+    """The changes of the transformer blocks alone."""
+    return [v for k, v in moved.items() if k.split(".")[-1].isdigit()]
+
+
 def write_folder(vision, encoder, folder, card):
     vision.save_pretrained(folder)
     encoders.image_processor(encoder).save_pretrained(folder)
@@ -113,13 +118,18 @@ def main():
     for name, change in moved.items():
         frozen = encoder.family.frozen and f"{name}.".startswith(encoder.family.frozen)
         print(f"  {name:<32} {change:9.2e}" + ("  (never trained: unused)" if frozen else ""))
-    if not any(moved.values()):
-        raise SystemExit(f"error: nothing moved: {stage}/final holds the original encoder; was it "
-                         f"trained with --encoder-lr 0 or --lr 0?")
+    if args.stage != "pretrain":      # stage 1 moved it already: what did this stage add?
+        first, _ = m.load_mllm(Path(args.run, "pretrain", "final"))
+        moved = movement(encoder.vision, first.encoder.vision)
+        print(f"of which since stage 1: {min(blocks_of(moved)):.2e} … {max(blocks_of(moved)):.2e} "
+              f"a block")
+    if not min(blocks_of(moved)):
+        raise SystemExit(f"error: nothing moved, or not every block: {stage}/final holds an "
+                         f"encoder that {script} did not train; was --encoder-lr or --lr 0?")
 
     # ---- write aside, reopen, compare bit by bit, rename
     family, vision = encoder.family, encoder.vision
-    blocks = [v for k, v in moved.items() if k.split(".")[-1].isdigit()]
+    blocks = blocks_of(moved)
     card = CARD.format(
         base=base, title=f"{encoders.short_name(base)}, after {args.stage.upper()}",
         folder=stage / "final", stage=args.stage, cls=type(vision).__name__,
@@ -132,7 +142,8 @@ def main():
         tokens=encoder.num_tokens, width=encoder.hidden_size, size=encoder.image_size,
         llm=config["arguments"]["llm"], digest=config.get("data_digest"),
         parent=config.get("parent_digest", "none: stage 1 starts from the original"),
-        moved=f"blocks {min(blocks):.1e} … {max(blocks):.1e} (relative weight change)")
+        moved=f"{min(blocks):.1e} … {max(blocks):.1e} a block (relative weight change"
+              + (" since stage 1)" if args.stage != "pretrain" else ")"))
     aside = Path(f"{out}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

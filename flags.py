@@ -66,18 +66,21 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
     args = parser.parse_args(argv)
     typed = {k for k, v in vars(args).items() if v is not None}
     inherited = {}
+    args.run_typed = args.run is not None
     if args.run is None:
-        names = (args.encoder or paper["encoder"], args.llm or paper["llm"])
+        toys = toy if encoders.short_name(args.llm or paper["llm"]).startswith("toy-") else {}
+        names = [getattr(args, k) or {**paper, **toys}[k] for k in ("encoder", "llm")]
         args.run = f"runs/{encoders.short_name(names[0])}__{encoders.short_name(names[1])}"
     if parent:
         folder = Path(args.run, parent)
         if not (folder / "final" / "config.json").exists():
-            wanted = " ".join(f"--{k} {getattr(args, k)}" for k in ("encoder", "llm", "data")
-                              if getattr(args, k))
-            n = os.environ.get("WORLD_SIZE", "8" if torch.cuda.is_available() else "1")
+            wanted = " ".join(([f"--run-dir {args.run}"] if args.run_typed else []) +
+                              [f"--{k} {getattr(args, k)}" for k in ("encoder", "llm", "data")
+                               if getattr(args, k)])
+            n = os.environ.get("LOCAL_WORLD_SIZE", "8" if torch.cuda.is_available() else "1")
             start = f"torchrun --nproc_per_node={n}" if int(n) > 1 else "python"
             raise SystemExit(f"error: no stage-1 model at {folder}/final; make it with:  "
-                             f"{start} {parent}.py {wanted or '--run-dir ' + args.run}")
+                             f"{start} {parent}.py {wanted}")
         inherited = json.loads((folder / "config.json").read_text())["arguments"]
         for key in ("encoder", "llm"):
             if key in typed and getattr(args, key) != inherited[key]:
@@ -96,6 +99,9 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
     for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas",
                 "log_every"):
         if getattr(args, key) < 1:
+            raise SystemExit(f"error: --{key.replace('_', '-')} must be at least 1")
+    for key in ("max_steps", "projector_max_steps", "num_samples", "limit"):
+        if getattr(args, key, None) is not None and getattr(args, key) < 1:
             raise SystemExit(f"error: --{key.replace('_', '-')} must be at least 1")
     args.stage = stage
     return args

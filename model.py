@@ -133,12 +133,8 @@ class MLLM(nn.Module):
         rows = targets != IGNORE
         logps = hidden.new_zeros(labels.shape,
                                  dtype=torch.promote_types(hidden.dtype, torch.float32))
-        if rows.any():
-            picked = token_logps(hidden[:, :-1][rows], self.llm.get_output_embeddings(),
-                                 targets[rows])
-            logps[:, 1:] = logps[:, 1:].masked_scatter(rows, picked)
-        else:
-            logps = logps + 0 * hidden.sum()          # nothing to predict, but still a graph
+        picked = token_logps(hidden[:, :-1][rows], self.llm.get_output_embeddings(), targets[rows])
+        logps[:, 1:] = logps[:, 1:].masked_scatter(rows, picked)
         return logps
 
     @torch.inference_mode()
@@ -232,8 +228,10 @@ def build_mllm(encoder_name, llm_name, seed):
 def no_dropout(model):
     """Dropout anywhere would make policy and reference differ at step 0: refuse it."""
     for name, module in model.named_modules():
-        rate = getattr(module, "p", 0) if isinstance(module, nn.Dropout) else 0
-        if rate or getattr(module, "attention_dropout", 0) or getattr(module, "drop_path", 0):
+        rates = [getattr(module, key, 0) for key in ("attention_dropout", "dropout", "drop_prob",
+                                                     "dropout_prob")]
+        rates += [module.p] if isinstance(module, nn.Dropout) else []
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
             raise SystemExit(f"error: {name} has dropout; DPO compares two passes bit by bit")
     return model
 

@@ -35,12 +35,15 @@ def get_args():
     args.captions = args.captions or data.default_file(args.data, "captions")
     args.instruct = args.instruct or data.default_file(args.data, "instruct")
     args.images = args.images or f"{args.data}/images"
+    if args.projector_max_steps is None:
+        args.projector_max_steps = args.max_steps
     return args
 
 
-def train(args, run, device, model, tokenizer, phases):
+def train(args, run, device, model, tokenizer, facts, phases):
     """Two phases on one step axis, then final/. repair_eval.py re-pairs through this same loop.
 
+    facts: what else config.json should hold and a resumed run must agree with.
     phases: [(name, kind of data.Samples, file, rates per module, epochs, bound on steps), …].
     """
     # ---- data
@@ -54,7 +57,7 @@ def train(args, run, device, model, tokenizer, phases):
               for (*_, epochs, bound), plan in zip(phases, plans)]
     run.describe({"data": [s.summary() for s in samples],
                   "data_digest": [p.digest(n) for p, n in zip(plans, counts)],
-                  "projector_digest": runtime.tensors_digest(model.projector)})
+                  "projector_digest": runtime.tensors_digest(model.projector), **facts})
 
     # ---- shard
     model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas)
@@ -113,10 +116,10 @@ def main():
     device = runtime.start()
     run = runtime.Run(Path(args.run, "pretrain"), args)
     model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed)
-    train(args, run, device, model, tokenizer, phases=[
+    train(args, run, device, model, tokenizer, {}, phases=[
         ("1a", "captions", args.captions,
          {"encoder": 0, "projector": args.projector_lr, "llm": 0},
-         args.projector_epochs, args.projector_max_steps or args.max_steps),
+         args.projector_epochs, args.projector_max_steps),
         ("1b", "conversations", args.instruct,
          {**runtime.learning_rates(args), "projector": args.lr},
          args.epochs, args.max_steps)])

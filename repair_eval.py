@@ -55,6 +55,8 @@ def get_args():
     args.instruct = args.instruct or data.default_file(args.data, "repair")
     args.images = args.images or f"{args.data}/images"
     args.bench = args.bench or f"{args.data}/bench"
+    if args.projector_max_steps is None:
+        args.projector_max_steps = args.max_steps
     return args
 
 
@@ -62,9 +64,9 @@ def repair_folder(args):
     """runs/NAME/repair/<encoder>; an extracted encoder goes by its stage: runs/NAME/dpo/encoder →
     runs/NAME/repair/dpo."""
     path = Path(args.encoder)
-    if path.is_dir() and path.name == "encoder":
-        return path.parent.parent / "repair" / path.parent.name
-    return Path(args.run, "repair", encoders.short_name(args.encoder))
+    extracted = path.is_dir() and path.name == "encoder"
+    run = path.parent.parent if extracted and not args.run_typed else Path(args.run)
+    return run / "repair" / (path.parent.name if extracted else encoders.short_name(args.encoder))
 
 
 class Questions(torch.utils.data.Dataset):
@@ -76,6 +78,9 @@ class Questions(torch.utils.data.Dataset):
         prompts = [data.user_turn(score.prompt_of(r, bench), True, m.SYSTEM) for r in rows]
         self.ids = []
         for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]:
+            if ids.count(image_id) != 1:
+                raise SystemExit(f"error: {rows[len(self.ids)]['where']}: the question holds "
+                                 f"{m.IMAGE_TOKEN}")
             at = ids.index(image_id)
             self.ids.append(ids[:at] + [image_id] * encoder.num_tokens + ids[at + 1:])
         self.images = [r["image"] for r in rows]
@@ -88,16 +93,33 @@ class Questions(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, i):
-        pixels = data.load_image(self.images[i], self.size, self.rows[i]["where"])
+        try:
+            pixels = data.load_image(self.images[i], self.size, self.rows[i]["where"])
+        except data.BadRecord as e:
+            return f"error: {e}"
         return i, self.ids[i], torch.from_numpy(pixels)
 
 
 def collate(items):
     """Left-pad, so that every prompt ends where its answer begins."""
+    for item in items:
+        if isinstance(item, str):
+            return item
     width = max(len(ids) for _, ids, _ in items)
     return ([i for i, _, _ in items], torch.stack([p for _, _, p in items]),
             torch.tensor([[0] * (width - len(ids)) + ids for _, ids, _ in items]),
             torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids, _ in items]))
+
+
+def predictions(folder, name):
+    """{index: prediction} of what has been answered so far, by any number of processes."""
+    done = {}
+    for file in folder.glob(f"{name}.*.jsonl"):
+        for line in file.read_text(encoding="utf-8").split("\n"):
+            if line.endswith("}"):                     # the last line may have been cut off
+                item = json.loads(line)
+                done[item["index"]] = item["prediction"]
+    return done
 
 
 def answer(args, model, tokenizer, device, path, folder):
@@ -108,12 +130,7 @@ def answer(args, model, tokenizer, device, path, folder):
     name = path.stem
     rows = list(score.read_tsv(path))[:args.limit]
     rank, world = runtime.world()
-    done = {}
-    for file in folder.glob(f"{name}.*.jsonl"):
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("}\n"):                   # the last line may have been cut off
-                item = json.loads(line)
-                done[item["index"]] = item["prediction"]
+    done = predictions(folder, name)
     runtime.dist.barrier()                             # all have read before anyone writes
     own = folder / f"{name}.{rank}.jsonl"
     if own.exists():
@@ -129,19 +146,17 @@ def answer(args, model, tokenizer, device, path, folder):
     stops, loader = m.stop_ids(tokenizer), iter(loader)
     with open(own, "a", encoding="utf-8") as file:
         for _ in runtime.progress(0, len(batches), name):
-            index, pixels, ids, mask = next(loader)
+            batch = next(loader)
+            if isinstance(batch, str):
+                raise SystemExit(batch)
+            index, pixels, ids, mask = batch
             tokens = model.generate(pixels.to(device), ids.to(device), mask.to(device),
                                     args.max_new_tokens, stops)
             for i, text in zip(index, tokenizer.batch_decode(tokens)):
-                file.write(json.dumps({"index": rows[i]["index"], "prediction": text},
-                                      ensure_ascii=False) + "\n")
+                file.write(json.dumps({"index": rows[i]["index"], "prediction": text}) + "\n")
             file.flush()
     runtime.dist.barrier()
-    for file in folder.glob(f"{name}.*.jsonl"):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            item = json.loads(line)
-            done[item["index"]] = item["prediction"]
-    return done, rows
+    return predictions(folder, name), rows
 
 
 def evaluate(args, mllm, device, folder):
@@ -154,7 +169,10 @@ def evaluate(args, mllm, device, folder):
     if not known:
         raise SystemExit(f"error: no known benchmark TSV in {args.bench}; known names: "
                          f"{', '.join(score.BENCHES)}")
-    key = {"model": runtime.file_digest(mllm), "wrong_image": args.wrong_image}
+    model, tokenizer = m.load_mllm(mllm)
+    key = {"model": runtime.file_digest(mllm), "wrong_image": args.wrong_image,
+           "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
+           **{p.name: p.stat().st_size for p in known}}
     config = folder / "config.json"
     if config.exists() and json.loads(config.read_text()) != key and not args.overwrite:
         raise SystemExit(f"error: {folder} holds the answers of another model or setting; "
@@ -164,9 +182,10 @@ def evaluate(args, mllm, device, folder):
     runtime.dist.barrier()
     folder.mkdir(parents=True, exist_ok=True)
     runtime.write_whole(config, lambda aside: aside.write_text(json.dumps(key)))
-    model, tokenizer = m.load_mllm(mllm)
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    model = model.eval().to(device, dtype)             # whole on every process: it only answers
+    if args.dtype == "bf16":        # parameters alone: rotary frequencies in bf16 are wrong by a
+        for p in model.parameters():                   # radian at position 800
+            p.data = p.data.to(torch.bfloat16)
+    model = model.eval().to(device)                    # whole on every process: it only answers
     scores = {}
     for path in known:
         done, rows = answer(args, model, tokenizer, device, path, folder)
@@ -183,9 +202,11 @@ def evaluate(args, mllm, device, folder):
 def main():
     args = get_args()
     if args.compare:
-        found = {Path(d).name: next((p for p in (Path(d, "bench", "results.json"),
-                                                 Path(d, "results.json")) if p.exists()), None)
-                 for d in args.compare}
+        names = [Path(d).name for d in args.compare]
+        names = names if len(set(names)) == len(names) else args.compare
+        found = {name: next((p for p in (Path(d, "bench", "results.json"),
+                                         Path(d, "results.json")) if p.exists()), None)
+                 for name, d in zip(names, args.compare)}
         lost = [name for name, path in found.items() if path is None]
         if lost:
             raise SystemExit(f"error: not scored yet: {', '.join(lost)}")
@@ -197,14 +218,24 @@ def main():
         evaluate(args, Path(args.mllm), device, Path(args.mllm).parent / suffix)
         return
     folder = repair_folder(args)
-    if args.overwrite or not (folder / "final" / "config.json").exists():
+    path = encoders.resolve(args.encoder)
+    eye = runtime.file_digest(path) if Path(path).is_dir() else path
+    if not args.overwrite and (folder / "final" / "config.json").exists():
+        old = json.loads((folder / "config.json").read_text())
+        for what, then, now in (("encoder", old.get("encoder_digest"), eye),
+                                ("LLM", old["arguments"]["llm"], args.llm),
+                                ("seed", old["arguments"]["seed"], args.seed)):
+            if then != now:
+                raise SystemExit(f"error: {folder} was re-paired with another {what}: {then}, now "
+                                 f"{now}; name another --run-dir, or --overwrite")
+    else:
         run = runtime.Run(folder, args)
         model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed)
         frozen = {"encoder": 0}                       # the eye is judged, not trained
-        pretrain.train(args, run, device, model, tokenizer, phases=[
+        pretrain.train(args, run, device, model, tokenizer, {"encoder_digest": eye}, phases=[
             ("projector", "captions", args.captions,
              {**frozen, "projector": args.projector_lr, "llm": 0},
-             args.projector_epochs, args.projector_max_steps or args.max_steps),
+             args.projector_epochs, args.projector_max_steps),
             ("re-pair", "conversations", args.instruct,
              {**frozen, "projector": args.lr, "llm": args.lr}, args.epochs, args.max_steps)])
     evaluate(args, folder / "final", device, folder / suffix)

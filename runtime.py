@@ -33,8 +33,10 @@ transformers_logging.disable_progress_bar()
 
 MODULES = ("encoder", "projector", "llm")
 STOPPED = 75          # exit code of a run that was asked to stop and saved first (EX_TEMPFAIL)
+# Arguments that may differ on resume: they do not change the numbers.
 FREE = {"workers", "keep", "save_every", "log_every", "micro_batch", "overwrite", "replicas",
-        "activation_checkpointing", "run"}   # may differ on resume: they do not change the numbers
+        "activation_checkpointing", "run", "run_typed", "bench", "limit", "eval_batch",
+        "max_new_tokens", "wrong_image", "mllm", "compare"}
 
 
 # --------------------------------------------------------------------------------------- processes
@@ -52,7 +54,6 @@ def start(timeout_minutes=10):
     if not cuda:
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -163,6 +164,8 @@ def adamw(model, rates):
                + (f"; frozen: {', '.join(never)}" if never else ""))
         if trained:
             groups.append({"params": trained, "lr": lr, "peak": lr, "name": name})
+    if not groups:
+        raise SystemExit("error: every learning rate is 0: nothing would be trained")
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
@@ -175,7 +178,8 @@ def learning_rates(args):
 
 def num_steps(epochs, max_steps, plan):
     """Steps of a run, bounded by --max-steps; prints what a step is made of."""
-    steps = min(epochs * plan.steps_per_epoch, max_steps or sys.maxsize)
+    steps = epochs * plan.steps_per_epoch
+    steps = steps if max_steps is None else min(steps, max_steps)
     print0(f"  {steps} steps of {plan.global_batch} samples: {plan.world} processes × "
            f"{plan.micro_steps} micro-steps of {plan.micro_batch}; {plan.steps_per_epoch} steps "
            f"an epoch, image = {plan.samples.num_image_tokens} tokens")
@@ -287,9 +291,7 @@ class Run:
             raise SystemExit(f"error: cannot write {self.folder}: {e.strerror}")
         steps = [int(p.name[5:]) for p in (self.folder / "checkpoints").glob("step-*")
                  if p.name[5:].isdigit() and (p / "position.json").exists()]
-        self.start = from_main(lambda: max(steps, default=0))   # samples already behind us: steps
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask_to_stop)
+        self.start = from_main(lambda: max(steps, default=0))     # steps already done
 
     def ask_to_stop(self, number, frame):
         """Finish the step, save, exit; a second signal ends at once."""
@@ -317,6 +319,11 @@ class Run:
         dist.barrier()
         if is_main():
             write_json(path, config)
+            if not self.start:      # killed before its first checkpoint: its lines would double
+                for name in ("metrics.jsonl", "timing.jsonl"):
+                    (self.folder / name).unlink(missing_ok=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask_to_stop)
         for key, value in facts.items():
             print0(f"  {key}: {value}")
 
@@ -358,7 +365,9 @@ class Run:
     def save_if_due(self, done, steps, model, optimizer):
         """After a step: save every --save-every steps, and when any process was asked to stop."""
         asked = reduce_sum({"stop": self.stopping})["stop"] > 0
-        if done < steps and (asked or done % self.args.save_every == 0):
+        if done == steps:                     # final/ comes next: faster than stopping for it
+            return
+        if asked or done % self.args.save_every == 0:
             self.save(done, model, optimizer)
         if asked:
             print0(f"asked to stop: saved after step {done}; the same command goes on from there")
@@ -401,6 +410,8 @@ class Run:
             sync_folder(aside)
             os.replace(aside, self.folder / "final")
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         print0(f"wrote {self.folder}/final")
         dist.barrier()
 
@@ -445,11 +456,11 @@ def launch(main):
         stop()
     except SystemExit as e:
         if isinstance(e.code, str):
-            if is_main():
-                print(e.code, file=sys.stderr, flush=True)
+            if not is_main():
+                time.sleep(5)    # a refusal all share is printed once; one of our own follows
+            print(e.code, file=sys.stderr, flush=True)
             os._exit(1)      # not through a collective that the other processes may never enter
         raise
     except OSError as e:     # a full disk, a vanished folder: checkpoints are renamed when whole
-        print(f"error: {e}; the last checkpoint is whole, the same command goes on from there",
-              file=sys.stderr, flush=True)
+        print(f"error: {e}; what was saved before is whole", file=sys.stderr, flush=True)
         os._exit(1)

@@ -76,11 +76,11 @@ def letter(prediction, answer, options):
     """Cambrian's letter rule, then option text. "B", "(b)", "Answer: B." and "B. cat" are B.
 
     options: {"A": text, …}. The text after the last "answer is" / "answer:" counts; a first
-    character that stands alone is the letter; else exactly one option text contained decides.
+    character that ends there or at a stop is the letter; else one option text contained decides.
     """
     text = re.split(r"answer is|answer:", prediction.lower())[-1].strip()
     text = text.strip(" .()\n")
-    match = re.match(r"([a-h])(?![a-z0-9])", text)
+    match = re.match(r"([a-h])(?:$|[.,:)])", text)
     if match:
         return match[1] == answer.strip().lower()
     named = [k for k, v in options.items() if v.strip().lower() == text] or \

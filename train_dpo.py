@@ -183,8 +183,9 @@ def main():
                  "accuracy": sums["correct"] / args.global_batch},
                 clock.lap(step, sums["tokens"]))
         if step == 0:
+            same = abs(margin) < 1e-3       # 0 on a CPU; a GPU's kernels may differ in a last bit
             print0(f"  step 0: loss {sums['loss']:.6f} (ln 2 = 0.693147), margin {margin:.6f}: "
-                   f"policy and reference are the same function")
+                   f"policy and reference are {'' if same else 'NOT '}the same function")
         bar.set_postfix(loss=f"{sums['loss']:.4f}", margin=f"{margin:.3f}", refresh=False)
         run.save_if_due(step + 1, steps, model, optimizer)
     if args.heldout:

@@ -81,14 +81,19 @@ def test_two_processes_and_small_micro_batches_count_the_same(trained, fresh, wo
     stage2(stage, fresh, world, "--micro-batch", 3, processes=2)
     close(metrics(fresh / stage), metrics(trained[0] / stage))
     a, b = (load_file(f / stage / "final" / "model.safetensors") for f in (fresh, trained[0]))
-    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
+    # Not the largest difference: AdamW turns a gradient that is rounding alone (key biases, words
+    # common to both answers) into full steps. The runs must agree on where they went.
+    start = load_file(fresh / "pretrain" / "final" / "model.safetensors")
+    apart = sum((a[k] - b[k]).square().sum() for k in a).sqrt()
+    travelled = sum((b[k] - start[k]).square().sum() for k in a).sqrt()
+    assert apart < 0.01 * travelled, (apart, travelled)
 
 
 def test_pretrain_on_two_processes_counts_the_same(stage1, world, tmp_path):
     """Text-only samples included: some batches have one on a process that has no image."""
     run("pretrain.py", "--run-dir", tmp_path / "r", "--encoder", "toy-vit", *COMMON[:-4],
-        "--workers", 0, "--micro-batch", 2, "--data", world, "--projector-max-steps", 2, "--max-steps", 3,
-        processes=2)
+        "--workers", 0, "--micro-batch", 2, "--data", world, "--projector-max-steps", 2,
+        "--max-steps", 3, processes=2)
     close(metrics(tmp_path / "r/pretrain"), metrics(stage1 / "pretrain"))
 
 
