@@ -53,12 +53,13 @@ PLACES = ["top left", "top", "top right", "left", "centre", "right",
 # How hard the pictures are. At these values the tiny encoder leaves room to improve.
 COLOUR_JITTER, PIXEL_NOISE, TEXT_CONTRAST = 16, 6, (90, 140)
 
+CALM = 0.5 if sys.stderr.isatty() else 10    # seconds between updates of a bar
+
 # Ways to ask. The last of each kind is kept for the tests: never in training text.
 WORDINGS = {line.split(": ")[0]: line.split(": ")[1].split(" | ") for line in """\
 colour: What colour is the {x}? | Tell me the colour of the {x}. | The {x} has what colour?
 shape: What shape is the {x} object? | Tell me the shape of {x}. | The {x} object has what shape?
 exist: Is there a {x}? | Is a {x} in the picture? | Does the picture have a {x}?
-object: Which object is there? | Which of these is there? | Tell me which object is there.
 number: What number is printed? | Tell me the number. | The picture has what number?
 digit: What is the {x} digit? | Tell me the {x} digit. | The number has what {x} digit?
 word: What word is printed? | Tell me the word. | The picture has what word?
@@ -70,7 +71,6 @@ count: How many {x}s are there? | Tell me the number of {x}s. | The picture has 
 objects: How many objects are there? | Tell me the number of objects. | How many objects is it?
 relation: Is the {x} {pair} the {y}? | Where is {x}, {pair} {y}? | The {x} is {pair} the {y}?
 larger: Is the {x} larger than the {y}? | Is {x} larger than {y}? | Tell me, is {x} larger than {y}?
-place: Where is the {x}? | Tell me the place of the {x}. | The {x} is in what place?
 sides: How many sides does a {x} have? | Tell me the sides of a {x}. | A {x} has how many sides?
 mix: What colour do {x} and {y} make? | What is {x} plus {y}? | Tell me what {x} and {y} make.
 more: Which is larger, {x} or {y}? | What is larger, {x} or {y}? | Tell me, is {x} or {y} larger?
@@ -83,20 +83,16 @@ SENTENCES = {                                # the same answers as full sentence
     "number": "The number is {a}.", "word": "The word is {a}.",
     "tallest": "The tallest bar is {a}.", "shortest": "The shortest bar is {a}.",
     "value": "The value of the {x} bar is {a}.", "count": "The number of {x}s is {a}.",
-    "relation": "The {x} is {a} {of}the {y}.", "place": "The {x} is at the {a}.",
+    "relation": "The {x} is {a} {of}the {y}.",
 }
 IN_WORDS = " Answer in a sentence."
-# LLaVA's wording for multiple choice; an evaluation prompt should use the same.
-CHOOSE = "\nAnswer with the option's letter from the given choices directly."
-LETTERS = "ABCD"
 BENCH = {                                    # kinds of question -> answers to balance over
-    "ToyGeneral": {"colour": list(COLOURS), "shape": SHAPES, "exist": ["yes", "no"],
-                   "object": list(LETTERS)},
+    "ToyGeneral": {"colour": list(COLOURS), "shape": SHAPES, "exist": ["yes", "no"]},
     "ToyOCR": {"number": None, "digit": list("123456789"), "word": None,
                "tallest": list(COLOURS), "shortest": list(COLOURS), "value": list("123456789"),
                "taller": ["yes", "no"]},
     "ToyVision": {"count": list("123"), "objects": list("234"), "larger": ["yes", "no"],
-                  "relation": ["left", "right", "above", "below"], "place": PLACES},
+                  "relation": ["left", "right", "above", "below"]},
     "ToyKnowledge": dict.fromkeys(["sides", "mix", "more", "sum", "opposite", "thing"]),
 }
 PAIRS = {"colour": ["colour"], "shape": ["shape"], "number": ["number"], "count": ["count"],
@@ -112,7 +108,6 @@ class Question:
     slots: dict
     wrong: list = ()                         # answers of the same kind that are false here
     about: tuple = ()                        # names of the masks of what it asks about
-    options: list = ()                       # multiple choice, the right one among them
 
     def ask(self, rng, heldout=False):
         lines = WORDINGS[self.kind]
@@ -121,14 +116,6 @@ class Question:
     def sentence(self, answer):
         of = "of " if answer in ("left", "right") else ""
         return SENTENCES[self.kind].format(a=answer, of=of, **self.slots)
-
-    def choices(self, rng, letter=None):
-        """The options in random order, the right one at `letter`."""
-        letter = letter or rng.choice(LETTERS)
-        others = [o for o in self.options if o != self.answer]
-        rng.shuffle(others)
-        others.insert(LETTERS.index(letter), self.answer)
-        return letter, others
 
 
 # ------------------------------------------------------------------------- knowledge
@@ -306,9 +293,9 @@ class Scene:
         """Every question the scene can answer; yes and no are made equally often."""
         rng, out, colours = self.rng, [], list(COLOURS)
 
-        def add(kind, answer, pool, about=(), options=(), **slots):
+        def add(kind, answer, pool, about=(), **slots):
             wrong = [str(p) for p in pool if str(p) != str(answer)]
-            out.append(Question(kind, str(answer), slots, wrong, tuple(about), list(options)))
+            out.append(Question(kind, str(answer), slots, wrong, tuple(about)))
 
         shapes = [o["shape"] for o in self.objects]
         hues = [o["colour"] for o in self.objects]
@@ -327,11 +314,6 @@ class Scene:
             add("exist", "yes", ["no"], [name], x=name)
             if false not in names:
                 add("exist", "no", ["yes"], x=false)
-            # Two colours x two shapes: no option stands out from the other three.
-            four = [f"{a} {b}" for a in (c, c2) for b in (s, s2)]
-            if sum(f in names for f in four) == 1:
-                add("object", name, four, [name], four)
-            add("place", o["place"], PLACES, [name], x=name)
             for p in self.objects:
                 if p is o:
                     continue
@@ -390,10 +372,6 @@ class Scene:
 
 def turn(rng, q):
     """One question and its answer as training text."""
-    if q.options:
-        letter, options = q.choices(rng)
-        lines = "".join(f"\n{k}. {o}" for k, o in zip(LETTERS, options))
-        return q.ask(rng) + lines + CHOOSE, letter
     if q.kind in SENTENCES and rng.random() < 0.12:
         return q.ask(rng) + IN_WORDS, q.sentence(q.answer)
     return q.ask(rng), q.answer
@@ -420,7 +398,7 @@ class World:
 
     def __init__(self, root, seed, scale):
         self.root, self.seed, self.scale, self.seen = root, seed, scale, set()
-        self.bar = tqdm(desc="drawing", unit=" images")
+        self.bar = tqdm(desc="drawing", unit=" images", mininterval=CALM)
 
     def rng(self, name):
         return random.Random(f"{self.seed}/{name}")      # a string seeds the same everywhere
@@ -521,7 +499,7 @@ class World:
         self.save("preferences/heldout.jsonl", held)
 
     def bench(self, name, n):
-        """Fills quotas (kind, answer), at most two rows a picture, a third in unseen wording."""
+        """Fills quotas (kind, answer), at most two rows a picture, a sixth in unseen wording."""
         rng, left, rows, per = self.rng(name), {}, [], math.ceil(n / len(BENCH[name]))
         for kind, answers in BENCH[name].items():
             for a in answers or [None]:
@@ -533,16 +511,13 @@ class World:
             qs = scene.questions() if scene_kind else [fact_question(rng, kind) for _ in "ab"]
             rng.shuffle(qs)
             for q in qs:
-                keys = [k for k in left if k[0] == q.kind and
-                        (k[1] in (None, q.answer) or (q.options and k[1] in LETTERS))]
+                keys = [k for k in left if k[0] == q.kind and k[1] in (None, q.answer)]
                 if not keys or (image and image[1]):
                     continue
-                key, letter, options = rng.choice(keys), "", [""] * 4
-                if q.options:
-                    letter, options = q.choices(rng, key[1])
-                heldout, index = rng.random() < 1 / 3, len(rows) + 1
+                key = rng.choice(keys)
+                heldout, index = rng.random() < 1 / 6, len(rows) + 1
                 data = base64.b64encode(scene.png).decode() if not image else str(image[0])
-                rows.append([index, data, q.ask(rng, heldout), letter or q.answer, *options,
+                rows.append([index, data, q.ask(rng, heldout), q.answer,
                              q.kind, "unseen wording" if heldout else "seen wording"])
                 image = (index, False) if not image else (image[0], True)
                 left[key] -= 1
@@ -550,7 +525,7 @@ class World:
                     del left[key]
         with open(self.path(f"bench/{name}.tsv"), "w", newline="") as f:
             out = csv.writer(f, delimiter="\t", lineterminator="\n")
-            out.writerow(["index", "image", "question", "answer", *LETTERS, "category", "split"])
+            out.writerow(["index", "image", "question", "answer", "category", "split"])
             out.writerows(rows)
 
     def imagenet(self, split, n):
@@ -578,8 +553,8 @@ class World:
         self.save("align/pairs.jsonl", records)
 
 
-SOURCES = {"shapes": ["colour", "shape", "exist", "object", "count", "objects", "relation",
-                      "larger", "place"],
+SOURCES = {"shapes": ["colour", "shape", "exist", "count", "objects", "relation",
+                      "larger"],
            "text": ["number", "digit", "word"],
            "chart": ["tallest", "shortest", "value", "taller"]}
 COUNTS = {"captions": 3000, "instruct": 8000, "repair": 4000, "preferences": 2000,
@@ -623,9 +598,9 @@ CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # name: width, layers, heads, inner width, steps, batch, learning rate
 # A ViT's batch is in images, an LM's in tokens. The LM never learns to look things up at 3e-3.
-MODELS = {"toy-vit": (128, 5, 4, 512, 1200, 48, 1e-3), "toy-lm": (128, 4, 4, 384, 6000, 1000, 1e-3),
-          "toy-vit-l": (192, 7, 6, 768, 1200, 48, 8e-4),
-          "toy-lm-l": (192, 6, 6, 576, 6000, 1000, 8e-4)}
+MODELS = {"toy-vit": (128, 5, 4, 512, 2400, 48, 1e-3), "toy-lm": (128, 4, 4, 384, 4500, 1000, 1e-3),
+          "toy-vit-l": (192, 7, 6, 768, 2400, 48, 8e-4),
+          "toy-lm-l": (192, 6, 6, 576, 4500, 1000, 8e-4)}
 
 
 def train(name, model, steps, rate, loss_of):
@@ -636,7 +611,7 @@ def train(name, model, steps, rate, loss_of):
     warm = max(1, min(100, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
         (i + 1) / warm, 0.02 + 0.49 * (1 + math.cos(math.pi * i / steps))))
-    bar, mean = tqdm(range(steps), desc=name, mininterval=1), None
+    bar, mean = tqdm(range(steps), desc=name, mininterval=CALM), None
     for step in bar:
         loss = loss_of(step / steps)
         optimizer.zero_grad()
@@ -702,7 +677,7 @@ def pretrain_vit(folder, name, steps, seed):
                          image_std=[0.5] * 3).save_pretrained(folder)
 
 
-LOOKED_UP = {"colour", "shape", "word", "number", "digit", "value", "place"}
+LOOKED_UP = {"colour", "shape", "word", "number", "digit", "value"}
 
 
 def table(scene):

@@ -162,24 +162,20 @@ def test_benchmarks_read_as_tables(larger):
         rows = table(larger / f"bench/{name}.tsv")
         assert len(rows) >= 600 and len({r["index"] for r in rows}) == len(rows)
         assert any(r["reused"] for r in rows)
-        assert any(r["A"] for r in rows) and any(not r["A"] for r in rows)
         for r in rows:
             assert Image.open(io.BytesIO(r["png"])).size == (toy.SIZE, toy.SIZE)
-            options = [r[k] for k in toy.LETTERS]
-            assert len(set(options)) == 4 and r["answer"] in toy.LETTERS if r["A"] else \
-                options == [""] * 4
 
 
 def test_no_answer_is_much_more_frequent_than_the_others(larger):
     for name, kinds in toy.BENCH.items():
         answers = defaultdict(Counter)
         for r in table(larger / f"bench/{name}.tsv"):
-            answers[r["category"], bool(r["A"])][r["answer"]] += 1
-        assert {k for k, _ in answers} == set(kinds)
+            answers[r["category"]][r["answer"]] += 1
+        assert set(answers) == set(kinds)
         best = sum(max(c.values()) for c in answers.values())
         assert best / sum(sum(c.values()) for c in answers.values()) <= 0.45, name
         if name != "ToyKnowledge":          # its answers are facts: 4 sides are frequent
-            for (kind, _), c in answers.items():
+            for kind, c in answers.items():
                 bound = 1 / len(kinds[kind]) if kinds[kind] else 0.2
                 assert max(c.values()) / sum(c.values()) <= bound + 0.03, (kind, c)
 
@@ -188,7 +184,7 @@ def test_facts_asked_are_facts_taught(larger):
     texts = {(way.format(**f.slots), f.answer) for f in toy.FACTS
              for way in toy.WORDINGS[f.kind]}
     for r in table(larger / "bench/ToyKnowledge.tsv"):
-        assert (r["question"], r[r["answer"]] if r["A"] else r["answer"]) in texts
+        assert (r["question"], r["answer"]) in texts
 
 
 def test_probe_folders(drawn):
