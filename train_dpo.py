@@ -131,7 +131,8 @@ def main():
         ref_model = runtime.shard(m.load_mllm(parent)[0].requires_grad_(False), device, args.dtype)
         del sets["pairs"]
     key = {"parent_digest": run.config["parent_digest"], "dtype": args.dtype,
-           "image_size": model.encoder.image_size, "layout": "shared prefix, ChatML",
+           "pixels": str((model.encoder.image_size, model.encoder.mean, model.encoder.std)),
+           "layout": "shared prefix, ChatML",
            **{name: s.fingerprint() for name, (s, _) in sets.items()}}
     ref = reference_logps(args, run, model, sets, key, clock)
     if run.start:
