@@ -333,8 +333,7 @@ class Scene:
                         y=p["name"])
         for s in sorted(set(shapes)):
             about = [n for n in names if n.endswith(s)]
-            # Wrong counts come from the same three as right ones: were 4 only ever wrong, DPO would
-            # learn to say small numbers (seen: "how many objects" fell from 88 to 33).
+            # Wrong counts come from the same three as right ones, or 4 would only ever be wrong.
             add("count", len(about), (1, 2, 3), about, x=s)
         if self.objects:
             add("objects", len(shapes), range(2, 5), names)
