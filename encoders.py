@@ -108,6 +108,11 @@ def short_name(name):
     return Path(name.rstrip("/")).name.lower()
 
 
+def blocks_of(vision):
+    """The transformer blocks: each class of FAMILIES holds exactly one list of modules."""
+    return next(m for m in vision.modules() if isinstance(m, nn.ModuleList))
+
+
 class Encoder(nn.Module):
     """Any ViT of transformers as one function from pixels to a grid of patch features.
 
@@ -129,8 +134,7 @@ class Encoder(nn.Module):
 
     @property
     def blocks(self):
-        """The transformer blocks: each of these classes holds exactly one list of modules."""
-        return next(m for m in self.vision.modules() if isinstance(m, nn.ModuleList))
+        return blocks_of(self.vision)
 
     def forward(self, pixel_values):
         as_pixels = {"dtype": torch.promote_types(self.vision.dtype, torch.float32),
@@ -150,8 +154,7 @@ def truncate(vision):
     """
     family = FAMILIES[vision.config.model_type]
     if family.drop_last_block and getattr(vision.config, "pivot_feature_layer", None) is None:
-        blocks = next(m for m in vision.modules() if isinstance(m, nn.ModuleList))
-        del blocks[-1]
+        del blocks_of(vision)[-1]
         vision.config.num_hidden_layers -= 1
         vision.config.pivot_feature_layer = -1
     if getattr(vision, "use_head", False):  # SigLIP's attention pooling: never part of the features

@@ -67,9 +67,13 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
     typed = {k for k, v in vars(args).items() if v is not None}
     inherited = {}
     args.run_typed = args.run is not None
+
+    def defaults():
+        """The paper's values, or the toy's where the LLM is a toy."""
+        llm = args.llm or inherited.get("llm") or paper["llm"]
+        return {**paper, **(toy if encoders.short_name(llm).startswith("toy-") else {})}
     if args.run is None:
-        toys = toy if encoders.short_name(args.llm or paper["llm"]).startswith("toy-") else {}
-        names = [getattr(args, k) or {**paper, **toys}[k] for k in ("encoder", "llm")]
+        names = [getattr(args, k) or defaults()[k] for k in ("encoder", "llm")]
         args.run = f"runs/{encoders.short_name(names[0])}__{encoders.short_name(names[1])}"
     if parent:
         folder = Path(args.run, parent)
@@ -86,8 +90,7 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
             if key in typed and getattr(args, key) != inherited[key]:
                 raise SystemExit(f"error: {args.run} was made with --{key} {inherited[key]}, not "
                                  f"{getattr(args, key)}; leave --run-dir out or name another")
-    llm = args.llm or inherited.get("llm") or paper["llm"]
-    fallback = {**paper, **(toy if encoders.short_name(llm).startswith("toy-") else {})}
+    fallback = defaults()
     for key in vars(args):
         if getattr(args, key) is None:
             source = inherited if key in ("encoder", "llm", "data") and key in inherited \
@@ -97,10 +100,7 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
                 print0(f"  --{key.replace('_', '-')} {source[key]} (inherited from {parent})")
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
     for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas",
-                "log_every"):
-        if getattr(args, key) < 1:
-            raise SystemExit(f"error: --{key.replace('_', '-')} must be at least 1")
-    for key in ("max_steps", "projector_max_steps", "num_samples", "limit"):
+                "log_every", "max_steps", "projector_max_steps", "num_samples", "limit"):
         if getattr(args, key, None) is not None and getattr(args, key) < 1:
             raise SystemExit(f"error: --{key.replace('_', '-')} must be at least 1")
     args.stage = stage
