@@ -96,6 +96,9 @@ def text_of(item, key, where):
     return value
 
 
+real_folder = functools.lru_cache(os.path.realpath)
+
+
 def image_of(item, root, where):
     """The record's one image as a path inside root, None for text alone, "many" for several."""
     name = item.get("image")
@@ -108,7 +111,7 @@ def image_of(item, root, where):
     if not isinstance(name, str):
         raise BadRecord(f"{where}: 'image' is not a file name")
     path = os.path.realpath(os.path.join(root, name))
-    if os.path.isabs(name) or not path.startswith(os.path.realpath(root) + os.sep):
+    if os.path.isabs(name) or not path.startswith(real_folder(root) + os.sep):
         raise BadRecord(f"{where}: image {name} leaves its folder {root}")
     if not os.path.isfile(path):
         raise BadRecord(f"{where}: image {name} not found in {root}")
@@ -122,10 +125,9 @@ def user_turn(text, image, system=None):
             f"<|im_start|>assistant\n")
 
 
-def caption_record(where, item, root):
+def caption_record(where, item, image):
     """LLaVA-Pretrain, stage 1a: `<image>` + caption + newline, loss on the caption. [code]"""
     turns = turns_of(where, item)
-    image = image_of(item, root, where)
     if image is None:
         raise BadRecord(f"{where}: a caption without an image")
     return Record(where, image, [(IMAGE_TOKEN, PROMPT), (turns[0][1].strip() + "\n", ANSWER)])
@@ -153,9 +155,9 @@ def one_placeholder(text):
     return text.replace(IMAGE_TOKEN, "", 1).strip() if text.count(IMAGE_TOKEN) == 1 else text
 
 
-def conversation_record(where, item, root):
+def conversation_record(where, item, image):
     """LLaVA instructions: every answer of the conversation is supervised in one pass."""
-    turns, image, pieces = turns_of(where, item), image_of(item, root, where), []
+    turns, pieces = turns_of(where, item), []
     if image is None and IMAGE_TOKEN in turns[0][0]:
         raise BadRecord(f"{where}: the text has {IMAGE_TOKEN} but the record has no image")
     for i, (question, answer) in enumerate(turns):
@@ -165,9 +167,8 @@ def conversation_record(where, item, root):
     return Record(where, image, pieces)
 
 
-def pair_record(where, item, root):
+def pair_record(where, item, image):
     """MMPR: image, question, chosen, rejected → prompt, chosen answer, rejected answer."""
-    image = image_of(item, root, where)
     question, chosen, rejected = (text_of(item, k, where) for k in
                                   ("question", "chosen", "rejected"))
     if image is None:
@@ -250,10 +251,11 @@ class Samples(torch.utils.data.Dataset):
                 break
             try:
                 item = parse(where, item)
-                if image_of(item, root, where) == "many":
+                image = image_of(item, root, where)
+                if image == "many":
                     self.dropped["multi-image"] += 1
                     continue
-                record = read(where, item, root)
+                record = read(where, item, image)
                 # The template's own special tokens are ours; any in the data's text would be read
                 # as structure (a second image, a forged turn), so the item is dropped.
                 bare = "".join(p for p, _ in record.pieces)

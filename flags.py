@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import data
 import encoders
 import torch
 from runtime import print0
@@ -57,6 +58,27 @@ def arguments(doc, paper):
     return parser
 
 
+def add_two_step_flags(parser, second):
+    """What stage 1 and re-pairing share: a projector step on captions, then a step on `second`."""
+    parser.add_argument("--captions", help="LLaVA-Pretrain json for the projector step; default "
+                        "DATA/captions.json")
+    parser.add_argument("--instruct", help="LLaVA conversations for the second step, .json or "
+                        f".jsonl; default DATA/{second}.jsonl")
+    parser.add_argument("--projector-epochs", type=int, help="passes over the captions (default 1)")
+    parser.add_argument("--projector-max-steps", type=int,
+                        help="bound of the projector step; default: --max-steps")
+
+
+def settle_two_steps(args, second):
+    """Fill those flags where they were left open."""
+    args.captions = args.captions or data.default_file(args.data, "captions")
+    args.instruct = args.instruct or data.default_file(args.data, second)
+    args.images = args.images or f"{args.data}/images"
+    if args.projector_max_steps is None:
+        args.projector_max_steps = args.max_steps
+    return args
+
+
 def settle(parser, stage, paper, toy, parent=None, argv=None):
     """Parse, then fill every flag left open: parent stage → toy's values → paper's values.
 
@@ -90,6 +112,8 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
             if key in typed and getattr(args, key) != inherited[key]:
                 raise SystemExit(f"error: {args.run} was made with --{key} {inherited[key]}, not "
                                  f"{getattr(args, key)}; leave --run-dir out or name another")
+        if "data" in typed and args.data != inherited["data"]:
+            print0(f"  --data {args.data} ({parent} had {inherited['data']})")
     fallback = defaults()
     for key in vars(args):
         if getattr(args, key) is None:

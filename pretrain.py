@@ -26,18 +26,8 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=3,
 
 def get_args():
     parser = flags.arguments(__doc__, PAPER)
-    parser.add_argument("--captions", help="LLaVA-Pretrain json; default DATA/captions.json")
-    parser.add_argument("--instruct", help="LLaVA conversations, .json or .jsonl; default "
-                        "DATA/instruct.jsonl or .json")
-    parser.add_argument("--projector-epochs", type=int, help="passes over the captions (default 1)")
-    parser.add_argument("--projector-max-steps", type=int, help="bound of 1a; default: --max-steps")
-    args = flags.settle(parser, "pretrain", PAPER, TOY)
-    args.captions = args.captions or data.default_file(args.data, "captions")
-    args.instruct = args.instruct or data.default_file(args.data, "instruct")
-    args.images = args.images or f"{args.data}/images"
-    if args.projector_max_steps is None:
-        args.projector_max_steps = args.max_steps
-    return args
+    flags.add_two_step_flags(parser, "instruct")
+    return flags.settle_two_steps(flags.settle(parser, "pretrain", PAPER, TOY), "instruct")
 
 
 def train(args, run, device, model, tokenizer, facts, phases):

@@ -35,11 +35,7 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=3,
 
 def get_args():
     parser = flags.arguments(__doc__, PAPER)
-    parser.add_argument("--captions", help="data of the projector step; default DATA/captions.json")
-    parser.add_argument("--instruct", help="data of the second step; default DATA/repair.jsonl")
-    parser.add_argument("--projector-epochs", type=int, help="passes over the captions (default 1)")
-    parser.add_argument("--projector-max-steps", type=int,
-                        help="bound of the projector step; default: --max-steps")
+    flags.add_two_step_flags(parser, "repair")
     parser.add_argument("--mllm", help="score this trained model (a final/ folder) as it is")
     parser.add_argument("--bench", help="folder of benchmark TSVs; default DATA/bench")
     parser.add_argument("--limit", type=int, help="score only the first N questions of each")
@@ -50,13 +46,8 @@ def get_args():
                         "the model answers without looking")
     parser.add_argument("--compare", nargs="+", metavar="DIR",
                         help="print one table of models already scored; nothing is run")
-    args = flags.settle(parser, "repair", PAPER, TOY)
-    args.captions = args.captions or data.default_file(args.data, "captions")
-    args.instruct = args.instruct or data.default_file(args.data, "repair")
-    args.images = args.images or f"{args.data}/images"
+    args = flags.settle_two_steps(flags.settle(parser, "repair", PAPER, TOY), "repair")
     args.bench = args.bench or f"{args.data}/bench"
-    if args.projector_max_steps is None:
-        args.projector_max_steps = args.max_steps
     return args
 
 
@@ -172,7 +163,7 @@ def evaluate(args, mllm, device, folder):
     model, tokenizer = m.load_mllm(mllm)
     key = {"model": runtime.file_digest(mllm), "wrong_image": args.wrong_image,
            "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
-           **{p.name: p.stat().st_size for p in known}}
+           **{p.name: runtime.from_main(lambda p=p: runtime.sha256(p)) for p in known}}
     config = folder / "config.json"
     if config.exists() and json.loads(config.read_text()) != key and not args.overwrite:
         raise SystemExit(f"error: {folder} holds the answers of another model or setting; "

@@ -3,6 +3,8 @@
 Everything that knows about processes lives here, so that a stage reads the same for one and for
 sixty-four of them. One process is a group of one: the same `fully_shard`, the same checkpoints.
 """
+import ctypes
+import fcntl
 import hashlib
 import json
 import math
@@ -22,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
@@ -45,6 +48,7 @@ def start(timeout_minutes=10):
     """Join the processes torchrun started, or be a group of one. → torch.device."""
     cuda = torch.cuda.is_available()
     if "RANK" in os.environ:
+        die_with_parent()
         limit = timedelta(minutes=timeout_minutes)   # a lost peer ends in an error, not in a hang
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
     else:
@@ -55,6 +59,13 @@ def start(timeout_minutes=10):
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def die_with_parent():
+    """If torchrun itself is killed, its workers would train on, unseen, in the same folder as the
+    run that takes their place. Linux can end them with it (PR_SET_PDEATHSIG = 1)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def stop():
@@ -223,17 +234,20 @@ def require_finite(step, loss, norms, samples, plan):
 
 # ---------------------------------------------------------------------------------- run directories
 
+def sha256(*files):
+    """Of the files' bytes, one after the other (16 hex digits)."""
+    sha = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as f:
+            while block := f.read(1 << 24):
+                sha.update(block)
+    return sha.hexdigest()[:16]
+
+
 def file_digest(folder):
-    """sha256 over the safetensors of a model folder (16 hex digits): the identity of a parent.
+    """sha256 over the safetensors of a model folder: the identity of a parent.
     Read by the main process alone: 32 GB take half a minute."""
-    def digest():
-        sha = hashlib.sha256()
-        for file in sorted(Path(folder).glob("*.safetensors")):
-            with open(file, "rb") as f:
-                while block := f.read(1 << 24):
-                    sha.update(block)
-        return sha.hexdigest()[:16]
-    return from_main(digest)
+    return from_main(lambda: sha256(*sorted(Path(folder).glob("*.safetensors"))))
 
 
 def write_whole(path, write):
@@ -277,21 +291,40 @@ class Run:
 
     def __init__(self, folder, args):
         self.folder, self.args, self.stopping = Path(folder), args, False
-        if args.overwrite and is_main() and self.folder.exists():
-            shutil.rmtree(self.folder)
-        dist.barrier()
+        refusal = from_main(self.claim)
+        if refusal:
+            raise SystemExit(refusal)
         if (self.folder / "final" / "config.json").exists():
             print0(f"{self.folder}/final is already there: nothing to do "
                    f"(--overwrite starts anew)")
+            if is_main():                # the last run may have been killed on its last line
+                shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
             stop()
             raise SystemExit(0)
-        try:
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise SystemExit(f"error: cannot write {self.folder}: {e.strerror}")
         steps = [int(p.name[5:]) for p in (self.folder / "checkpoints").glob("step-*")
                  if p.name[5:].isdigit() and (p / "position.json").exists()]
         self.start = from_main(lambda: max(steps, default=0))     # steps already done
+
+    def claim(self, patience=5):
+        """Make the folder and lock it: two runs in one folder would ruin each other. → a refusal.
+        POSIX locks end with their process; a restarted run waits for its predecessor to be gone."""
+        try:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.locked = open(self.folder / "lock", "w")
+        except OSError as e:
+            return f"error: cannot write {self.folder}: {e.strerror}"
+        while True:
+            try:
+                fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(1)
+            if (patience := patience - 1) < 0:
+                return (f"error: another process is training in {self.folder}; wait for it, or "
+                        f"name another --run-dir")
+        for old in self.folder.iterdir() if self.args.overwrite else ():
+            if old.name != "lock":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def ask_to_stop(self, number, frame):
         """Finish the step, save, exit; a second signal ends at once."""
@@ -385,7 +418,13 @@ class Run:
         dist.barrier()
         reshard(model)
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-        dcp.save(state, checkpoint_id=aside)
+        try:
+            dcp.save(state, checkpoint_id=aside)
+        except dcp.api.CheckpointException as e:       # raised on every process alike
+            reason = str(next(iter(e.failures.values()))[0]).splitlines()[0]
+            raise SystemExit(f"error: step {done} could not be saved to {aside} ({reason}); is the "
+                             f"disk full? What was saved before is whole, the same command goes on "
+                             f"from there")
         if is_main():
             lengths = {n: (self.folder / n).stat().st_size for n in
                        ("metrics.jsonl", "timing.jsonl") if (self.folder / n).exists()}
@@ -461,6 +500,12 @@ def launch(main):
             print(e.code, file=sys.stderr, flush=True)
             os._exit(1)      # not through a collective that the other processes may never enter
         raise
-    except OSError as e:     # a full disk, a vanished folder: checkpoints are renamed when whole
+    except RuntimeError as e:
+        if "gloo" not in str(e) and not isinstance(e, dist.DistBackendError):
+            raise
+        print(f"error: lost another process of this run ({str(e).splitlines()[0][:90]}); what was "
+              f"saved before is whole, the same command goes on from there", file=sys.stderr)
+        os._exit(1)
+    except (OSError, SafetensorError) as e:     # a full disk, a vanished folder: checkpoints are renamed when whole
         print(f"error: {e}; what was saved before is whole", file=sys.stderr, flush=True)
         os._exit(1)

@@ -5,7 +5,6 @@ asked, so that a language model can be trained on thousands of scenes that nobod
 """
 import functools
 import math
-import random
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,0 +1,169 @@
+"""Killed at any moment and started again = never killed (invariant 5), on two processes.
+
+A few kills here; `make kill` (PIVOT_KILLS=long) goes through every moment and stage.
+"""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import COMMON, ROOT, metrics, run
+from test_stages import close
+
+LONG = os.environ.get("PIVOT_KILLS") == "long"
+# moment, for the how-manieth time, on which process
+MOMENTS = [
+    ("before rename of ref_logps.safetensors", 1, 0), ("after a line", 1, 0),
+    ("shards begun", 2, 1), ("shards written", 1, 0), ("before rename of step", 1, 0),
+    ("after rename of step", 1, 0), ("old half removed", 1, 0), ("before the update", 2, 1),
+    ("before a line", 2, 1), ("before rename of position.json", 1, 0), ("before clipping", 2, 0),
+    ("before rename of final", 1, 0), ("after rename of final", 1, 0)]
+SHORT = [m for m in MOMENTS if m[0] in ("shards written", "old half removed", "after rename of final",
+                                        "before the update")]
+
+
+def torchrun(script, *command, processes=2, restarts=0, env=None, wait=True):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts",
+               restarts, f"--nproc_per_node={processes}", script, *command]
+    process = subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})})
+    if not wait:
+        return process
+    out = process.communicate(timeout=180)[0]
+    return process.returncode, out
+
+
+@pytest.fixture(scope="module")
+def commands(world, stage1, tmp_path_factory):
+    """stage → (its command in a run folder of that name, the undisturbed run's folder)."""
+    import shutil
+    base, made = tmp_path_factory.mktemp("survive"), {}
+
+    def command(stage, name):
+        folder = base / name
+        common = ["--run-dir", folder, *COMMON[2:], "--data", world, "--save-every", 1]
+        if stage in ("sft", "dpo"):
+            if not folder.exists():
+                shutil.copytree(stage1 / "pretrain", folder / "pretrain")
+            return [f"train_{stage}.py", *common, "--max-steps", 5], folder / stage
+        if stage == "pretrain":
+            return ["pretrain.py", "--encoder", "toy-vit", "--llm", "toy-lm", *common,
+                    "--projector-max-steps", 2, "--max-steps", 3], folder / stage
+        return ["repair_eval.py", "--encoder", "toy-vit", "--llm", "toy-lm", *common, "--limit", 4,
+                "--projector-max-steps", 2, "--max-steps", 3], folder / "repair" / "toy-vit"
+
+    def calm(stage):
+        if stage not in made:
+            line, folder = command(stage, f"{stage}-calm")
+            code, out = torchrun(*line)
+            assert code == 0, out[-3000:]
+            made[stage] = folder
+        return made[stage]
+    return command, calm
+
+
+def same(a, b):
+    for name in ("metrics.jsonl", "final/model.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert not list(a.rglob("*.tmp")) and not (a / "checkpoints").exists()
+
+
+STAGES = ["dpo", "sft", "pretrain", "repair"] if LONG else ["dpo"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_named_moments(commands, tmp_path, stage):
+    """One run, killed at one moment after the other; then it may end. Bit-equal to a calm one."""
+    command, calm = commands
+    line, folder = command(stage, f"{stage}-killed")
+    kills = 0
+    for i, (moment, count, rank) in enumerate(MOMENTS if LONG else SHORT):
+        mark = tmp_path / f"mark-{i}"
+        code, out = torchrun("tests/killed.py", *line, env={
+            "KILL": f"{moment}:{count}:{rank}", "KILL_MARK": str(mark)})
+        kills += mark.exists()
+        assert (code != 0) == mark.exists(), out[-3000:]
+        if (folder / "final").exists():
+            assert (folder / "final/config.json").exists()
+    code, out = torchrun(*line)
+    assert code == 0, out[-3000:]
+    # a stage without reference log-probs does not meet that moment
+    assert kills >= (len(MOMENTS) - 2 if LONG else len(SHORT)), kills
+    same(folder, calm(stage))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("victim", ["worker", "torchrun"] if LONG else ["torchrun"])
+def test_killed_at_random(commands, stage, victim):
+    """kill -9 of a worker, or of torchrun itself (its workers must go with it)."""
+    command, calm = commands
+    line, folder = command(stage, f"{stage}-random-{victim}")
+    rng, kills, tries = random.Random(stage + victim), 0, 0
+    while kills < (10 if LONG else 2) and tries < 30:
+        tries += 1
+        process = torchrun(*line, wait=False)
+        # Starting takes seconds in which nothing can break: wait until it trains.
+        began = (folder / "config.json").stat().st_mtime if (folder / "config.json").exists() else 0
+        while process.poll() is None and not ((folder / "config.json").exists() and
+                                              (folder / "config.json").stat().st_mtime > began):
+            time.sleep(0.01)
+        time.sleep(rng.random() * 1.2)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                                  text=True).stdout.split()
+        try:
+            os.kill(int(rng.choice(children)) if victim == "worker" else process.pid,
+                    signal.SIGKILL)
+        except (ProcessLookupError, IndexError):
+            pass
+        process.communicate(timeout=60)
+        kills += process.returncode != 0
+        for child in children:                     # nobody is left behind
+            for _ in range(200):
+                if not os.path.exists(f"/proc/{child}"):
+                    break
+                time.sleep(0.05)
+            else:
+                pytest.fail(f"process {child} outlived torchrun")
+        if (folder / "final").exists():
+            break
+    code, out = torchrun(*line)
+    assert code == 0, out[-3000:]
+    same(folder, calm(stage))
+
+
+@pytest.mark.parametrize("turn", range(10 if LONG else 1))
+def test_torchrun_restarts_a_killed_worker_by_itself(commands, tmp_path, turn):
+    command, calm = commands
+    line, folder = command("dpo", f"restarted-{turn}")
+    code, out = torchrun("tests/killed.py", *line, restarts=2, env={
+        "KILL": f"before the update:{1 + turn % 5}:{turn % 2}", "KILL_MARK": str(tmp_path / "mark")})
+    assert code == 0 and (tmp_path / "mark").exists(), out[-3000:]
+    same(folder, calm("dpo"))
+
+
+@pytest.mark.parametrize("before,after", [(2, 1), (1, 4)] if LONG else [(2, 1)])
+def test_restarted_with_another_number_of_processes(commands, tmp_path, before, after):
+    command, calm = commands
+    line, folder = command("dpo", f"from-{before}-to-{after}")
+    code, _ = torchrun("tests/killed.py", *line, processes=before, env={
+        "KILL": "before the update:4:0", "KILL_MARK": str(tmp_path / "mark")})
+    assert code != 0 and (tmp_path / "mark").exists()
+    code, out = torchrun(*line, processes=after)
+    assert code == 0 and "continuing after step 3" in out, out[-3000:]
+    close(metrics(folder), metrics(calm("dpo")))
+
+
+def test_two_runs_in_one_folder(commands):
+    """The second is refused as long as the first one lives."""
+    import fcntl
+    command, _ = commands
+    line, folder = command("dpo", "shared")
+    folder.mkdir()
+    with open(folder / "lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        done = run(*line, check=False)
+    assert done.returncode == 1 and "another process is training in" in done.stderr
