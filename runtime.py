@@ -506,6 +506,6 @@ def launch(main):
         print(f"error: lost another process of this run ({str(e).splitlines()[0][:90]}); what was "
               f"saved before is whole, the same command goes on from there", file=sys.stderr)
         os._exit(1)
-    except (OSError, SafetensorError) as e:     # a full disk, a vanished folder: checkpoints are renamed when whole
+    except (OSError, SafetensorError) as e:     # a full disk, a vanished folder
         print(f"error: {e}; what was saved before is whole", file=sys.stderr, flush=True)
         os._exit(1)

@@ -36,8 +36,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from toy_scenes import (BENCH, CLASSES, COLOURS, IN_WORDS, PAIRS, SHAPES, SIZE, WORDINGS, WORDS, Scene,
-                        conversation, fact_question)
+from toy_scenes import (BENCH, CLASSES, COLOURS, IN_WORDS, PAIRS, SHAPES, SIZE, WORDINGS, WORDS,
+                        Scene, conversation, fact_question)
 
 CALM = 0.5 if sys.stderr.isatty() else 10    # seconds between updates of a bar
 
@@ -115,8 +115,8 @@ class World:
             scene = self.scene(rng, kind={"number": "text", "bar": "chart"}.get(kind, "shapes"))
             asked = rng.choice(PAIRS[kind])
             qs = [q for q in scene.questions() if q.kind == asked and q.wrong]
-            if kind == "count" and qs:                   # else most counts would be 1
-                want = rng.choice("123")
+            if kind == "count":                          # else most counts would be 1
+                want = rng.choice(BENCH["ToyVision"][asked])
                 qs = [q for q in qs if q.answer == want]
             if not qs:
                 continue

@@ -52,7 +52,7 @@ SENTENCES = {                                # the same answers as full sentence
     "number": "The number is {a}.", "word": "The word is {a}.",
     "tallest": "The tallest bar is {a}.", "shortest": "The shortest bar is {a}.",
     "value": "The value of the {x} bar is {a}.", "count": "The number of {x}s is {a}.",
-    "relation": "The {x} is {a} {of}the {y}.",
+    "objects": "The number of objects is {a}.", "relation": "The {x} is {a} {of}the {y}.",
 }
 IN_WORDS = " Answer in a sentence."
 BENCH = {                                    # kinds of question -> answers to balance over
@@ -64,8 +64,9 @@ BENCH = {                                    # kinds of question -> answers to b
                   "relation": ["left", "right", "above", "below"]},
     "ToyKnowledge": dict.fromkeys(["sides", "mix", "more", "sum", "opposite", "thing"]),
 }
-PAIRS = {"colour": ["colour"], "shape": ["shape"], "number": ["number"], "count": ["count"],
-         "relation": ["relation"], "bar": ["tallest", "shortest", "value"]}
+PAIRS = {"colour": ["colour"], "shape": ["shape"], "number": ["number"],
+         "count": ["count", "objects"], "relation": ["relation"],
+         "bar": ["tallest", "shortest", "value"]}
 KINDS = {"shapes": 0.5, "text": 0.27, "chart": 0.23}      # shares of the three kinds of scene
 CLASSES = [(c, s) for c in ("red", "green", "blue", "purple") for s in ("circle", "square", "star")]
 
@@ -244,7 +245,8 @@ class Scene:
                 box[top:top + h, left + CELL * i:left + CELL * (i + 1)] = True
                 self.characters.append((character, box))
         for colour, value, column in self.bars:
-            wide, high = rng.randint(CELL - 3, CELL - 1), CELL * value + rng.randint(-JITTER, JITTER)
+            wide = rng.randint(CELL - 3, CELL - 1)
+            high = CELL * value + rng.randint(-JITTER, JITTER)
             left = CELL * column + rng.randint(0, CELL - wide)
             paint(colour, np.ones((high, wide)), SIZE - high, left, tint(colour))
         im += noise.standard_normal(im.shape, dtype=np.float32) * PIXEL_NOISE

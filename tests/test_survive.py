@@ -22,15 +22,15 @@ MOMENTS = [
     ("after rename of step", 1, 0), ("old half removed", 1, 0), ("before the update", 2, 1),
     ("before a line", 2, 1), ("before rename of position.json", 1, 0), ("before clipping", 2, 0),
     ("before rename of final", 1, 0), ("after rename of final", 1, 0)]
-SHORT = [m for m in MOMENTS if m[0] in ("shards written", "old half removed", "after rename of final",
-                                        "before the update")]
+SHORT = [m for m in MOMENTS if m[0] in ("shards written", "old half removed", "before the update",
+                                        "after rename of final")]
 
 
-def torchrun(script, *command, processes=2, restarts=0, env=None, wait=True):
+def torchrun(script, *command, processes=2, restarts=0, env=(), wait=True):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts",
                restarts, f"--nproc_per_node={processes}", script, *command]
     process = subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})})
+                               stderr=subprocess.STDOUT, text=True, env={**os.environ, **dict(env)})
     if not wait:
         return process
     out = process.communicate(timeout=180)[0]
@@ -140,7 +140,8 @@ def test_torchrun_restarts_a_killed_worker_by_itself(commands, tmp_path, turn):
     command, calm = commands
     line, folder = command("dpo", f"restarted-{turn}")
     code, out = torchrun("tests/killed.py", *line, restarts=2, env={
-        "KILL": f"before the update:{1 + turn % 5}:{turn % 2}", "KILL_MARK": str(tmp_path / "mark")})
+        "KILL": f"before the update:{1 + turn % 5}:{turn % 2}",
+        "KILL_MARK": str(tmp_path / "mark")})
     assert code == 0 and (tmp_path / "mark").exists(), out[-3000:]
     same(folder, calm("dpo"))
 
