@@ -20,9 +20,9 @@ CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # name: width, layers, heads, inner width, steps, batch, learning rate
 # A ViT's batch is in images, an LM's in tokens. The LM never learns to look things up at 3e-3.
-MODELS = {"toy-vit": (128, 5, 4, 512, 2400, 48, 1e-3), "toy-lm": (128, 4, 4, 384, 4500, 1000, 1e-3),
+MODELS = {"toy-vit": (128, 5, 4, 512, 2400, 48, 1e-3), "toy-lm": (128, 6, 4, 256, 12000, 1000, 1e-3),
           "toy-vit-l": (192, 7, 6, 768, 2400, 48, 8e-4),
-          "toy-lm-l": (192, 6, 6, 576, 4500, 1000, 8e-4)}
+          "toy-lm-l": (192, 8, 6, 384, 12000, 1000, 8e-4)}
 
 
 def train(name, model, steps, rate, loss_of):
@@ -108,7 +108,7 @@ def pretrain_vit(folder, name, steps, seed):
                          image_std=[0.5] * 3).save_pretrained(folder)
 
 
-LOOKED_UP = {"colour", "shape", "exist", "larger", "word", "number", "digit", "value"}
+LOOKED_UP = {"colour", "shape", "exist", "larger", "place", "word", "number", "digit", "value"}
 
 
 def document(rng, done):
@@ -126,7 +126,7 @@ def document(rng, done):
         scene = Scene(rng)
         while plain and len(scene.objects) > 3:
             scene = Scene(rng)
-        questions, given = scene.some(40), scene.caption() + "\n"
+        questions, given = scene.some(10 if rng.random() < 0.5 else 40), scene.caption() + "\n"
         if rng.random() < (0.5 if plain else 0.75):
             given = [[w if w.isdigit() else " " + w for w in p] for p in patches(scene.draw())]
         if plain:

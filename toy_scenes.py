@@ -38,6 +38,7 @@ value: What is the value of the {x} bar? | How tall is the {x} bar? | The {x} ba
 taller: Is the {x} bar taller than {y}? | Is {x} taller than {y}? | Tell me, is {x} taller than {y}?
 count: How many {x}s are there? | Tell me the number of {x}s. | The picture has how many {x}s?
 objects: How many objects are there? | Tell me the number of objects. | How many objects is it?
+place: At which place is the {x}? | Tell me the place of the {x}. | The {x} is at which place?
 relation: Is the {x} {pair} the {y}? | Where is {x}, {pair} {y}? | The {x} is {pair} the {y}?
 larger: Is the {x} larger than the {y}? | Is {x} larger than {y}? | Tell me, is {x} larger than {y}?
 sides: How many sides does a {x} have? | Tell me the sides of a {x}. | A {x} has how many sides?
@@ -288,6 +289,7 @@ class Scene:
             add("exist", "yes", ["no"], [name], x=name)
             if false not in names:
                 add("exist", "no", ["yes"], x=false)
+            add("place", o["place"], PLACES, [name], x=name)
             for p in self.objects:
                 if p is o:
                     continue
