@@ -50,7 +50,7 @@ def read_lines(path):
     """Yield (where, object) of a .jsonl (line by line) or of a .json list; raises BadRecord."""
     path = Path(path)
     if not path.is_file():
-        raise SystemExit(f"error: {path} does not exist")
+        raise SystemExit(f"error: {path} {'is a folder' if path.is_dir() else 'does not exist'}")
     if path.suffix == ".json":
         try:
             items = json.loads(path.read_text(encoding="utf-8"))
@@ -77,13 +77,13 @@ def open_lines(path):
 
 def parse(where, item):
     """A raw line (bytes) or an object already parsed → dict; raises BadRecord."""
-    if isinstance(item, bytes):
-        try:
-            item = json.loads(item)
-        except RecursionError:
-            raise BadRecord(f"{where}: JSON nested too deeply")
-        except ValueError as e:
-            raise BadRecord(f"{where}: not JSON ({e})")
+    try:
+        item = json.loads(item) if isinstance(item, bytes) else item
+        json.dumps(item, ensure_ascii=False).encode()     # half a surrogate pair is no character
+    except RecursionError:
+        raise BadRecord(f"{where}: JSON nested too deeply")
+    except ValueError as e:
+        raise BadRecord(f"{where}: not JSON ({e})")
     if not isinstance(item, dict):
         raise BadRecord(f"{where}: a JSON object is expected, not {type(item).__name__}")
     return item
@@ -108,7 +108,7 @@ def image_of(item, root, where):
         name = name[0] if name else None
     if name is None or name == "":
         return None
-    if not isinstance(name, str):
+    if not isinstance(name, str) or "\0" in name:
         raise BadRecord(f"{where}: 'image' is not a file name")
     path = os.path.realpath(os.path.join(root, name))
     if os.path.isabs(name) or not path.startswith(real_folder(root) + os.sep):
@@ -183,12 +183,13 @@ def pair_sources(path):
     """MMPR's meta.json, or a bare jsonl → [(annotation file, image root), …] in file order."""
     path = Path(path)
     if not path.is_file():
-        raise SystemExit(f"error: {path} does not exist; --preferences takes MMPR's meta.json or "
-                         f"a .jsonl with image, question, chosen, rejected")
+        raise SystemExit(f"error: {path} {'is a folder' if path.is_dir() else 'does not exist'}; "
+                         "--preferences takes MMPR's meta.json or a .jsonl with image, question, "
+                         "chosen, rejected")
     if path.suffix != ".json":
         return [(path, None)]
     try:
-        sets = json.loads(path.read_text(encoding="utf-8"))
+        sets = json.loads(path.read_text(encoding="utf-8")) or {"": "empty"}
         # Published beside its folders, or one level inside them (MMPR-v1.2/meta.json).
         base = next((b for b in (path.parent, path.parent.parent)
                      if all((b / s["annotation"]).is_file() for s in sets.values())), path.parent)

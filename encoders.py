@@ -175,27 +175,56 @@ def load_encoder(name):
     path = resolve(name)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        config = getattr(config, "vision_config", config)  # a whole SigLIP/CLIP: take the eye
-        if config.model_type not in FAMILIES:
-            raise SystemExit(f"error: --encoder {name} is a {config.model_type}; "
-                             f"known families: {', '.join(FAMILIES)}")
-        extra = {"add_pooling_layer": False} if config.model_type == "vit" else {}
-        vision, info = AutoModel.from_pretrained(
-            path, config=config, dtype=torch.float32, attn_implementation="sdpa",
-            output_loading_info=True, **extra)
     except (OSError, ValueError) as e:
         raise SystemExit(f"error: cannot open --encoder {name} ({path}): {first_line(e)}")
-    if info["missing_keys"]:
-        raise SystemExit(f"error: --encoder {name} lacks {len(info['missing_keys'])} tensors, "
-                         f"first: {sorted(info['missing_keys'])[0]}")
+    if config.model_type == "llava":
+        raise SystemExit(f"error: --encoder {name} is a whole model; detach its encoder with:  "
+                         f"python extract.py --run-dir RUN --stage STAGE")
+    config = getattr(config, "vision_config", config)  # a whole SigLIP/CLIP: take the eye
+    if config.model_type not in FAMILIES:
+        raise SystemExit(f"error: --encoder {name} is a {config.model_type}; "
+                         f"known families: {', '.join(FAMILIES)}")
+    extra = {"add_pooling_layer": False} if config.model_type == "vit" else {}
+    vision = open_model(AutoModel, f"--encoder {name}", path, config=config, **extra)
     family, mean, std = FAMILIES[config.model_type], None, None
     processor = cached_file(path, "preprocessor_config.json",
                             _raise_exceptions_for_missing_entries=False,
                             _raise_exceptions_for_connection_errors=False)
     if processor:           # the encoder's own statistics win over the family's
-        facts = json.loads(Path(processor).read_text())
+        facts = read_json(processor)
         mean, std = facts.get("image_mean"), facts.get("image_std")
     return Encoder(truncate(vision), mean or family.mean, std or family.std)
+
+
+def open_model(kind, name, path, **options):
+    """kind.from_pretrained in fp32; raises SystemExit, one line, where transformers would make up
+    what a folder lacks: a tensor missing, or of another shape than config.json says."""
+    try:
+        model, info = kind.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except Exception as e:       # a file cut short comes as safetensors' or pickle's own error
+        raise SystemExit(f"error: cannot open {name} ({path}): {first_line(e)}")
+    for what, keys in (("lacks", info["missing_keys"]),
+                       ("has other shapes than its config.json says: of",
+                        [key for key, *_ in info["mismatched_keys"]])):
+        if keys:
+            raise SystemExit(f"error: {name} {what} {len(keys)} tensors, first: {sorted(keys)[0]}")
+    return model
+
+
+def read_json(path, *keys, remedy=""):
+    """The object in a JSON file; raises SystemExit, one line, unless it is one with these keys."""
+    try:
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise SystemExit(f"error: cannot read {path}: {e.strerror}{remedy}")
+    except (ValueError, RecursionError) as e:
+        raise SystemExit(f"error: {path}: not JSON ({e}){remedy}")
+    for key in keys if isinstance(facts, dict) else ["{"]:
+        if not isinstance(facts, dict) or key not in facts:
+            raise SystemExit(f"error: {path}: no '{key}' in it{remedy}")
+    return facts
 
 
 def first_line(error):

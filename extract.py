@@ -11,7 +11,6 @@ So the table of relative weight changes is printed, the command refuses when not
 folder is reopened and compared bit by bit before it gets its final name.
 """
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
@@ -104,13 +103,21 @@ def main():
     if not (stage / "final" / "config.json").exists():
         raise SystemExit(f"error: no trained model at {stage}/final; make it with:  "
                          f"python {script} --run-dir {args.run}")
+    if out.exists() and args.overwrite and not (out / "preprocessor_config.json").exists():
+        raise SystemExit(f"error: --out {out} is not an extracted encoder; --overwrite would "
+                         f"delete something else; name another folder")
     if out.exists() and not args.overwrite:
         print(f"{out} is already there: nothing to do (--overwrite replaces it)")
         return
-    config = json.loads((stage / "config.json").read_text())
+    config = encoders.read_json(stage / "config.json", "arguments")
     base = config["arguments"]["encoder"]
     model, _ = m.load_mllm(stage / "final")
     encoder, original = model.encoder, encoders.load_encoder(base)
+
+    shapes = [{n: p.shape for n, p in e.vision.named_parameters()} for e in (encoder, original)]
+    if shapes[0] != shapes[1]:
+        raise SystemExit(f"error: {stage}/config.json says that training began with {base}, but "
+                         f"its tensors are not those of {stage}/final")
 
     # ---- how far did it move? Trained blocks must have; a frozen norm must not.
     moved = movement(encoder.vision, original.vision)

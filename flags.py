@@ -1,7 +1,7 @@
 """The flags every training stage shares, and where a flag that was not typed gets its value."""
 import argparse
-import json
 import os
+import sys
 from pathlib import Path
 
 import data
@@ -107,7 +107,8 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
             start = f"torchrun --nproc_per_node={n}" if int(n) > 1 else "python"
             raise SystemExit(f"error: no stage-1 model at {folder}/final; make it with:  "
                              f"{start} {parent}.py {wanted}")
-        inherited = json.loads((folder / "config.json").read_text())["arguments"]
+        inherited = encoders.read_json(folder / "config.json", "arguments", remedy="; without it "
+                                       f"{parent}.py --overwrite must run again")["arguments"]
         for key in ("encoder", "llm"):
             if key in typed and getattr(args, key) != inherited[key]:
                 raise SystemExit(f"error: {args.run} was made with --{key} {inherited[key]}, not "
@@ -124,8 +125,16 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
                 print0(f"  --{key.replace('_', '-')} {source[key]} (inherited from {parent})")
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
     for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas",
-                "log_every", "max_steps", "projector_max_steps", "num_samples", "limit"):
-        if getattr(args, key, None) is not None and getattr(args, key) < 1:
-            raise SystemExit(f"error: --{key.replace('_', '-')} must be at least 1")
+                "log_every", "max_steps", "projector_max_steps", "num_samples", "limit",
+                "projector_epochs", "eval_batch", "max_new_tokens", "workers", "seed"):
+        least = 0 if key in ("workers", "seed") else 1
+        if getattr(args, key, None) is not None and getattr(args, key) < least:
+            raise SystemExit(f"error: --{key.replace('_', '-')} must be at least {least}")
+    for key in ("lr", "encoder_lr", "projector_lr", "warmup", "beta"):     # NaN is in no range
+        value, most = getattr(args, key, None), 1 if key == "warmup" else sys.float_info.max
+        if value is not None and not (0 <= value <= most and (value or key != "beta")):
+            raise SystemExit(f"error: --{key.replace('_', '-')} {value:g} must be " +
+                             {"warmup": "a share from 0 to 1", "beta": "above 0"}.get(
+                                 key, "a number, 0 or above"))
     args.stage = stage
     return args

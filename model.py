@@ -185,8 +185,8 @@ def prepare_tokenizer(tokenizer, vocab_size):
     """
     for token in ("<|im_start|>", "<|im_end|>"):
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
-            raise SystemExit(f"error: this LLM's tokenizer has no {token}: a ChatML model "
-                             f"(Qwen2.5-Instruct or alike) is needed")
+            raise SystemExit(f"error: the tokenizer of {tokenizer.name_or_path} has no {token}: a "
+                             f"ChatML model (Qwen2.5-Instruct or alike) is needed")
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]},
                                  replace_extra_special_tokens=False)
     if len(tokenizer) > vocab_size:
@@ -212,12 +212,7 @@ def build_mllm(encoder_name, llm_name, seed):
     """
     from transformers import AutoModelForCausalLM
     encoder, path = encoders.load_encoder(encoder_name), encoders.resolve(llm_name)
-    try:
-        llm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32,
-                                                   attn_implementation="sdpa",
-                                                   trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"error: cannot open --llm {llm_name} ({path}): {encoders.first_line(e)}")
+    llm = encoders.open_model(AutoModelForCausalLM, f"--llm {llm_name}", path)
     tokenizer = open_tokenizer(path)
     image_token_id = prepare_tokenizer(tokenizer, llm.config.vocab_size)
     with torch.random.fork_rng(devices=[]):
@@ -338,12 +333,13 @@ def load_mllm(folder):
 
     raises SystemExit, one line, when the folder is not one or a tensor is missing or left over.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise SystemExit(f"error: {folder} is not a trained model (no config.json)")
-    facts = json.loads((folder / "config.json").read_text())
+    facts = encoders.read_json(folder / "config.json")
     if "vision_config" not in facts or "text_config" not in facts:
         raise SystemExit(f"error: {folder} is a {facts.get('model_type')}, not a model written by "
                          f"pretrain.py, train_sft.py, train_dpo.py or repair_eval.py")
@@ -353,17 +349,24 @@ def load_mllm(folder):
                                    **extra)
     llm = AutoModelForCausalLM.from_config(configs[1], dtype=torch.float32,
                                            attn_implementation="sdpa")
-    pixels = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    pixels = encoders.read_json(folder / "processor_config.json",
+                                "image_processor")["image_processor"]
     encoder = encoders.Encoder(vision, pixels["image_mean"], pixels["image_std"])
     model = MLLM(encoder, llm, facts["image_token_index"])
     stored = {}
     for file in sorted(folder.glob("model*.safetensors")):
-        stored.update(load_file(file))
+        try:
+            stored.update(load_file(file))
+        except SafetensorError as e:
+            raise SystemExit(f"error: cannot read {file}: {encoders.first_line(e)}")
     names = {file_name_of(n): n for n in model.state_dict()}
     if llm.config.tie_word_embeddings:
         names.pop("language_model.lm_head.weight", None)
+    shapes = {file_name_of(n): t.shape for n, t in model.state_dict().items()}
     for what, keys in (("lacks", names.keys() - stored.keys()),
-                       ("has an unknown", stored.keys() - names.keys())):
+                       ("has an unknown", stored.keys() - names.keys()),
+                       ("has, of another shape than its config.json says,",
+                        [k for k, v in stored.items() if shapes.get(k) != v.shape])):
         if keys:
             raise SystemExit(f"error: {folder} {what} tensor {sorted(keys)[0]} "
                              f"({len(keys)} in all)")

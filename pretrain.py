@@ -13,6 +13,7 @@ Writes  runs/NAME/pretrain/: config.json, metrics.jsonl, timing.jsonl, checkpoin
 from pathlib import Path
 
 import flags
+import rundir
 import runtime
 import data
 import model as m
@@ -47,7 +48,7 @@ def train(args, run, device, model, tokenizer, facts, phases):
               for (*_, epochs, bound), plan in zip(phases, plans)]
     run.describe({"data": [s.summary() for s in samples],
                   "data_digest": [p.digest(n) for p, n in zip(plans, counts)],
-                  "projector_digest": runtime.tensors_digest(model.projector), **facts})
+                  "projector_digest": rundir.tensors_digest(model.projector), **facts})
 
     # ---- shard
     model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas)
@@ -104,7 +105,7 @@ def train(args, run, device, model, tokenizer, facts, phases):
 def main():
     args = get_args()
     device = runtime.start()
-    run = runtime.Run(Path(args.run, "pretrain"), args)
+    run = rundir.Run(Path(args.run, "pretrain"), args)
     model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed)
     train(args, run, device, model, tokenizer, {}, phases=[
         ("1a", "captions", args.captions,

@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 import flags
+import rundir
 import runtime
 from runtime import print0
 import data
@@ -77,6 +78,9 @@ class Questions(torch.utils.data.Dataset):
         self.images = [r["image"] for r in rows]
         if wrong_image:          # half the file away, further where that is the same picture
             n = len(rows)
+            if len(set(self.images)) < 2:
+                raise SystemExit(f"error: {rows[0]['where'].rpartition(':')[0]}: --wrong-image "
+                                 f"needs two different pictures")
             self.images = [next(self.images[j % n] for j in range(i + n // 2, i + n // 2 + n)
                                 if self.images[j % n] != self.images[i]) for i in range(n)]
 
@@ -106,10 +110,14 @@ def predictions(folder, name):
     """{index: prediction} of what has been answered so far, by any number of processes."""
     done = {}
     for file in folder.glob(f"{name}.*.jsonl"):
-        for line in file.read_text(encoding="utf-8").split("\n"):
-            if line.endswith("}"):                     # the last line may have been cut off
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(lines[:-1], 1):     # the last line may have been cut off
+            try:
                 item = json.loads(line)
                 done[item["index"]] = item["prediction"]
+            except (ValueError, KeyError, TypeError):
+                raise SystemExit(f"error: {file}:{number}: not an answer; delete the line, and its "
+                                 f"question is answered again")
     return done
 
 
@@ -150,8 +158,8 @@ def answer(args, model, tokenizer, device, path, folder):
     return predictions(folder, name), rows
 
 
-def evaluate(args, mllm, device, folder):
-    """Every TSV of --bench that is known, answered and scored: results.json and the table."""
+def known_files(args):
+    """The TSVs of --bench whose name is a benchmark's; raises SystemExit where there is none."""
     files = sorted(p for p in Path(args.bench).glob("*.tsv"))
     known = [p for p in files if p.stem in score.BENCHES]
     for path in files:
@@ -160,19 +168,26 @@ def evaluate(args, mllm, device, folder):
     if not known:
         raise SystemExit(f"error: no known benchmark TSV in {args.bench}; known names: "
                          f"{', '.join(score.BENCHES)}")
+    return known
+
+
+def evaluate(args, mllm, device, folder):
+    """Every known TSV of --bench answered and scored: results.json and the table."""
+    known = known_files(args)
     model, tokenizer = m.load_mllm(mllm)
-    key = {"model": runtime.file_digest(mllm), "wrong_image": args.wrong_image,
+    key = {"model": rundir.file_digest(mllm), "wrong_image": args.wrong_image,
            "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
-           **{p.name: runtime.from_main(lambda p=p: runtime.sha256(p)) for p in known}}
+           **{p.name: runtime.from_main(lambda p=p: rundir.sha256(p)) for p in known}}
     config = folder / "config.json"
-    if config.exists() and json.loads(config.read_text()) != key and not args.overwrite:
+    if not args.overwrite and config.exists() and encoders.read_json(
+            config, remedy="; --overwrite deletes these answers") != key:
         raise SystemExit(f"error: {folder} holds the answers of another model or setting; "
                          f"--overwrite deletes them")
     if runtime.is_main() and args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     runtime.dist.barrier()
     folder.mkdir(parents=True, exist_ok=True)
-    runtime.write_whole(config, lambda aside: aside.write_text(json.dumps(key)))
+    rundir.write_whole(config, lambda aside: aside.write_text(json.dumps(key)))
     if args.dtype == "bf16":        # parameters alone: rotary frequencies in bf16 are wrong by a
         for p in model.parameters():                   # radian at position 800
             p.data = p.data.to(torch.bfloat16)
@@ -185,7 +200,7 @@ def evaluate(args, mllm, device, folder):
         scores[path.stem] = {"score": 100 * p, "n": len(rows), "chance": score.chance(rows),
                              "ci95": 196 * (p * (1 - p) / len(rows)) ** 0.5}
     results = {"mllm": str(mllm), **key, "benchmarks": scores, **score.summarise(scores)}
-    runtime.write_whole(folder / "results.json",
+    rundir.write_whole(folder / "results.json",
                         lambda aside: aside.write_text(json.dumps(results, indent=1)))
     print0("\n".join(score.table({folder.parent.name: results})))
 
@@ -201,7 +216,8 @@ def main():
         lost = [name for name, path in found.items() if path is None]
         if lost:
             raise SystemExit(f"error: not scored yet: {', '.join(lost)}")
-        print("\n".join(score.table({n: json.loads(p.read_text()) for n, p in found.items()})))
+        print("\n".join(score.table({n: encoders.read_json(p, "benchmarks", "groups", "average")
+                                     for n, p in found.items()})))
         return
     device = runtime.start()
     suffix = "bench-wrong-image" if args.wrong_image else "bench"
@@ -210,17 +226,18 @@ def main():
         return
     folder = repair_folder(args)
     path = encoders.resolve(args.encoder)
-    eye = runtime.file_digest(path) if Path(path).is_dir() else path
+    eye = rundir.file_digest(path) if Path(path).is_dir() else path
     if not args.overwrite and (folder / "final" / "config.json").exists():
-        old = json.loads((folder / "config.json").read_text())
+        old = encoders.read_json(folder / "config.json", "arguments", remedy="; --overwrite")
         for what, then, now in (("encoder", old.get("encoder_digest"), eye),
-                                ("LLM", old["arguments"]["llm"], args.llm),
-                                ("seed", old["arguments"]["seed"], args.seed)):
+                                ("LLM", old["arguments"].get("llm"), args.llm),
+                                ("seed", old["arguments"].get("seed"), args.seed)):
             if then != now:
                 raise SystemExit(f"error: {folder} was re-paired with another {what}: {then}, now "
                                  f"{now}; name another --run-dir, or --overwrite")
     else:
-        run = runtime.Run(folder, args)
+        known_files(args)                             # before the training, not after it
+        run = rundir.Run(folder, args)
         model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed)
         frozen = {"encoder": 0}                       # the eye is judged, not trained
         pretrain.train(args, run, device, model, tokenizer, {"encoder_digest": eye}, phases=[

@@ -1,45 +1,30 @@
-"""How it is run: processes, sharding, checkpoints, logging. What is computed: model.py.
+"""How it is run: processes, sharding, optimisation, timing. What is computed: model.py.
 
 Everything that knows about processes lives here, so that a stage reads the same for one and for
 sixty-four of them. One process is a group of one: the same `fully_shard`, the same checkpoints.
 """
 import ctypes
-import fcntl
-import hashlib
-import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")     # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")     # workers fork after tokenising
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from safetensors import SafetensorError
 from tqdm import tqdm
-
 from transformers.utils import logging as transformers_logging
 
-import model as model_file
 
 transformers_logging.disable_progress_bar()
 
 MODULES = ("encoder", "projector", "llm")
-STOPPED = 75          # exit code of a run that was asked to stop and saved first (EX_TEMPFAIL)
-# Arguments that may differ on resume: they do not change the numbers.
-FREE = {"workers", "keep", "save_every", "log_every", "micro_batch", "overwrite", "replicas",
-        "activation_checkpointing", "run", "run_typed", "bench", "limit", "eval_batch",
-        "max_new_tokens", "wrong_image", "mllm", "compare"}
 
 
 # --------------------------------------------------------------------------------------- processes
@@ -125,8 +110,6 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
     over processes, not averaged: losses are already divided by *global* counts.
     """
     size = dist.get_world_size()
-    if size % replicas:
-        raise SystemExit(f"error: {size} processes cannot hold --replicas {replicas}")
     mesh = init_device_mesh(device.type, (replicas, size // replicas) if replicas > 1 else (size,),
                             mesh_dim_names=("replicate", "shard")[-1 if replicas == 1 else -2:])
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bf16" else None,
@@ -232,229 +215,6 @@ def require_finite(step, loss, norms, samples, plan):
                          + (f" and {len(where) - 8} more" if len(where) > 8 else ""))
 
 
-# ---------------------------------------------------------------------------------- run directories
-
-def sha256(*files):
-    """Of the files' bytes, one after the other (16 hex digits)."""
-    sha = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as f:
-            while block := f.read(1 << 24):
-                sha.update(block)
-    return sha.hexdigest()[:16]
-
-
-def file_digest(folder):
-    """sha256 over the safetensors of a model folder: the identity of a parent.
-    Read by the main process alone: 32 GB take half a minute."""
-    return from_main(lambda: sha256(*sorted(Path(folder).glob("*.safetensors"))))
-
-
-def write_whole(path, write):
-    """Let the main process write a file aside, then rename it; the others wait."""
-    if is_main():
-        aside = Path(f"{path}.tmp")
-        write(aside)
-        os.replace(aside, path)
-    dist.barrier()
-
-
-def tensors_digest(module):
-    """sha256 over a module's tensors: equal digests mean an equal start (16 hex digits)."""
-    sha = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        sha.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
-    return sha.hexdigest()[:16]
-
-
-def write_json(path, value):
-    """Written aside and renamed: a reader never sees half a file."""
-    aside = Path(f"{path}.tmp")
-    aside.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    os.replace(aside, path)
-
-
-def sync_folder(folder):
-    """fsync every file of a folder and the folder itself, so that a rename means "on disk"."""
-    for path in [*Path(folder).rglob("*"), Path(folder)]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-class Run:
-    """One stage's folder: config.json, metrics.jsonl, timing.jsonl, checkpoints/, final/.
-
-    Opening it decides what happens: a finished stage says so and exits 0, an interrupted one goes
-    on from its newest whole checkpoint, --overwrite starts anew.
-    """
-
-    def __init__(self, folder, args):
-        self.folder, self.args, self.stopping = Path(folder), args, False
-        refusal = from_main(self.claim)
-        if refusal:
-            raise SystemExit(refusal)
-        if (self.folder / "final" / "config.json").exists():
-            print0(f"{self.folder}/final is already there: nothing to do "
-                   f"(--overwrite starts anew)")
-            if is_main():                # the last run may have been killed on its last line
-                shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-            stop()
-            raise SystemExit(0)
-        steps = [int(p.name[5:]) for p in (self.folder / "checkpoints").glob("step-*")
-                 if p.name[5:].isdigit() and (p / "position.json").exists()]
-        self.start = from_main(lambda: max(steps, default=0))     # steps already done
-
-    def claim(self, patience=5):
-        """Make the folder and lock it: two runs in one folder would ruin each other. → a refusal.
-        POSIX locks end with their process; a restarted run waits for its predecessor to be gone."""
-        try:
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self.locked = open(self.folder / "lock", "w")
-        except OSError as e:
-            return f"error: cannot write {self.folder}: {e.strerror}"
-        while True:
-            try:
-                fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                time.sleep(1)
-            if (patience := patience - 1) < 0:
-                return (f"error: another process is training in {self.folder}; wait for it, or "
-                        f"name another --run-dir")
-        for old in self.folder.iterdir() if self.args.overwrite else ():
-            if old.name != "lock":
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-    def ask_to_stop(self, number, frame):
-        """Finish the step, save, exit; a second signal ends at once."""
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def describe(self, facts):
-        """Write config.json, or compare it: a run of other arguments, data or parent is refused."""
-        import transformers
-        config = {"stage": self.args.stage, "arguments": vars(self.args), "versions": {
-            "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": sys.version.split()[0]}}
-        self.config = config = json.loads(json.dumps({**config, **facts}, default=str))
-        path = self.folder / "config.json"
-        if self.start and path.exists():
-            old = json.loads(path.read_text())
-            pairs = [(f"--{k.replace('_', '-')}", old["arguments"].get(k), v)
-                     for k, v in config["arguments"].items() if k not in FREE]
-            pairs += [(k, old.get(k), config[k]) for k in facts]
-            for name, before, now in pairs:
-                if before != now:
-                    raise SystemExit(f"error: {self.folder} was begun with {name} {before}, now "
-                                     f"{now}; go on as before, name another --run-dir, or "
-                                     f"--overwrite")
-        dist.barrier()
-        if is_main():
-            write_json(path, config)
-            if not self.start:      # killed before its first checkpoint: its lines would double
-                for name in ("metrics.jsonl", "timing.jsonl"):
-                    (self.folder / name).unlink(missing_ok=True)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask_to_stop)
-        for key, value in facts.items():
-            print0(f"  {key}: {value}")
-
-    def resume(self, model, optimizer=None):
-        """Load the newest whole checkpoint, resharding as needed; truncate the metrics to it."""
-        reshard(model)
-        folder = self.folder / "checkpoints" / f"step-{self.start}"
-        if optimizer is None:
-            state = {"model": get_model_state_dict(model)}
-            dcp.load(state, checkpoint_id=folder)
-            set_model_state_dict(model, state["model"])
-        else:
-            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-            dcp.load(state, checkpoint_id=folder)
-            set_state_dict(model, optimizer, model_state_dict=state["model"],
-                           optim_state_dict=state["optimizer"])
-        position = json.loads((folder / "position.json").read_text())
-        if is_main():
-            for name, length in position["lengths"].items():
-                if (self.folder / name).exists():
-                    os.truncate(self.folder / name, length)
-        print0(f"  continuing after step {self.start} of {folder}")
-
-    def log(self, metrics, timing=None):
-        """One line in metrics.jsonl (deterministic fields only), one in timing.jsonl; every
-        --log-every steps one for people."""
-        if "loss" in metrics and metrics["step"] % self.args.log_every == 0:
-            words = [f"{k} {metrics[k]:.4g}" for k in ("loss", "margin", "accuracy")
-                     if k in metrics] + [f"|g| {k} {v:.3g}" for k, v in
-                                         metrics["grad_norm"].items()]
-            print0(f"  step {metrics['step']}: {', '.join(words)}")
-        if is_main():
-            for name, line in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
-                if line is None:
-                    continue
-                with open(self.folder / name, "a") as f:
-                    f.write(json.dumps(line) + "\n")
-
-    def save_if_due(self, done, steps, model, optimizer):
-        """After a step: save every --save-every steps, and when any process was asked to stop."""
-        asked = reduce_sum({"stop": self.stopping})["stop"] > 0
-        if done == steps:                     # final/ comes next: faster than stopping for it
-            return
-        if asked or done % self.args.save_every == 0:
-            self.save(done, model, optimizer)
-        if asked:
-            print0(f"asked to stop: saved after step {done}; the same command goes on from there")
-            stop()
-            raise SystemExit(STOPPED)
-
-    def save(self, done, model, optimizer):
-        """Shards, position and metric lengths: written aside, fsynced, renamed; the last K stay."""
-        folder = self.folder / "checkpoints" / f"step-{done}"
-        aside = folder.with_name(f"writing-{done}")
-        if is_main():
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.mkdir(parents=True)
-        dist.barrier()
-        reshard(model)
-        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-        try:
-            dcp.save(state, checkpoint_id=aside)
-        except dcp.api.CheckpointException as e:       # raised on every process alike
-            reason = str(next(iter(e.failures.values()))[0]).splitlines()[0]
-            raise SystemExit(f"error: step {done} could not be saved to {aside} ({reason}); is the "
-                             f"disk full? What was saved before is whole, the same command goes on "
-                             f"from there")
-        if is_main():
-            lengths = {n: (self.folder / n).stat().st_size for n in
-                       ("metrics.jsonl", "timing.jsonl") if (self.folder / n).exists()}
-            write_json(aside / "position.json", {"step": done, "lengths": lengths})
-            sync_folder(aside)
-            os.replace(aside, folder)
-            kept = sorted((p for p in folder.parent.glob("step-*")), key=lambda p: int(p.name[5:]))
-            for old in kept[:-self.args.keep]:
-                shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
-
-    def finish(self, model, tokenizer):
-        """Write final/, the folder transformers opens; drop the checkpoints, which it replaces."""
-        reshard(model)
-        aside = self.folder / "final.tmp"
-        if is_main():
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-        dist.barrier()
-        model_file.save_mllm(model, tokenizer, aside, is_main())
-        if is_main():
-            sync_folder(aside)
-            os.replace(aside, self.folder / "final")
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
-        print0(f"wrote {self.folder}/final")
-        dist.barrier()
-
-
 class Clock:
     """Fetches micro-batches and knows where a step's time goes: waiting for data, or computing."""
 
@@ -496,8 +256,8 @@ def launch(main):
     except SystemExit as e:
         if isinstance(e.code, str):
             if not is_main():
-                time.sleep(5)    # a refusal all share is printed once; one of our own follows
-            print(e.code, file=sys.stderr, flush=True)
+                time.sleep(20)   # a refusal all share is printed once; one of our own follows
+            print(" ".join(e.code.splitlines()), file=sys.stderr, flush=True)
             os._exit(1)      # not through a collective that the other processes may never enter
         raise
     except RuntimeError as e:

@@ -32,12 +32,23 @@ def read_tsv(path):
     An `image` of at most 64 characters is the index of an earlier row whose image is reused.
     """
     csv.field_size_limit(2 ** 31 - 1)
-    images = {}
+    images, seen, number = {}, set(), 1
     with open(path, newline="", encoding="utf-8") as f:
-        for number, row in enumerate(csv.DictReader(f, delimiter="\t"), 2):
+        lines = csv.DictReader(f, delimiter="\t")
+        while True:
+            try:
+                row, number = next(lines), number + 1
+            except StopIteration:
+                break
+            except (UnicodeDecodeError, csv.Error) as e:
+                raise SystemExit(f"error: {path}:{number + 1}: not a TSV in UTF-8 ({e})")
             missing = [c for c in ("index", "question", "answer", "image") if not row.get(c)]
             if missing:
                 raise SystemExit(f"error: {path}:{number}: no '{missing[0]}'")
+            if row["index"] in seen:
+                raise SystemExit(f"error: {path}:{number}: index {row['index']} is an earlier "
+                                 f"row's, too")
+            seen.add(row["index"])
             if len(row["image"]) > 64:
                 images[row["index"]] = row["image"]
             elif row["image"] not in images:
@@ -51,6 +62,8 @@ def read_tsv(path):
                 raise SystemExit(f"error: {path}:{number}: 'image' is not base64")
             row["where"] = f"{path}:{number}"
             yield row
+    if number == 1:
+        raise SystemExit(f"error: {path}: no question in it")
 
 
 def options_of(row):

@@ -20,7 +20,8 @@ CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # name: width, layers, heads, inner width, steps, batch, learning rate
 # A ViT's batch is in images, an LM's in tokens. The LM never learns to look things up at 3e-3.
-MODELS = {"toy-vit": (128, 5, 4, 512, 2400, 48, 1e-3), "toy-lm": (128, 6, 4, 256, 12000, 1000, 1e-3),
+MODELS = {"toy-vit": (128, 5, 4, 512, 2400, 48, 1e-3),
+          "toy-lm": (128, 6, 4, 256, 12000, 1000, 1e-3),
           "toy-vit-l": (192, 7, 6, 768, 2400, 48, 8e-4),
           "toy-lm-l": (192, 8, 6, 384, 12000, 1000, 8e-4)}
 

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import flags
+import rundir
 import runtime
 from runtime import print0
 import data
@@ -77,16 +78,27 @@ def reference_logps(args, run, model, sets, key, clock):
     """
     path, key = run.folder / "ref_logps.safetensors", json.dumps(key, sort_keys=True)
     if path.exists():
-        with safe_open(path, "pt") as file:
-            made_from = json.loads(file.metadata()["key"])
-            for name, now in json.loads(key).items():
-                if made_from.get(name) != now:
-                    raise SystemExit(f"error: {path} was computed with {name} "
-                                     f"{made_from.get(name)}, now {now}; delete it or --overwrite")
-            return {name: file.get_tensor(name) for name in sets}
+        try:
+            with safe_open(path, "pt") as file:
+                made_from = json.loads(file.metadata()["key"])
+                tables = {name: file.get_tensor(name) for name in file.keys()}
+        except Exception as e:     # cut short, or another tool's
+            raise SystemExit(f"error: cannot read {path} ({type(e).__name__}: {e}); delete it: the "
+                             f"same command computes it anew")
+        for name, now in json.loads(key).items():
+            if made_from.get(name) != now:
+                raise SystemExit(f"error: {path} was computed with {name} "
+                                 f"{made_from.get(name)}, now {now}; delete it or --overwrite")
+        return {name: tables[name] for name in sets}
     tables = {name: score_pairs(model, *s, clock, args.workers, f"reference {name}")
               for name, s in sets.items()}
-    runtime.write_whole(path, lambda aside: save_file(tables, aside, metadata={"key": key}))
+    for name, table in tables.items():
+        broken = (~table.isfinite()).any(1).nonzero().flatten().tolist()
+        if broken:
+            raise SystemExit(f"error: the model in {run.folder.parent}/pretrain/final gives "
+                             f"{len(broken)} of {len(table)} {name} log-probs that are not finite, "
+                             f"first: {sets[name][0].where[broken[0]]}")
+    rundir.write_whole(path, lambda aside: save_file(tables, aside, metadata={"key": key}))
     return tables
 
 
@@ -104,7 +116,7 @@ def report_heldout(args, run, model, samples, plan, ref, clock, step):
 def main():
     args = get_args()
     device = runtime.start()
-    run = runtime.Run(Path(args.run, "dpo"), args)
+    run = rundir.Run(Path(args.run, "dpo"), args)
 
     # ---- model
     parent = Path(args.run, "pretrain", "final")
@@ -115,7 +127,7 @@ def main():
     plan = data.BatchPlan(pairs, args.global_batch, args.micro_batch, args.seed, *runtime.world())
     steps = runtime.num_steps(args.epochs, args.max_steps, plan)
     run.describe({"data": pairs.summary(), "data_digest": plan.digest(steps),
-                  "parent_digest": runtime.file_digest(parent)})
+                  "parent_digest": rundir.file_digest(parent)})
 
     # ---- shard; the optimizer is created before any forward, on sharded fp32 masters
     model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas)

@@ -12,6 +12,7 @@ Writes  runs/NAME/sft/: config.json, metrics.jsonl, timing.jsonl, checkpoints/, 
 from pathlib import Path
 
 import flags
+import rundir
 import runtime
 import data
 import model as m
@@ -34,7 +35,7 @@ def get_args():
 def main():
     args = get_args()
     device = runtime.start()
-    run = runtime.Run(Path(args.run, "sft"), args)
+    run = rundir.Run(Path(args.run, "sft"), args)
 
     # ---- model
     parent = Path(args.run, "pretrain", "final")
@@ -45,7 +46,7 @@ def main():
     plan = data.BatchPlan(pairs, args.global_batch, args.micro_batch, args.seed, *runtime.world())
     steps = runtime.num_steps(args.epochs, args.max_steps, plan)
     run.describe({"data": pairs.summary(), "data_digest": plan.digest(steps),
-                  "parent_digest": runtime.file_digest(parent)})
+                  "parent_digest": rundir.file_digest(parent)})
 
     # ---- shard; the optimizer is created before any forward, on sharded fp32 masters
     model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas)

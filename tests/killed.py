@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.argv = sys.argv[1:]
+import rundir  # noqa: E402
 import runtime  # noqa: E402
 
 wanted, left, rank = os.environ["KILL"].split(":")
@@ -57,9 +58,9 @@ def half_removed(path, *rest, **more):
 
 true_rmtree = shutil.rmtree
 shutil.rmtree = half_removed
-wrap(runtime.dcp, "save", lambda *a: "shards begun", lambda *a: "shards written")
+wrap(rundir.dcp, "save", lambda *a: "shards begun", lambda *a: "shards written")
 wrap(os, "replace", lambda a, b: f"before rename of {target(a, b)}",
      lambda a, b: f"after rename of {target(a, b)}")
-wrap(runtime.Run, "log", lambda *a: "before a line", lambda *a: "after a line")
+wrap(rundir.Run, "log", lambda *a: "before a line", lambda *a: "after a line")
 wrap(runtime, "clip_grad_norm", lambda *a: "before clipping", lambda *a: "before the update")
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,266 @@
+"""One stage's folder: what is written there, when, and how an interrupted run goes on.
+
+Nothing is half-written under its final name: files are written aside and renamed, checkpoints and
+final/ are fsynced before. So a run killed at any moment and started again ends as if it had never
+been killed, bit for bit on the same number of processes.
+"""
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from runtime import from_main, is_main, print0, reduce_sum, reshard, stop, world
+import encoders
+import model as m
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
+from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_state_dict
+
+STOPPED = 75          # exit code of a run that was asked to stop and saved first (EX_TEMPFAIL)
+# Arguments that may differ on resume: they do not change the numbers.
+FREE = {"workers", "keep", "save_every", "log_every", "micro_batch", "overwrite", "replicas",
+        "activation_checkpointing", "run", "run_typed", "bench", "limit", "eval_batch",
+        "max_new_tokens", "wrong_image", "mllm", "compare"}
+
+
+def sha256(*files):
+    """Of the files' bytes, one after the other (16 hex digits)."""
+    sha = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as f:
+            while block := f.read(1 << 24):
+                sha.update(block)
+    return sha.hexdigest()[:16]
+
+
+def file_digest(folder):
+    """sha256 over the safetensors of a model folder: the identity of a parent.
+    Read by the main process alone: 32 GB take half a minute."""
+    return from_main(lambda: sha256(*sorted(Path(folder).glob("*.safetensors"))))
+
+
+def write_whole(path, write):
+    """Let the main process write a file aside, then rename it; the others wait."""
+    if is_main():
+        aside = Path(f"{path}.tmp")
+        write(aside)
+        os.replace(aside, path)
+    dist.barrier()
+
+
+def tensors_digest(module):
+    """sha256 over a module's tensors: equal digests mean an equal start (16 hex digits)."""
+    sha = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        sha.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def write_json(path, value):
+    """Written aside and renamed: a reader never sees half a file."""
+    aside = Path(f"{path}.tmp")
+    aside.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    os.replace(aside, path)
+
+
+def sync_folder(folder):
+    """fsync every file of a folder and the folder itself, so that a rename means "on disk"."""
+    for path in [*Path(folder).rglob("*"), Path(folder)]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+class Run:
+    """config.json, metrics.jsonl, timing.jsonl, checkpoints/, final/ of one stage.
+
+    Opening it decides what happens: a finished stage says so and exits 0, an interrupted one goes
+    on from its newest whole checkpoint, --overwrite starts anew.
+    """
+
+    def __init__(self, folder, args):
+        self.folder, self.args, self.stopping = Path(folder), args, False
+        if world()[1] % args.replicas:
+            raise SystemExit(f"error: {world()[1]} processes cannot hold --replicas "
+                             f"{args.replicas}; take a number that divides them")
+        if (self.folder / "final" / "config.json").exists() and not args.overwrite:
+            print0(f"{self.folder}/final is already there: nothing to do "
+                   f"(--overwrite starts anew)")
+            if is_main():                # the last run may have been killed on its last line
+                shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            stop()
+            raise SystemExit(0)
+        refusal = from_main(self.claim)
+        if refusal:
+            raise SystemExit(refusal)
+        steps = [int(p.name[5:]) for p in (self.folder / "checkpoints").glob("step-*")
+                 if p.name[5:].isdigit() and (p / "position.json").exists()]
+        steps = [] if args.overwrite else steps
+        self.start = from_main(lambda: max(steps, default=0))     # steps already done
+
+    def claim(self, patience=5):
+        """Make the folder and lock it: two runs in one folder would ruin each other. → a refusal.
+        POSIX locks end with their process; a restarted run waits for its predecessor to be gone."""
+        try:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.locked = open(self.folder / "lock", "w")
+        except OSError as e:
+            return f"error: cannot write {self.folder}: {e.strerror}"
+        while True:
+            try:
+                fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(1)
+            if (patience := patience - 1) < 0:
+                return (f"error: another process is training in {self.folder}; wait for it, or "
+                        f"name another --run-dir")
+
+    def ask_to_stop(self, number, frame):
+        """Finish the step, save, exit; a second signal ends at once."""
+        self.stopping = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def describe(self, facts):
+        """Write config.json, or compare it: a run of other arguments, data or parent is refused.
+
+        What --overwrite gives up goes only now, when arguments, model and data have been read.
+        """
+        import transformers
+        config = {"stage": self.args.stage, "arguments": vars(self.args), "versions": {
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": sys.version.split()[0]}}
+        self.config = config = json.loads(json.dumps({**config, **facts}, default=str))
+        path = self.folder / "config.json"
+        if self.start and path.exists():
+            old = encoders.read_json(path, "arguments", remedy="; --overwrite starts anew")
+            pairs = [(f"--{k.replace('_', '-')}", old["arguments"].get(k), v)
+                     for k, v in config["arguments"].items() if k not in FREE]
+            pairs += [(k, old.get(k), config[k]) for k in facts]
+            for name, before, now in pairs:
+                if before != now:
+                    raise SystemExit(f"error: {self.folder} was begun with {name} {before}, now "
+                                     f"{now}; go on as before, name another --run-dir, or "
+                                     f"--overwrite")
+        dist.barrier()
+        if is_main():
+            for old in self.folder.iterdir() if self.args.overwrite else ():
+                if old.name != "lock":
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+            write_json(path, config)
+            if not self.start:      # killed before its first checkpoint: its lines would double
+                for name in ("metrics.jsonl", "timing.jsonl"):
+                    (self.folder / name).unlink(missing_ok=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask_to_stop)
+        for key, value in facts.items():
+            print0(f"  {key}: {value}")
+
+    def resume(self, model, optimizer=None):
+        """Load the newest whole checkpoint, resharding as needed; truncate the metrics to it."""
+        reshard(model)
+        folder = self.folder / "checkpoints" / f"step-{self.start}"
+        remedy = f"; delete {folder}: the run then goes on from the checkpoint before it, if any"
+        position = encoders.read_json(folder / "position.json", "lengths", remedy=remedy)
+        logging.disable(logging.CRITICAL)      # torch logs a traceback a process; ours is one line
+        try:
+            if optimizer is None:
+                state = {"model": get_model_state_dict(model)}
+                dcp.load(state, checkpoint_id=folder)
+                set_model_state_dict(model, state["model"])
+            else:
+                state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+                dcp.load(state, checkpoint_id=folder)
+                set_state_dict(model, optimizer, model_state_dict=state["model"],
+                               optim_state_dict=state["optimizer"])
+        except dcp.api.CheckpointException as e:       # on every process, whoever met it
+            cause = encoders.first_line(next(iter(e.failures.values()))[0])
+            raise SystemExit(f"error: cannot read {folder}: {cause}{remedy}")
+        logging.disable(logging.NOTSET)
+        if is_main():
+            for name, length in position["lengths"].items():
+                if (self.folder / name).exists():
+                    os.truncate(self.folder / name, length)
+        print0(f"  continuing after step {self.start} of {folder}")
+
+    def log(self, metrics, timing=None):
+        """One line in metrics.jsonl (deterministic fields only), one in timing.jsonl; every
+        --log-every steps one for people."""
+        if "loss" in metrics and metrics["step"] % self.args.log_every == 0:
+            words = [f"{k} {metrics[k]:.4g}" for k in ("loss", "margin", "accuracy")
+                     if k in metrics] + [f"|g| {k} {v:.3g}" for k, v in
+                                         metrics["grad_norm"].items()]
+            print0(f"  step {metrics['step']}: {', '.join(words)}")
+        if is_main():
+            for name, line in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
+                if line is None:
+                    continue
+                with open(self.folder / name, "a") as f:
+                    f.write(json.dumps(line) + "\n")
+
+    def save_if_due(self, done, steps, model, optimizer):
+        """After a step: save every --save-every steps, and when any process was asked to stop."""
+        asked = reduce_sum({"stop": self.stopping})["stop"] > 0
+        if done == steps:                     # final/ comes next: faster than stopping for it
+            return
+        if asked or done % self.args.save_every == 0:
+            self.save(done, model, optimizer)
+        if asked:
+            print0(f"asked to stop: saved after step {done}; the same command goes on from there")
+            stop()
+            raise SystemExit(STOPPED)
+
+    def save(self, done, model, optimizer):
+        """Shards, position and metric lengths: written aside, fsynced, renamed; the last K stay."""
+        folder = self.folder / "checkpoints" / f"step-{done}"
+        aside = folder.with_name(f"writing-{done}")
+        if is_main():
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.mkdir(parents=True)
+        dist.barrier()
+        reshard(model)
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+        try:
+            dcp.save(state, checkpoint_id=aside)
+        except dcp.api.CheckpointException as e:       # raised on every process alike
+            reason = str(next(iter(e.failures.values()))[0]).splitlines()[0]
+            raise SystemExit(f"error: step {done} could not be saved to {aside} ({reason}); is the "
+                             f"disk full? What was saved before is whole, the same command goes on "
+                             f"from there")
+        if is_main():
+            lengths = {n: (self.folder / n).stat().st_size for n in
+                       ("metrics.jsonl", "timing.jsonl") if (self.folder / n).exists()}
+            write_json(aside / "position.json", {"step": done, "lengths": lengths})
+            sync_folder(aside)
+            os.replace(aside, folder)
+            kept = sorted((p for p in folder.parent.glob("step-*")), key=lambda p: int(p.name[5:]))
+            for old in kept[:-self.args.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        dist.barrier()
+
+    def finish(self, model, tokenizer):
+        """Write final/, the folder transformers opens; drop the checkpoints, which it replaces."""
+        reshard(model)
+        aside = self.folder / "final.tmp"
+        if is_main():
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        dist.barrier()
+        m.save_mllm(model, tokenizer, aside, is_main())
+        if is_main():
+            sync_folder(aside)
+            os.replace(aside, self.folder / "final")
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        print0(f"wrote {self.folder}/final")
+        dist.barrier()
