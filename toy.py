@@ -218,24 +218,24 @@ def draw_world(out, seed, scale):
     shutil.rmtree(aside, ignore_errors=True)
     world = World(aside, seed, scale)
     n = {name: world.count(c) for name, c in COUNTS.items()}
-    world.captions(n["captions"])
-    world.instructions("instruct", n["instruct"])
-    world.instructions("repair", n["repair"])
-    world.preferences(n["preferences"], n["heldout"])
-    for name in BENCH:
-        world.bench(name, n["bench"])
-    for split in ("train", "val"):
-        world.imagenet(split, n["imagenet_" + split])
-    for split in ("training", "validation"):
-        world.ade20k(split, n["ade20k_" + split])
-    world.align(n["align"])
+    with world.bar:
+        world.captions(n["captions"])
+        world.instructions("instruct", n["instruct"])
+        world.instructions("repair", n["repair"])
+        world.preferences(n["preferences"], n["heldout"])
+        for name in BENCH:
+            world.bench(name, n["bench"])
+        for split in ("train", "val"):
+            world.imagenet(split, n["imagenet_" + split])
+        for split in ("training", "validation"):
+            world.ade20k(split, n["ade20k_" + split])
+        world.align(n["align"])
     world.save("world.json", {
         "version": 1, "seed": seed, "scale": scale, "size": SIZE, "counts": n,
         "colours": list(COLOURS), "shapes": SHAPES, "words": WORDS,
         "imagenet_classes": ["-".join(c) for c in CLASSES],
         "ade20k_classes": ["other", *SHAPES],
         "heldout_wordings": [lines[-1] for lines in WORDINGS.values()]})
-    world.bar.close()
     shutil.rmtree(out, ignore_errors=True)
     os.replace(aside, out)
 
@@ -267,8 +267,13 @@ def main(argv):
     ap.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     args = ap.parse_args(argv)
     if args.out.exists() and not args.overwrite:
-        raise SystemExit(f"{args.out} exists; --overwrite replaces it")
-    draw_world(args.out, args.seed, args.scale)
+        raise SystemExit(f"error: {args.out} is already there; --overwrite replaces it")
+    if not 0 < args.scale < math.inf:
+        raise SystemExit(f"error: --scale {args.scale:g} must be above 0")
+    try:
+        draw_world(args.out, args.seed, args.scale)
+    except OSError as e:
+        raise SystemExit(f"error: cannot draw {args.out}: {e.strerror} ({e.filename})")
 
 
 if __name__ == "__main__":
