@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,22 +23,24 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import encoders  # noqa: E402
+import in_fork  # noqa: E402
 import model as m  # noqa: E402
 import runtime  # noqa: E402, F401  (sets the environment transformers reads)
 
 torch.set_num_threads(2)
 
 
-def run(*command, processes=1, env=None, check=True):
-    """Run a script of the repository, alone or under torchrun; → CompletedProcess."""
+def run(*command, processes=1, check=True):
+    """Run a script of the repository, alone (in a fork that has torch imported already) or under
+    torchrun; → CompletedProcess."""
     command = [str(c) for c in command]
     if processes > 1:
-        head = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc_per_node={processes}"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   f"--nproc_per_node={processes}", *command]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     else:
-        head = [sys.executable]
-    done = subprocess.run(head + command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, **(env or {})})
+        with tempfile.TemporaryDirectory() as folder:
+            done = in_fork.run(in_fork.server(), command, ROOT, out=Path(folder))
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 

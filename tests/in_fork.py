@@ -1,6 +1,7 @@
 """Run a script of the repository in a forked child: what a user's command does, without the three
 seconds of imports. A fork server of multiprocessing imports this module once; a `run` is a fork.
 """
+import functools
 import multiprocessing
 import os
 import runpy
@@ -22,14 +23,14 @@ from tqdm import tqdm  # noqa: E402
 tqdm.set_lock(threading.RLock())     # its own is a semaphore, which a killed child would leak
 
 
-def child(command, folder, killed):
-    """In the child: the script as __main__, in `folder`, its output in two files there.
+def child(command, folder, out, killed):
+    """In the child: the script as __main__, in `folder`, its output in two files in `out`.
 
     killed: die in Run.finish, as a lost machine would: what is left is a run half done.
     """
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)
     if killed:
         rundir.Run.finish = lambda *_: os._exit(9)
@@ -42,6 +43,7 @@ def child(command, folder, killed):
         os._exit(1 if isinstance(e.code, str) else e.code or 0)
 
 
+@functools.cache
 def server():
     """The context whose processes are forks of one that has imported all this."""
     context = multiprocessing.get_context("forkserver")
@@ -53,12 +55,13 @@ def server():
     return context
 
 
-def run(context, command, folder, killed=False):
-    """→ CompletedProcess, as conftest.run gives it. folder: where the command is typed."""
-    process = context.Process(target=child, args=(command, folder, killed))
+def run(context, command, folder, out=None, killed=False):
+    """→ CompletedProcess. folder: where the command is typed; out: where its output is kept."""
+    out = out or folder
+    process = context.Process(target=child, args=(command, folder, out, killed))
     process.start()
-    process.join(120)
+    process.join(300)
     if process.exitcode is None:
         process.kill()
-    out = [(folder / name).read_text(errors="replace") for name in ("stdout", "stderr")]
+    out = [(out / name).read_text(errors="replace") for name in ("stdout", "stderr")]
     return CompletedProcess(command, process.exitcode, *out)
