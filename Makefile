@@ -5,7 +5,7 @@ TOY := --encoder toy-vit --llm toy-lm --data data/toy
 SCORE := --llm toy-lm --data data/toy
 RUN := runs/toy-vit__toy-lm
 
-.PHONY: demo test real clean
+.PHONY: demo test real bench clean
 # torchrun and DataLoader workers each start processes: threads are for one process alone.
 
 .venv/done: requirements-dev.txt requirements.txt
@@ -64,5 +64,19 @@ real: .venv/done data/real
 test: .venv/done
 	$(PY) -m pytest -q tests
 
+# Figures of speed and memory, on an idle machine; `make bench BENCH=--quick` checks that they run.
+BENCHPY := .venv-bench/bin/python
+.venv-bench/done: requirements-bench.txt requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	$(BENCHPY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@
+
+bench: .venv-bench/done
+	$(BENCHPY) benchmarks/flops.py $(BENCH)
+	$(BENCHPY) benchmarks/dpo_vs_trl.py $(BENCH)
+	$(BENCHPY) benchmarks/sft_vs_trainer.py $(BENCH)
+	$(BENCHPY) benchmarks/savings.py $(BENCH)
+	$(BENCHPY) benchmarks/scaling.py $(BENCH)
+
 clean:
-	rm -rf .venv data/toy runs
+	rm -rf .venv .venv-bench data/toy runs
