@@ -1,11 +1,12 @@
-# Two commands: `make demo` (the whole recipe on a toy world, CPU) and `make test`.
+# Two commands: `make demo` (the whole recipe on a toy world, CPU) and `make test`. For more time:
+# `make real` (data nobody here drew), `make kill` (crashes), `make bench` (speed and memory).
 PYTHON ?= python3
 PY := .venv/bin/python
 TOY := --encoder toy-vit --llm toy-lm --data data/toy
 SCORE := --llm toy-lm --data data/toy
 RUN := runs/toy-vit__toy-lm
 
-.PHONY: demo test real bench clean
+.PHONY: demo test real bench kill clean
 # torchrun and DataLoader workers each start processes: threads are for one process alone.
 
 .venv/done: requirements-dev.txt requirements.txt
@@ -64,6 +65,10 @@ real: .venv/done data/real
 test: .venv/done
 	$(PY) -m pytest -q tests
 
+# Every stage killed at every named moment and at random ones; about half an hour.
+kill: .venv/done
+	PIVOT_KILLS=long $(PY) -m pytest -v tests/test_survive.py
+
 # Figures of speed and memory, on an idle machine; `make bench BENCH=--quick` checks that they run.
 BENCHPY := .venv-bench/bin/python
 .venv-bench/done: requirements-bench.txt requirements.txt
@@ -71,12 +76,13 @@ BENCHPY := .venv-bench/bin/python
 	$(BENCHPY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
 
-bench: .venv-bench/done
+bench: .venv-bench/done data/toy
 	$(BENCHPY) benchmarks/flops.py $(BENCH)
 	$(BENCHPY) benchmarks/dpo_vs_trl.py $(BENCH)
 	$(BENCHPY) benchmarks/sft_vs_trainer.py $(BENCH)
 	$(BENCHPY) benchmarks/savings.py $(BENCH)
 	$(BENCHPY) benchmarks/scaling.py $(BENCH)
+	$(BENCHPY) benchmarks/checkpoint.py data/toy
 
 clean:
 	rm -rf .venv .venv-bench data/toy runs

@@ -43,7 +43,7 @@ CHAT_TEMPLATE = (
     "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
     "{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-LOGIT_ROWS = 1024  # response rows through lm_head at once: 0.6 GB of fp32 at Qwen's 151,936 words
+LOGITS = 1024 * 151_936     # at once through lm_head: 1,024 rows of Qwen's words, 0.6 GB of fp32
 
 
 class Projector(nn.Module):
@@ -77,16 +77,17 @@ def token_logps(hidden, lm_head, targets):
 
     The logits are cast to fp32 *before* the log-softmax: in bf16 a sum over 200 tokens is off by
     1.2 nats. Rows go through in chunks, recomputed in the backward pass, so that the peak is
-    LOGIT_ROWS × vocabulary however long the answers are.
+    LOGITS however long the answers are.
     """
     def chunk(h, t):
         logits = lm_head(h)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))   # fp64 stays (tests)
         return -F.cross_entropy(logits, t, reduction="none")
-    if len(hidden) <= LOGIT_ROWS:
+    rows = max(1, LOGITS // lm_head.out_features)
+    if len(hidden) <= rows:
         return chunk(hidden, targets)
     return torch.cat([checkpoint(chunk, h, t, use_reentrant=False)
-                      for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))])
+                      for h, t in zip(hidden.split(rows), targets.split(rows))])
 
 
 class MLLM(nn.Module):
@@ -126,7 +127,10 @@ class MLLM(nn.Module):
         """
         embeds = self.embed(pixel_values, input_ids)
         # Without branches: right padding under a causal mask needs neither mask nor positions.
-        mask = None if branch is None else pair_mask(branch)
+        mask = None
+        if branch is not None:     # made a float mask once, or every layer would make and keep one
+            mask = torch.zeros((), dtype=embeds.dtype, device=embeds.device) \
+                .masked_fill(~pair_mask(branch), -torch.inf)                      # (B, 1, T, T)
         hidden = self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
                                      position_ids=position_ids).last_hidden_state
         targets = labels[:, 1:]                       # row t predicts token t + 1: the one shift

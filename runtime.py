@@ -120,7 +120,7 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
     for block in [*model.encoder.blocks, *model.llm.base_model.layers]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
+    for module in model.modules() if size > 1 else ():     # alone, it would only divide by 1
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)   # gloo knows no premultiplied sum
