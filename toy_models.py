@@ -12,7 +12,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
 
-from toy_scenes import (CELL, COLOURS, PLACES, SHAPES, SIZE, WORDS, Scene, fact_question, turn)
+from toy_scenes import (CELL, COLOURS, SHAPES, SIZE, WORDS, Scene, fact_question, turn)
 
 CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>"
           "system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + "
@@ -49,11 +49,13 @@ def patches(scene):
     """For each of the 6 x 6 patches of a drawn scene, the words for where it is and what it shows.
 
     The words are what toy-vit learns to see and what toy-lm reads in place of an image. Counts,
-    values and relations are left to be worked out from them.
+    values and relations are left to be worked out from them. Where: the middle is half left, half
+    right, so that the place of a thing is linear in its words.
     """
-    side = SIZE // CELL
-    words = [PLACES[row * 3 // side * 3 + column * 3 // side].split()
-             for row in range(side) for column in range(side)]
+    side, thirds = SIZE // CELL, [(2, 0), (1, 1), (0, 2)]
+    words = [["top"] * top + ["bottom"] * bottom + ["left"] * left + ["right"] * right
+             for top, bottom in np.repeat(thirds, side // 3, axis=0).tolist()
+             for left, right in np.repeat(thirds, side // 3, axis=0).tolist()]
 
     def show(mask, *what):
         share = mask.reshape(side, CELL, side, CELL).mean((1, 3)).ravel()
@@ -89,7 +91,7 @@ def pretrain_vit(folder, name, steps, seed):
         num_attention_heads=heads, image_size=SIZE, patch_size=CELL, vision_use_head=False))
     names = [*COLOURS, *SHAPES, "large", "small", "object", "bar", *"0123456789",
              *sorted(set("".join(WORDS)))]
-    names += sorted({word for place in PLACES for word in place.split()})
+    names += ["top", "bottom", "left", "right"]
     both = nn.ModuleList([model, nn.Linear(width, len(names))])
     nn.init.constant_(both[1].bias, -4.0)       # most things are absent from most patches
 
@@ -229,8 +231,8 @@ def pretrain_lm(folder, name, steps, seed):
         loss = nn.functional.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none")
         return (loss * weight[:, 1:]).sum() / weight[:, 1:].sum()
     train(name, model, steps or default, rate, loss_of)
-    # A kind of question is learnt within a few hundred steps, but nobody knows when: after one round
-    # "tallest" is 100 % right and "value" still a guess. So there is a second one.
+    # A kind of question is learnt within a few hundred steps, but nobody knows when: after one
+    # round "tallest" is 100 % right and "value" still a guess. So there is a second one.
     waiting.clear()
     rng.seed(f"{seed}/{name}/2")
     train(f"{name}, round 2", model, (steps or default) * 3 // 4, rate, lambda _: loss_of(1.0))
