@@ -49,7 +49,7 @@ def start(timeout_minutes=10):
 def die_with_parent():
     """If torchrun itself is killed, its workers would train on, unseen, in the same folder as the
     run that takes their place. Linux can end them with it (PR_SET_PDEATHSIG = 1)."""
-    if sys.platform == "linux":
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
