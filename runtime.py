@@ -256,7 +256,8 @@ def launch(main):
     except SystemExit as e:
         if isinstance(e.code, str):
             if not is_main():
-                time.sleep(20)   # a refusal all share is printed once; one of our own follows
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)     # torchrun ends us meanwhile
+                time.sleep(10)   # a refusal all share is printed once; one of our own follows
             print(" ".join(e.code.splitlines()), file=sys.stderr, flush=True)
             os._exit(1)      # not through a collective that the other processes may never enter
         raise
