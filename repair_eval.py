@@ -49,6 +49,8 @@ def get_args():
                         help="print one table of models already scored; nothing is run")
     args = flags.settle_two_steps(flags.settle(parser, "repair", PAPER, TOY), "repair")
     args.bench = args.bench or f"{args.data}/bench"
+    if args.encoder_lr:
+        raise SystemExit(f"error: --encoder-lr {args.encoder_lr:g}: the encoder is frozen here")
     return args
 
 

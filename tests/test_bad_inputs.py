@@ -321,6 +321,7 @@ ROWS = [Row(*row) for row in [
      lambda b: (b / "toy/repair.jsonl").unlink()),
     ("repair", "encoder is a whole model", "--encoder RUN/pretrain/final",
      ["RUN/pretrain/final", "extract.py"]),
+    ("repair", "a rate for the frozen encoder", "--encoder-lr 1e-5", ["the encoder is frozen"]),
     ("repair", "preset mistyped", "--encoder toy-vti", ["toy-vti is neither a preset"]),
     ("repair", "no tokens to answer with", "--max-new-tokens 0", ["--max-new-tokens"]),
     ("repair", "questions in batches of 0", "--eval-batch 0", ["--eval-batch"]),
