@@ -1,0 +1,296 @@
+"""Where the loss looks: the gradient of one pair's SFT and DPO loss, patch by patch.
+
+Pictures:     python gradcam.py --run runs/toy-vit__toy-lm --data data/toy
+Measurement:  python gradcam.py --run runs/toy-vit__toy-lm --data data/toy --num-samples 300
+The paper's:  python gradcam.py --run runs/toy-vit__toy-lm --data data/toy --steps 20
+
+The loss is back-propagated to the image features A (N patches × D channels); the heat of a patch is
+Σ_d |∂L/∂A|, the L1 norm over channels, as in the authors' code. There A is the projector's output
+(`--at projector`); in the paper's text, and here by default, the encoder's. `--classic` is Grad-CAM
+proper: ReLU(Σ_d w_d A), w = the mean over patches of ∂(−L)/∂A, what speaks *for* a lower loss.
+
+DPO's reference is the model before any step, so its gradient at step 0 is exactly
+½β (∇log π(y_r) − ∇log π(y_c)): SFT asks what makes the right answer likely, DPO what tells it from
+the wrong one. `--steps N` first trains on that one pair with each loss, as the paper does (it shows
+about step 20): AdamW at the stage's peak rate, clipped at 1; then the model is put back. That takes
+20 bytes a parameter (fp32; without steps 4).
+
+The number is the share of the heat inside the object's mask: each patch's heat counts by the share
+of the patch that lies inside. Chance is the object's share of the picture; the ceiling (all heat in
+the patch it fills most) is below 100 % where objects are thinner than patches. The authors replace
+border rows and columns; here nothing is hidden: picture and number must speak of the same heat.
+
+Reads   runs/NAME/STAGE/final; pairs in MMPR's layout; masks: the image's path with `masks` for
+        `images` (toy), or --masks DIR with one a name (ADE20K: annotations, with --mask-label).
+Writes  runs/NAME/probes/gradcam/: gradcam.png (image | SFT | DPO), results.json.
+"""
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import encoders
+import rundir
+import runtime
+import data
+import model as m
+import numpy as np
+import torch
+import train_dpo
+import train_sft
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from runtime import print0
+
+PICTURES, PANEL = 6, 240          # rows of the picture; pixels of a panel
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, flag = parser.add_argument, dict(action="store_true")
+    add("--run-dir", "--run", dest="run", metavar="DIR", required=True, help="run folder")
+    add("--stage", default="pretrain", choices=["pretrain", "sft", "dpo"], help="which model of it "
+        "to look through (default pretrain: where both losses start)")
+    add("--data", help="folder in the layout toy.py writes; default: the run's")
+    add("--preferences", help="MMPR meta.json or a jsonl of pairs; default DATA/preferences/"
+        "heldout.jsonl, or meta.json where that is missing")
+    add("--images", help="folder that image names are relative to, where meta.json does not say")
+    add("--masks", help="folder of masks, each of its image's name or that name in .png")
+    add("--mask-label", type=int, help="inside is this value alone (default: all above 0)")
+    add("--num-samples", type=int, default=PICTURES, help="pairs, drawn by a seeded shuffle; "
+        f"some hundreds make a measurement (default {PICTURES})")
+    add("--seed", type=int, default=0, help="which pairs are drawn (default 0)")
+    add("--skip-bad", **flag, help="drop and count bad records")
+    add("--at", default="encoder", choices=["encoder", "projector"], help="default encoder")
+    add("--classic", **flag, help="gradient-weighted activations and a ReLU")
+    add("--steps", type=int, default=0, help="train on each pair so long first (default 0)")
+    add("--beta", type=float, default=0.1, help="DPO's (default 0.1; matters after step 0)")
+    add("--sft-lr", type=float, help="rate of those steps; default: train_sft.py's")
+    add("--dpo-lr", type=float, help="the same for DPO; default: train_dpo.py's")
+    add("--out", help="default RUN/probes/gradcam")
+    args = parser.parse_args()
+    stage = Path(args.run, args.stage)
+    if not (stage / "final" / "config.json").exists():
+        script = "pretrain.py" if args.stage == "pretrain" else f"train_{args.stage}.py"
+        raise SystemExit(f"error: no trained model at {stage}/final; make it with:  "
+                         f"python {script} --run-dir {args.run}")
+    if args.num_samples < 1 or args.steps < 0:
+        raise SystemExit("error: --num-samples must be at least 1, --steps at least 0")
+    made_with = json.loads((stage / "config.json").read_text())["arguments"]
+    args.data = args.data or made_with["data"]
+    heldout = Path(args.data, "preferences", "heldout.jsonl")
+    args.preferences = args.preferences or str(
+        heldout if heldout.exists() else heldout.with_name("meta.json"))
+    defaults = "TOY" if encoders.short_name(made_with["llm"]).startswith("toy-") else "PAPER"
+    args.sft_lr = args.sft_lr or getattr(train_sft, defaults)["lr"]
+    args.dpo_lr = args.dpo_lr or getattr(train_dpo, defaults)["lr"]
+    args.out = args.out or str(Path(args.run, "probes", "gradcam"))
+    return args
+
+
+def sft_loss(model, batch):
+    """−log π(y_c), a mean over answer tokens, as train_sft.py descends it: 0-dim."""
+    return -model(**batch).sum() / (batch["labels"] != m.IGNORE).sum()
+
+
+def dpo_loss(model, batch, ref, beta):
+    """DPO's loss of a pair, as train_dpo.py descends it; ref: log π_ref of both answers: 0-dim."""
+    chosen, rejected = train_dpo.branch_logps(model(**batch), batch["branch"])
+    return m.dpo_loss(chosen, rejected, *ref, beta)[0].sum()
+
+
+def gradients(model, loss_of, at):
+    """METHOD: one pair's features A at model.encoder or model.projector, ∂L/∂A, each (N, D), and L.
+
+    loss_of: no arguments → 0-dim loss. No parameter's gradient is computed."""
+    kept = []
+    hook = getattr(model, at).register_forward_hook(lambda module, inputs, out: kept.append(out))
+    loss = loss_of()
+    hook.remove()
+    grad, = torch.autograd.grad(loss, kept)
+    return kept[0][0].detach(), grad[0], loss.detach()
+
+
+def heat_of(features, grad, classic=False):
+    """METHOD: (N, D), (N, D) → heat of every patch (N,), never negative."""
+    return (features @ -grad.mean(0)).relu() if classic else grad.abs().sum(1)
+
+
+def train_on(model, loss_of, lr, steps):
+    """So many steps on one pair, as a stage takes them but for the schedule."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr,
+                                  betas=(0.9, 0.999), weight_decay=0.0)
+    for _ in range(steps):
+        loss_of().backward()
+        runtime.clip_grad_norm(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def read_mask(args, image, where):
+    """The object's mask, bool (H, W), as large as its image; None without a file or an object."""
+    above, _, below = f"{Path(image).parent}/".rpartition("/images/")
+    folder = Path(args.masks or f"{above}/masks/{below}")
+    path = next((p for p in (folder / Path(image).name, folder / f"{Path(image).stem}.png")
+                 if (args.masks or above) and p.is_file()), None)
+    if path is None:
+        return None
+    try:
+        with Image.open(image) as picture, Image.open(path) as mask:
+            turned = picture.getexif().get(0x0112, 1) > 4            # as data.load_image turns it
+            width, height = picture.size[::-1 if turned else 1]
+            if mask.size != (width, height):
+                raise SystemExit(f"error: {where}: mask {path} has {mask.width} × {mask.height} "
+                                 f"pixels, its image {width} × {height}")
+            mask = np.asarray(mask)
+    except (OSError, ValueError, SyntaxError) as e:
+        raise SystemExit(f"error: {where}: mask {path} cannot be read ({type(e).__name__}: {e})")
+    if mask.ndim == 3:                                               # alpha says nothing here
+        mask = mask[..., :3 if mask.shape[2] > 2 else 1].max(-1)
+    mask = mask > 0 if args.mask_label is None else mask == args.mask_label
+    return mask if mask.any() else None
+
+
+def coverage(mask, grid, reach):
+    """Share of every patch that lies inside the mask: bool (H, W) → (grid², ) fp64, exact.
+
+    reach: share of the image's side that the patches cover (27 × 14 of 384 pixels: 0.984)."""
+    def overlap(n):          # (grid, n): which share of a patch each pixel makes up
+        edges, pixels = np.arange(grid + 1)[:, None] * n * reach / grid, np.arange(n)
+        inside = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
+        return inside.clip(0) * grid / (n * reach)
+    return torch.from_numpy(overlap(mask.shape[0]) @ mask @ overlap(mask.shape[1]).T).flatten()
+
+
+def shares_inside(heats, cover):
+    """heats (n, 2, N), cover (n, N), NaN without a mask → (n, 4): the share of SFT's and of DPO's
+    heat inside the mask (NaN where there is none at all), chance, ceiling."""
+    inside = (heats * cover[:, None]).sum(2) / heats.sum(2)
+    return torch.cat([inside, cover.mean(1, keepdim=True), cover.amax(1, keepdim=True)], 1)
+
+
+def mean_ci(values):
+    """Mean and half-width of its 95 % interval (normal: trust it from some dozens on)."""
+    half = 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
+    return {"mean": values.mean().item(), "ci95": half, "n": len(values)}
+
+
+def panel(pixels, mask, heat, reach):
+    """The image as the encoder sees it, the mask's outline, and the heat, if any, laid over as the
+    authors do: min–max, power 1.1, bilinear, jet colours at 0.6. → PANEL² picture."""
+    picture = Image.fromarray(pixels.transpose(1, 2, 0)).resize((PANEL, PANEL), Image.NEAREST)
+    if heat is not None:
+        heat = ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-30)) ** 1.1
+        grid, side = int(len(heat) ** 0.5), round(PANEL * reach)
+        heat = Image.fromarray(heat.view(grid, grid).float().numpy()).resize((side, side), 2)
+        jet = (1.5 - abs(4 * np.asarray(heat)[..., None] - (3, 2, 1))).clip(0, 1) * 255
+        jet = Image.fromarray(jet.astype(np.uint8))
+        picture.paste(Image.blend(picture.crop((0, 0, side, side)), jet, 0.6))
+    if mask is not None:
+        mask = Image.fromarray(mask.astype(np.uint8) * 255).resize((PANEL, PANEL), Image.NEAREST)
+        rim = np.asarray(mask) != np.asarray(mask.filter(ImageFilter.MinFilter(5)))
+        picture.paste("white", mask=Image.fromarray(rim))
+    return picture
+
+
+def draw(path, rows):
+    """rows: [(three panels, a line above each, two lines below)] → one picture."""
+    gap, line, font = 8, 18, ImageFont.load_default(13)
+    height = PANEL + 3 * line + 2 * gap
+    sheet = Image.new("RGB", (3 * (PANEL + gap) + gap, len(rows) * height + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for y, (panels, labels, texts) in zip(range(gap, len(rows) * height, height), rows):
+        for x, picture, label in zip(range(gap, sheet.width, PANEL + gap), panels, labels):
+            pen.text((x, y), label, "black", font)
+            sheet.paste(picture, (x, y + line))
+        for i, text in enumerate(texts, 1):
+            while pen.textlength(text, font) > sheet.width - 2 * gap:
+                text = text[:-2] + "…"
+            pen.text((gap, y + PANEL + i * line + 2), text, "black", font)
+    rundir.write_whole(path, lambda aside: sheet.save(aside, "PNG"))
+
+
+def main():
+    args = get_args()
+    device = runtime.start()
+    model, tokenizer = m.load_mllm(Path(args.run, args.stage, "final"))
+    model, encoder = model.eval().to(device), model.encoder
+    pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
+    n, (rank, world) = len(pairs), runtime.world()
+
+    # ---- images and masks first: a bad file should not end an hour's work
+    grid = int(encoder.num_tokens ** 0.5)
+    reach = grid * encoder.vision.config.patch_size / encoder.image_size
+    cover, shown = torch.full((n, grid * grid), float("nan"), dtype=torch.float64), []
+    for i in runtime.progress(0, n, "images and masks"):
+        if "error" in (pair := pairs[i]):
+            raise SystemExit(pair["error"])
+        mask = read_mask(args, pairs.images[i], pairs.where[i])
+        if mask is not None:
+            cover[i] = coverage(mask, grid, reach)
+        shown += [(pair["pixels"], mask)] if i < PICTURES else []
+
+    # ---- one pair at a time, each loss from the same weights
+    start = [p.detach().clone() for p in model.parameters()] if args.steps else []
+    heats, losses = torch.zeros(n, 2, grid * grid, dtype=torch.float64), torch.zeros(n, 2)
+    mine = range(rank, n, world)
+    for i in (mine[j] for j in runtime.progress(0, len(mine), "heat")):
+        for which, (layout, lr) in enumerate((("sft", args.sft_lr), ("dpo", args.dpo_lr))):
+            batch = data.collate([pairs[i]], layout)
+            batch = {k: v.to(device) for k, v in batch.items() if k != "index"}
+            loss_of = partial(sft_loss, model, batch)
+            if layout == "dpo":
+                with torch.no_grad():
+                    ref = train_dpo.branch_logps(model(**batch), batch["branch"])
+                loss_of = partial(dpo_loss, model, batch, ref, args.beta)
+            train_on(model, loss_of, lr, args.steps)
+            features, grad, losses[i, which] = gradients(model, loss_of, args.at)
+            heats[i, which] = heat_of(features, grad, args.classic).double().cpu()
+            with torch.no_grad():
+                for p, before in zip(model.parameters(), start):
+                    p.copy_(before)
+        if not heats[i].isfinite().all():
+            raise SystemExit(f"error: {pairs.where[i]}: a gradient is not finite; lower --sft-lr "
+                             f"or --dpo-lr, if there were steps")
+    heats, losses = runtime.sum_tensor(heats), runtime.sum_tensor(losses)
+
+    # ---- shares inside the mask, paired by sample; picture, table, results
+    shares = shares_inside(heats, cover)
+    usable = shares.isfinite().all(1)
+    sft, dpo, chance, ceiling = shares[usable].T
+    table = {name: mean_ci(x) for name, x in (
+        ("SFT", sft), ("DPO", dpo), ("DPO - SFT", dpo - sft), ("chance", chance),
+        ("SFT - chance", sft - chance), ("DPO - chance", dpo - chance), ("ceiling", ceiling))
+        if len(x)}
+    rows = []
+    for i, (pixels, mask) in enumerate(shown):
+        words = ["none" if s != s else f"{100 * s:.1f} %" for s in shares[i].tolist()]
+        print0(f"  {pairs.where[i]}: inside: SFT {words[0]}, DPO {words[1]}, chance {words[2]}")
+        (ids, roles), text = pairs.tokens(i), []
+        for role in (data.PROMPT, data.ANSWER, data.OTHER):
+            piece = tokenizer.decode(ids[roles == role]).split(m.IMAGE_TOKEN)[-1]
+            text.append(piece.split("<|im_end|>")[0].strip())
+        rows.append(([panel(pixels, mask, h, reach) for h in (None, *heats[i])],
+                     [f"object: {words[2]} of the picture"] + [
+                         f"{k}: {w} inside" for k, w in zip(("SFT", "DPO"), words)],
+                     (text[0], f"chosen: {text[1]}   rejected: {text[2]}")))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    draw(out / "gradcam.png", rows)
+    results = {"arguments": vars(args), "data": pairs.summary(), "share_inside": table,
+               "loss": dict(zip(("sft", "dpo"), losses.mean(0).tolist())),
+               "columns": ["SFT", "DPO", "chance", "ceiling"],
+               "samples": [[where, *(None if s != s else s for s in row)]
+                           for where, row in zip(pairs.where, shares.tolist())]}
+    rundir.write_whole(out / "results.json", lambda aside: rundir.write_json(aside, results))
+    print0(f"\nshare of the heat inside the object; {'Grad-CAM' if args.classic else 'gradient'} "
+           f"at the {args.at}, {args.steps} steps; {len(sft)} of {n} pairs (no mask: "
+           f"{int(cover[:, 0].isnan().sum())}, no heat: {int((heats.sum(2) == 0).any(1).sum())})")
+    for name, row in table.items():
+        half = "" if row["ci95"] is None else f" ±{100 * row['ci95']:.1f}"
+        print0(f"  {name:<14}{100 * row['mean']:7.1f}{half} %")
+    print0(f"wrote {out}/gradcam.png, {out}/results.json")
+
+
+if __name__ == "__main__":
+    runtime.launch(main)
