@@ -184,7 +184,7 @@ def draw(path, scores):
     eyes, llms = (list(dict.fromkeys(pair[i] for pair in maps)) for i in (0, 1))
     (V, L), font, gap = np.max([x.shape for x in maps.values()], 0), ImageFont.load_default(12), 50
     cell = max(14, min(40, 640 // max(V, L)))
-    wide, tall = max(320, cell * L + gap), cell * V + 2 * gap
+    wide, tall = max(480, cell * L + gap), cell * V + 2 * gap
     sheet = Image.new("RGB", (wide * len(llms) + gap, tall * len(eyes) + gap), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((gap, 8), f"dark {low:.3f}, bright {high:.3f}; down: block, across: LLM layer; red: "
