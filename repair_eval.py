@@ -30,7 +30,7 @@ import torch
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", projector_epochs=1,
              projector_lr=1e-3, epochs=1, lr=1e-5, global_batch=256, micro_batch=8, warmup=0.03,
              workers=4)
-TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=3,
+TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=2,
            projector_lr=5e-3, lr=1e-3, global_batch=32, micro_batch=32, workers=1)
 
 

@@ -207,7 +207,7 @@ SOURCES = {"shapes": ["colour", "shape", "exist", "count", "objects", "relation"
                       "larger"],
            "text": ["number", "digit", "word"],
            "chart": ["tallest", "shortest", "value", "taller"]}
-COUNTS = {"captions": 3000, "instruct": 8000, "repair": 4000, "preferences": 2000,
+COUNTS = {"captions": 3000, "instruct": 8000, "repair": 4000, "preferences": 6000,
           "heldout": 600, "bench": 600, "imagenet_train": 60, "imagenet_val": 25,
           "ade20k_training": 600, "ade20k_validation": 200, "align": 2048}
 

@@ -185,7 +185,7 @@ class Scene:
         for i in range(rng.randint(2, 4)):
             colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
             large = rng.random() < 0.5
-            if self.objects and not main and rng.random() < 0.3:
+            if self.objects and not main and rng.random() < 0.5:
                 shape = self.objects[0]["shape"]          # something to count
             if main:                                      # ImageNet: one large, others small
                 (colour, shape), large = (main, True) if i == 0 else ((colour, shape), False)
@@ -307,11 +307,11 @@ class Scene:
                     yes = o["r"] > p["r"]
                     add("larger", "yes" if yes else "no", ["yes", "no"], [name], x=name,
                         y=p["name"])
-        for s in sorted(set(shapes)):
+        if self.objects:         # the most frequent shape alone, or most counts would be 1
+            s = max(sorted(set(shapes)), key=shapes.count)
             about = [n for n in names if n.endswith(s)]
-            # Wrong counts come from the same three as right ones, or 4 would only ever be wrong.
-            add("count", len(about), (1, 2, 3), about, x=s)
-        if self.objects:
+            if len(about) < 4:   # wrong counts come from the same three as right ones
+                add("count", len(about), (1, 2, 3), about, x=s)
             add("objects", len(shapes), range(2, 5), names)
         if self.number:
             n = self.number          # wrong numbers and words differ in one character

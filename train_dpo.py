@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=1e-6,
              global_batch=256, micro_batch=8, warmup=0.03, num_samples=20_000, workers=4)
-TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", lr=5e-5, global_batch=32,
+TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=1, lr=5e-5, global_batch=32,
            micro_batch=32, workers=1)
 
 
