@@ -51,7 +51,7 @@ def metrics(folder):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """The toy world at 1/50 of its size: 60 captions, 160 conversations, 40 pairs."""
+    """The toy world at 1/50 of its size: 32 captions, 140 conversations, 96 pairs."""
     out = tmp_path_factory.mktemp("world") / "toy"
     run("toy.py", out, "--scale", 0.02)
     return out

@@ -1,4 +1,4 @@
-"""The real scripts, run as a user runs them, on a world of forty pairs."""
+"""The real scripts, run as a user runs them, on a world of a hundred pairs."""
 import json
 import math
 import re
