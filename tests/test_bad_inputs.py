@@ -264,7 +264,7 @@ ROWS = [Row(*row) for row in [
      lambda b: (b / COLOUR).unlink()),
     ("sft", "preferences a folder", "--preferences DATA/preferences",
      ["DATA/preferences", "folder", "meta.json"]),
-    ("sft", "annotations in UTF-16", "", ["annotations/colour.jsonl:1: not JSON"],
+    ("sft", "annotations in UTF-16", "", ["annotations/colour.jsonl:", ": not JSON"],
      lambda b: put(b / COLOUR, (b / COLOUR).read_text().encode("utf-16"))),
     ("sft", "every image name is wrong", "--images BOX --skip-bad --preferences "
      "DATA/preferences/heldout.jsonl", ["no usable record in", "'bad'"]),
@@ -276,7 +276,7 @@ ROWS = [Row(*row) for row in [
     ("sft", "stage folder is a file", "", ["cannot write RUN/sft"],
      lambda b: put(b / "run/sft", "")),
     ("sft", "goes on with other data", "", ["RUN/sft was begun with data_digest"],
-     lambda b: [record(b / COLOUR, n, question="What now?") for n in range(1, 8)], "sft"),
+     lambda b: [record(b / COLOUR, n, question="What now?") for n in range(1, 17)], "sft"),
     ("sft", "goes on from another parent", "", ["RUN/sft was begun with parent_digest"],
      lambda b: tensors(b / FINAL / "model.safetensors", lambda t: t[
          "multi_modal_projector.linear_2.bias"].add_(1)), "sft"),
