@@ -343,7 +343,8 @@ def template_count(record, special):
 
 
 def load_image(source, size, where):
-    """A path or bytes → uint8 (3, size, size), squashed bicubically; raises BadRecord.
+    """A path or bytes → uint8 (3, size, size), squashed bicubically; raises BadRecord. A size of
+    None leaves the picture's own: (3, H, W).
 
     EXIF rotation is applied, 16-bit grey scaled to 8, transparency laid on white, the first frame
     of an animation taken: what a person sees. HF's processors apply the same bicubic squash.
@@ -359,7 +360,9 @@ def load_image(source, size, where):
             if "A" in image.mode or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+            image = image.convert("RGB")
+            if size:
+                image = image.resize((size, size), Image.Resampling.BICUBIC)
             return np.asarray(image).transpose(2, 0, 1).copy()
     except BadRecord:
         raise

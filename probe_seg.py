@@ -1,0 +1,270 @@
+"""Evidence 2, segmentation: does every patch token know what lies in its own patch?
+
+One process:     python probe_seg.py --encoder toy-vit DIR --data data/toy/ade20k
+Eight GPUs:      torchrun --nproc_per_node=8 probe_seg.py --encoder siglip2-so400m DIR
+
+The patch-seg protocol: a head, Linear – GELU – Linear, reads one frozen token and says which
+classes its patch holds, "other" only where it is alone. BCE, AdamW 1e-3, weight decay 0.01, batch
+32, 5 epochs; warm-up 500 steps, but never over a tenth of all, then cosine to 1e-4. Scores:
+  recall  at probability 0.5 over all patches; mean over the classes that have a positive
+  mIoU    each patch's likeliest class painted on its pixels, one summed confusion matrix, mean over
+          classes that occur; no interpolation, by which a token would borrow from its neighbours
+  mIoU-0  the same by ADE20K's convention: pixels of "other" are not asked about
+
+Reads   DATA/images/{training,validation}/*.jpg, DATA/annotations/…/*.png, 0 = other: SceneParse150
+        (151 classes) or toy.py's (those of ../world.json). Largest centred square, mask nearest.
+Writes  --out (default runs/NAME/probes/seg, as in probe_linear.py): results.json, overlays.png
+        (image | truth | each encoder, head of seed 0).
+
+The encoder is what costs: an image is encoded once an epoch, and the heads of all seeds learn from
+it. Seeds differ in start and in order within 256 images; encoders meet the same of both. ± is the
+spread over seeds; the interval of a difference is a bootstrap over validation images.
+"""
+import argparse
+import colorsys
+import json
+import math
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import rundir
+import runtime
+import data
+import encoders
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from probe_linear import default_out, short_names
+from torch import nn
+from torch.nn import functional as F
+
+BATCH, CHUNK, TILE = 32, 256, 192      # images a step; encoded at a time; pixels of an overlay
+SCORES = ("recall", "mIoU", "mIoU-0")
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", nargs="+", required=True, metavar="DIR",
+                        help="encoders to compare: presets, folders (extract.py) or hub ids")
+    parser.add_argument("--data", default="data/ade20k", help="folder of images/, annotations/")
+    parser.add_argument("--seeds", type=int, default=6, help="heads trained (paper: 6)")
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the data (paper: 5)")
+    parser.add_argument("--limit", type=int, help="quick look: the first N images of each split")
+    parser.add_argument("--pictures", type=int, default=8, help="images shown in overlays.png")
+    parser.add_argument("--out", metavar="DIR", help="default: probes/seg in the run folder")
+    parser.add_argument("--workers", type=int, default=2, help="image-decoding processes")
+    return parser.parse_args()
+
+
+# --------------------------------------------------------------------------------- images and masks
+
+def list_pairs(root, split, limit):
+    """[(image, mask)] of a split, in the order of names; every image has its mask."""
+    images = sorted((root / "images" / split).glob("[!.]*"))[:limit]
+    if not images:
+        raise SystemExit(f"error: no images in {root}/images/{split}")
+    pairs = [(i, root / "annotations" / split / f"{i.stem}.png") for i in images]
+    for image, mask in pairs:
+        if not mask.exists():
+            raise SystemExit(f"error: {image} has no mask: expected {mask}")
+    return pairs
+
+
+def square(image, mask, size, classes):
+    """Paths → their largest centred squares: pixels (size, size, 3), labels (size, size), uint8."""
+    pixels = data.load_image(image, None, "probe").transpose(1, 2, 0)
+    try:
+        labels = np.asarray(Image.open(mask))
+    except Exception as e:
+        raise data.BadRecord(f"mask {mask} cannot be read ({type(e).__name__}: {e})")
+    if labels.shape != pixels.shape[:2]:
+        raise data.BadRecord(f"mask {mask} has shape {labels.shape}, its image {pixels.shape[:2]}")
+    if labels.max() >= classes:
+        raise data.BadRecord(f"mask {mask} has label {labels.max()}, the last is {classes - 1}")
+    side, h, w = min(labels.shape), *labels.shape
+    box = ((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2)
+    return [np.asarray(Image.fromarray(x.astype(np.uint8)).crop(box).resize((size, size), how))
+            for x, how in ((pixels, Image.Resampling.BICUBIC), (labels, Image.Resampling.NEAREST))]
+
+
+def read_batch(pairs, size, grid, classes):
+    """→ pixels (B, 3, S, S), and how many pixels of each class every patch holds (B, N, K) int16,
+    N = grid² row by row; or the line of the first pair that is no good."""
+    pixels = np.zeros((len(pairs), 3, size, size), np.uint8)
+    counts = np.zeros((len(pairs), grid * grid * classes), np.int16)
+    p = size // grid                           # 384 / 14: the convolution leaves 6 pixels out, too
+    patch = np.arange(p * grid) // p
+    cell = (patch[:, None] * grid + patch) * classes                     # (p·grid, p·grid)
+    for i, (image, mask) in enumerate(pairs):
+        try:
+            picture, labels = square(image, mask, size, classes)
+        except data.BadRecord as e:
+            return f"error: {e}"
+        pixels[i] = picture.transpose(2, 0, 1)
+        counts[i] = np.bincount((cell + labels[:p * grid, :p * grid]).ravel(),
+                                minlength=counts.shape[1])
+    return pixels, counts.reshape(len(pairs), grid * grid, classes)     # numpy: by pipe, not by shm
+
+
+@torch.no_grad()
+def encoded(args, encoder, shares, classes, device):
+    """shares [[pair]] → for each, tokens (B, N, D) fp32 and counts (B, N, K)."""
+    for batch in torch.utils.data.DataLoader(
+            shares, batch_size=None, num_workers=args.workers, collate_fn=partial(
+                read_batch, size=encoder.image_size, grid=math.isqrt(encoder.num_tokens),
+                classes=classes)):
+        if isinstance(batch, str):
+            raise SystemExit(batch)
+        pixels, counts = map(torch.from_numpy, batch)
+        yield torch.cat([encoder(p.to(device)) for p in pixels.split(BATCH)]), counts.to(device)
+
+
+# ---------------------------------------------------------------------------------------- the heads
+
+def union(counts):
+    """Pixels (…, N, K) → multi-hot targets: every class in the patch, 0 only where it is alone."""
+    target = (counts > 0).float()
+    target[..., 0] *= target[..., 1:].sum(-1) == 0
+    return target
+
+
+def train(args, name, encoder, pairs, classes, device):
+    """→ [head] a seed. A process encodes every world-th image; gradients are summed."""
+    heads, orders = [], [torch.Generator().manual_seed(s) for s in range(args.seeds)]
+    for seed in range(args.seeds):
+        torch.manual_seed(seed)
+        heads.append(nn.Sequential(nn.Linear(encoder.hidden_size, 1024), nn.GELU(),
+                                   nn.Linear(1024, classes)).to(device))
+    weights = [p for head in heads for p in head.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.01)
+    (rank, world), shuffle, chunks = runtime.world(), torch.Generator().manual_seed(0), []
+    for _ in range(args.epochs):
+        chunks += torch.randperm(len(pairs), generator=shuffle).split(CHUNK)
+    steps, step = sum(math.ceil(len(c) / BATCH) for c in chunks), 0
+    warmup = min(500, steps // 10)
+    shares = encoded(args, encoder, [[pairs[i] for i in c[rank::world]] for c in chunks], classes,
+                     device)
+    for c in runtime.progress(0, len(chunks), f"{name}, {steps} steps"):
+        tokens, counts = next(shares)
+        orders_here = [torch.randperm(len(chunks[c]), generator=g).split(BATCH) for g in orders]
+        for picks in zip(*orders_here):                             # one (batch,) a head
+            optimizer.zero_grad()
+            for head, pick in zip(heads, picks):
+                mine = pick[pick % world == rank] // world
+                loss = F.binary_cross_entropy_with_logits(          # logits (b, N, K)
+                    head(tokens[mine]), union(counts[mine]), reduction="sum")
+                (loss / (len(pick) * tokens.shape[1] * classes)).backward()
+            for p in weights:
+                runtime.sum_tensor(p.grad)
+            late = math.pi * (step - warmup) / max(1, steps - warmup)
+            optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1) / warmup if step < warmup else \
+                1e-4 + 0.45e-3 * (1 + math.cos(late))
+            optimizer.step()
+            step += 1
+    return heads
+
+
+@torch.no_grad()
+def test(args, name, encoder, heads, pairs, classes, device):
+    """→ hits (S, n, K) and positives (n, K): patches of each class in each image, found and there;
+    confusion (S, K, K), pixels of truth × prediction; best (n, N), seed 0's class of each patch."""
+    rank, world = runtime.world()
+    shares = [slice(i, i + BATCH) for i in range(0, len(pairs), BATCH)][rank::world]
+    hits = torch.zeros(len(heads), len(pairs), classes)
+    positives, best = torch.zeros(len(pairs), classes), torch.zeros(len(pairs), encoder.num_tokens)
+    confusion = torch.zeros(len(heads), classes, classes, dtype=torch.float64)
+    batches = encoded(args, encoder, [pairs[rows] for rows in shares], classes, device)
+    for b in runtime.progress(0, len(shares), f"{name}, validation"):
+        (tokens, counts), rows = next(batches), shares[b]
+        positives[rows] = union(counts).sum(1).cpu()
+        for s, head in enumerate(heads):
+            logits = head(tokens)                                   # (B, N, K)
+            hits[s, rows] = ((logits > 0) * union(counts)).sum(1).cpu()     # probability > 0.5
+            likely, pixels = logits.argmax(-1).cpu(), counts.double().flatten(0, 1).cpu()
+            confusion[s].T.index_add_(0, likely.flatten(), pixels)
+            best[rows] = likely.float() if s == 0 else best[rows]
+    return [runtime.sum_tensor(x) for x in (hits, positives, confusion, best)]
+
+
+def recall(hits, positives):
+    """Patches found and there, (…, K) → macro average over the classes with a positive, (…)."""
+    return (hits / positives).nanmean(-1)
+
+
+def miou(confusion, skip=0):
+    """(K, K) truth × prediction → mean IoU of classes that occur; truths below `skip` left out."""
+    truth, found = confusion[skip:].sum(1), confusion[skip:].sum(0)[skip:]
+    inside = confusion.diagonal()[skip:]
+    return (inside / (truth + found - inside))[truth > 0].mean().item()
+
+
+def overlays(path, pairs, classes, drawn):
+    """image | truth | each encoder; drawn {name: classes of patches (n, N)}."""
+    palette = np.array([(0, 0, 0)] + [[255 * v for v in colorsys.hsv_to_rgb(k * 0.618 % 1, 0.9, 1)]
+                                      for k in range(1, classes)]).astype(np.uint8)
+    sheet = Image.new("RGB", (TILE * (2 + len(drawn)), 16 + TILE * len(pairs)), "white")
+    for column, title in enumerate(["image", "truth", *drawn]):
+        ImageDraw.Draw(sheet).text((column * TILE + 4, 2), title, fill="black")
+    for row, pair in enumerate(pairs):
+        picture, truth = square(*pair, TILE, classes)
+        for column, labels in enumerate([None, truth, *(d[row] for d in drawn.values())]):
+            tile = Image.fromarray(picture)
+            if labels is not None:
+                grid = math.isqrt(labels.size)
+                colours = Image.fromarray(palette[labels.reshape(grid, grid).astype(int)])
+                tile = Image.blend(tile, colours.resize(tile.size, Image.Resampling.NEAREST), 0.6)
+            sheet.paste(tile, (column * TILE, 16 + row * TILE))
+    sheet.save(path)
+
+
+def main():
+    args = get_args()
+    names, root = short_names(args.encoder), Path(args.data)
+    out = Path(args.out or default_out(args.encoder, "seg"))
+    facts = root.resolve().parent / "world.json"
+    labels = json.loads(facts.read_text())["ade20k_classes"] if facts.exists() else \
+        ["other", *(f"class {k}" for k in range(1, 151))]
+    learn, check = (list_pairs(root, s, args.limit) for s in ("training", "validation"))
+    device, results, spread, drawn = runtime.start(), {}, {}, {}
+    out.mkdir(parents=True, exist_ok=True)
+    times = np.random.default_rng(0).multinomial(len(check), [1 / len(check)] * len(check), 1000)
+    times = torch.from_numpy(times).float()            # (1000, n): how often each image is drawn
+    for name, path in zip(names, args.encoder):
+        encoder = encoders.load_encoder(path).eval().to(device)
+        heads = train(args, name, encoder, learn, len(labels), device)
+        hits, there, confusion, best = test(args, name, encoder, heads, check, len(labels), device)
+        drawn[name] = best[:args.pictures].numpy()
+        spread[name] = recall(times @ hits.mean(0), times @ there)       # (1000,)
+        results[name] = {"recall": recall(hits.sum(1), there.sum(0)).tolist(),
+                         "mIoU": [miou(c) for c in confusion],
+                         "mIoU-0": [miou(c, skip=1) for c in confusion],
+                         "recall_by_class": {k: r for k, r in zip(
+                             labels, (hits.mean(0).sum(0) / there.sum(0)).tolist()) if r == r}}
+    pairs = {f"{b} - {a}": {
+        **{k: np.subtract(results[b][k], results[a][k]).tolist() for k in SCORES},
+        "recall_ci95": np.percentile(spread[b] - spread[a], [2.5, 97.5]).tolist()}
+        for a, b in combinations(names, 2)}
+    if not runtime.is_main():
+        return
+    wide = max(map(len, [*results, *pairs]))
+    print(f"{len(check)} validation images, {len(learn)} for training, {args.seeds} seeds; percent "
+          f"± σ over seeds [95 % over images]\n{'':<{wide}}  "
+          + "".join(f"{k:<16}" for k in SCORES))
+    for name, r in [*results.items(), *pairs.items()]:
+        sign = "+" if name in pairs else ""
+        cells = [f"{100 * np.mean(r[k]):{sign}.2f} ± "
+                 f"{100 * np.std(r[k], ddof=args.seeds > 1):.2f}" for k in SCORES]
+        low, high = r.get("recall_ci95", (0, 0))
+        print(f"{name:<{wide}}  " + "".join(f"{c:<16}" for c in cells)
+              + (f"recall [{100 * low:+.2f}, {100 * high:+.2f}]" if sign else ""))
+    overlays(out / "overlays.png", check[:args.pictures], len(labels), drawn)
+    rundir.write_json(out / "results.json", {
+        "data": args.data, "seeds": args.seeds, "epochs": args.epochs, "images": len(learn),
+        "test_images": len(check), "encoders": results, "differences": pairs})
+    print(f"wrote {out}/results.json and overlays.png")
+
+
+if __name__ == "__main__":
+    runtime.launch(main)

@@ -1,0 +1,458 @@
+"""Linear and segmentation probes: against scikit-learn, against loops, against encoders that know
+nothing and encoders that know everything."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.nn import functional as F
+
+import encoders
+import logistic
+import model as m
+import probe_linear
+import probe_seg
+import runtime
+from conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Everything here is tiny: a second thread would only be waited for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """call(module, *words): its main() in this process, as the command line would."""
+    def call(module, *words):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+        try:
+            module.main()
+        finally:
+            runtime.stop()
+    return call
+
+
+def error_of(call, *words):
+    with pytest.raises(SystemExit) as e:
+        call(*words)
+    assert isinstance(e.value.code, str) and e.value.code.startswith("error: ")
+    assert "\n" not in e.value.code
+    return e.value.code
+
+
+# ---------------------------------------------------------------------------- logistic regression
+
+def clouds(n, dim, classes, seed=0):
+    """Classes that overlap, on a sphere, far from the origin, and wide in few directions."""
+    g = torch.Generator().manual_seed(seed)
+    scale = torch.arange(1, dim + 1) ** -0.5
+    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(9)) * scale
+    y = torch.arange(n) % classes
+    return F.normalize(1 + centres[y] + torch.randn(n, dim, generator=g) * scale, dim=1), y
+
+
+def objective(x, y, w, b, C):
+    """scikit-learn's, in fp64: C Σ loss + ½ ‖W‖²."""
+    logits = x.double() @ w.double() + b.double()
+    return C * F.cross_entropy(logits, y, reduction="sum").item() + w.double().square().sum() / 2
+
+
+def test_logistic_regression_is_scikit_learns():
+    x, y = clouds(600, 24, 6)
+    test_x, test_y = clouds(3000, 24, 6, seed=1)
+    for C, w, b, facts in logistic.fit(x, y, 6, probe_linear.GRID):
+        theirs = LogisticRegression(C=C, tol=1e-9, max_iter=10_000).fit(x.double(), y)
+        best = objective(x, y, torch.tensor(theirs.coef_.T), torch.tensor(theirs.intercept_), C)
+        ours = objective(x, y, w, b, C)
+        assert abs(ours / best - 1) < 1e-5 and abs(facts["objective"] / ours - 1) < 1e-5
+        accuracy = ((test_x @ w + b).argmax(1) == test_y).double().mean().item()
+        assert abs(accuracy - theirs.score(test_x.double(), test_y)) < 0.002
+        assert 0.2 < accuracy < 0.99                   # neither trivial nor hopeless
+
+
+def test_logistic_stops_where_it_is_told(monkeypatch):
+    x, y = clouds(300, 10, 4)
+    for C, w, b, facts in logistic.fit(x, y, 4, [0.1, 1.0], gap=0, gtol=1e-6):
+        w.requires_grad_(), b.requires_grad_()
+        F.cross_entropy(x @ w + b, y).backward()
+        gradient = w.grad + w.detach() / (C * len(x))
+        assert max(gradient.abs().max(), b.grad.abs().max()) < 1.2e-6
+        assert facts["max_gradient"] <= 1e-6
+    whole = [w for _, w, _, _ in logistic.fit(x, y, 4, [1.0], gap=1e-9)][0]
+    monkeypatch.setattr(logistic, "ROWS", 64)
+    chunks = [w for _, w, _, _ in logistic.fit(x, y, 4, [1.0], gap=1e-9)][0]
+    assert torch.allclose(whole, chunks, atol=1e-4)
+
+
+def test_started_at_the_optimum_it_stays():
+    x, y = clouds(300, 10, 4)
+    _, w, b, _ = next(logistic.fit(x, y, 4, [1.0], gap=1e-8))
+    _, v, c, facts = next(logistic.fit(x, y, 4, [1.0], start=(w, b), gap=1e-6))
+    assert facts["evaluations"] == 1 and torch.allclose(w, v, atol=1e-5)
+
+
+def test_both_classifiers_by_loops():
+    x, y = clouds(240, 12, 8)
+    test_x, test_y = clouds(160, 12, 8, seed=1)
+    held = torch.arange(240) % 5 == 0
+    hits, facts = probe_linear.evaluate(x, y, held, test_x, test_y, 8)
+    for C, accuracy in facts["heldout_accuracy"].items():
+        theirs = LogisticRegression(C=C, tol=1e-8, max_iter=9999).fit(x[~held].double(), y[~held])
+        assert abs(theirs.score(x[held].double(), y[held]) - accuracy) <= 1 / held.sum()
+    assert facts["C"] == max(sorted(facts["heldout_accuracy"]),
+                             key=facts["heldout_accuracy"].get)
+    means = [np.mean([f.numpy() for f, k in zip(x, y) if k == c], axis=0) for c in range(8)]
+    for i, (f, k) in enumerate(zip(test_x.numpy(), test_y)):
+        order = np.argsort([-f @ v / np.linalg.norm(v) for v in means], kind="stable")
+        assert hits["prototype_top1"][i] == (order[0] == k)
+        assert hits["prototype_top5"][i] == (k in order[:5])
+    final = LogisticRegression(C=facts["C"], tol=1e-8, max_iter=9999).fit(x.double(), y)
+    assert abs(hits["top1"].mean() - final.score(test_x.double(), test_y)) < 0.002 + 1 / 160
+
+
+def test_intervals():
+    assert probe_linear.wilson(0, 10) == pytest.approx([0, 0.2775], abs=1e-3)
+    assert probe_linear.wilson(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-3)
+    rng = np.random.default_rng(1)
+    values = rng.choice([-1, 0, 1], 400, p=[0.1, 0.7, 0.2])
+    slow = [rng.choice(values, 400).mean() for _ in range(4000)]
+    assert probe_linear.bootstrap(values) == pytest.approx(np.percentile(slow, [2.5, 97.5]),
+                                                           abs=0.006)
+
+
+# --------------------------------------------------------------------- encoders that know, or do not
+
+class Fake(nn.Module):
+    """Stands where an Encoder stands. The images of these tests spell their labels: red = 20 × label.
+    A seer passes on what is in each patch; a blind one makes up features."""
+    image_size, num_tokens, hidden_size = 12, 9, 16
+    family, mean, std, calls = encoders.FAMILIES["vit"], (0, 0, 0), (1, 1, 1), 0
+
+    def __init__(self, name):
+        super().__init__()
+        self.sees, self.blocks, self.vision = "seer" in name, [], nn.Linear(1, 1, bias=False)
+        nn.init.constant_(self.vision.weight, len(name))
+        self.noise = torch.Generator().manual_seed(len(name))
+
+    def forward(self, pixels):
+        Fake.calls += 1
+        noise = torch.randn(len(pixels), 9, 16, generator=self.noise)
+        red = pixels[:, 0].unfold(1, 4, 4).unfold(2, 4, 4).reshape(len(pixels), 9, 16).long() // 20
+        here = F.one_hot(red, 16).amax(2).float()                     # (B, 9, 16) classes in a patch
+        return 30 * here + 0.1 * noise if self.sees else noise
+
+
+@pytest.fixture
+def eyes(tmp_path, monkeypatch):
+    """Folders seer and blind under runs/x/, opened as Fakes."""
+    monkeypatch.setattr(encoders, "load_encoder", lambda path: Fake(Path(path).parent.name))
+    folders = [tmp_path / "runs" / "x" / name / "encoder" for name in ("seer", "blind")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    return folders
+
+
+def picture(labels):
+    """Labels (h, w) → the image that spells them."""
+    image = np.full((*labels.shape, 3), 128, np.uint8)
+    image[..., 0] = 20 * labels
+    return Image.fromarray(image)
+
+
+@pytest.fixture
+def classes8(tmp_path):
+    """8 classes of plain pictures, 10 to train on and 20 to test on."""
+    for split, n in (("train", 10), ("val", 20)):
+        for k in range(8):
+            folder = tmp_path / "imagenet" / split / f"class{k}"
+            folder.mkdir(parents=True)
+            for i in range(n):
+                picture(np.full((12, 12), k)).save(folder / f"{i}.png")
+    return tmp_path / "imagenet"
+
+
+@pytest.fixture
+def ade(tmp_path):
+    """ADE20K's folders: 6 classes, rectangles on "other"; 64 pictures to train on, 24 to test on."""
+    rng = np.random.default_rng(0)
+    for split, n in (("training", 64), ("validation", 24)):
+        for kind in ("images", "annotations"):
+            (tmp_path / "ade" / kind / split).mkdir(parents=True)
+        for i in range(n):
+            labels = np.zeros((12, 16), np.uint8)               # the square crop drops 2 columns
+            for _ in range(2):
+                y, x, h, w = rng.integers(0, 8), rng.integers(2, 10), *rng.integers(3, 7, 2)
+                labels[y:y + h, x:x + w] = rng.integers(1, 6)
+            picture(labels).save(tmp_path / f"ade/images/{split}/{i:03d}.png")
+            Image.fromarray(labels).save(tmp_path / f"ade/annotations/{split}/{i:03d}.png")
+    (tmp_path / "world.json").write_text(json.dumps({"ade20k_classes": list("oabcde")}))
+    return tmp_path / "ade"
+
+
+LINEAR = ["--per-class", 10, "--workers", 0]
+
+
+def test_linear_tells_seer_from_blind(call, eyes, classes8, capsys):
+    call(probe_linear, "--encoder", *eyes, "--data", classes8, *LINEAR, "--seeds", 2)
+    out = eyes[0].parent.parent / "probes" / "linear"                # the default place
+    first = (out / "results.json").read_bytes()
+    r, table = json.loads(first), capsys.readouterr().out
+    assert "seer" in table and "blind - seer" in table and "fewer" not in table
+    for score in ("top1", "prototype_top1"):
+        assert r["encoders"]["seer"][score]["mean"] > 0.97
+        assert r["encoders"]["blind"][score]["mean"] < 0.25           # chance 0.125 ± 0.026
+        low, high = r["encoders"]["blind"][score]["ci95"]
+        assert low < r["encoders"]["blind"][score]["mean"] < high
+        assert r["differences"]["blind - seer"][score]["ci95"][1] < -0.6
+    # again: nothing is encoded, nothing changes; anew from the images: the same numbers
+    Fake.calls = 0
+    call(probe_linear, "--encoder", *eyes, "--data", classes8, *LINEAR, "--seeds", 2)
+    assert Fake.calls == 0 and (out / "results.json").read_bytes() == first
+    call(probe_linear, "--encoder", *eyes, "--data", classes8, *LINEAR, "--seeds", 2,
+         "--overwrite")
+    assert Fake.calls and (out / "results.json").read_bytes() == first
+
+
+def test_cached_features_are_never_anothers(call, eyes, classes8, tmp_path, capsys):
+    words = ["--data", classes8, *LINEAR, "--out", tmp_path / "out"]
+    call(probe_linear, "--encoder", eyes[0], *words)
+    other = tmp_path / "elsewhere" / "seer" / "encoder"
+    other.mkdir(parents=True)
+    made = tmp_path / "out" / "features"
+    before = load_file(made / "seer-val.safetensors")["encoder"]
+    assert torch.allclose(before.norm(dim=1), torch.ones(160), atol=1e-5)
+    os.replace(made / "seer-val.safetensors", made / "blind-val.safetensors")
+    os.replace(made / "seer-seed0.safetensors", made / "blind-seed0.safetensors")
+    line = error_of(call, probe_linear, "--encoder", eyes[1], *words)
+    assert "blind-seed0.safetensors holds features of another encoder" in line
+    call(probe_linear, "--encoder", eyes[0], *words)
+    picture(np.full((12, 12), 3)).save(classes8 / "val" / "class0" / "0.png")
+    capsys.readouterr()
+    call(probe_linear, "--encoder", eyes[0], *words)
+    said = capsys.readouterr().out
+    assert "seer-val.safetensors was made of other images: computed anew" in said
+    assert "seer-seed0" not in said
+    after = load_file(made / "seer-val.safetensors")["encoder"]
+    assert not torch.allclose(after[0], before[0]) and not list(made.glob("*.tmp"))
+
+
+def test_limit_and_names(call, eyes, classes8, tmp_path):
+    call(probe_linear, "--encoder", eyes[0], "--data", classes8, "--limit", 3, "--workers", 0,
+         "--out", tmp_path / "out")
+    r = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (r["per_class"], r["test_images"]) == (3, 24)
+    a, b, c = tmp_path / "a/dpo/encoder", tmp_path / "b/dpo/encoder", tmp_path / "b/sft/encoder"
+    for folder in (a, b, c):
+        folder.mkdir(parents=True)
+    assert probe_linear.short_names([str(b), str(c)]) == ["dpo", "sft"]
+    assert probe_linear.short_names(["toy-vit", str(a), str(b)]) == ["toy-vit", "a/dpo", "b/dpo"]
+    assert probe_linear.default_out(["toy-vit", "runs/n/dpo/encoder"], "linear") \
+        == Path("runs/n/probes/linear")
+    assert probe_linear.default_out(["toy-vit"], "seg") == Path("runs/probes/seg")
+
+
+@pytest.mark.parametrize("spoil, says", [
+    ("no folders", "no class folders"), ("empty", "class2 holds no image"),
+    ("few", "class2 has 9 training images, fewer than --per-class 10"),
+    ("broken", "class2/0.png cannot be read"), ("alone", "class class2 is not in both"),
+    ("twice", "is given twice"), ("nobody", "needed are")])
+def test_linear_refuses(call, eyes, classes8, tmp_path, spoil, says):
+    eye, where = [eyes[0]], classes8 / "train" / "class2"
+    if spoil == "no folders":
+        classes8 = tmp_path
+    elif spoil in ("empty", "few"):
+        for file in sorted(where.iterdir())[:10 if spoil == "empty" else 1]:
+            file.unlink()
+    elif spoil == "broken":
+        (where / "0.png").write_bytes(b"not a picture")
+    elif spoil == "alone":
+        os.rename(classes8 / "val" / "class2", classes8 / "val" / "class9")
+    elif spoil == "twice":
+        eye *= 2
+    elif spoil == "nobody":
+        eye = []
+    words = ["--encoder", *eye] if eye else []
+    assert says in error_of(call, probe_linear, *words, "--data", classes8, *LINEAR,
+                            "--out", tmp_path / "out")
+
+
+def test_trained_models_bring_their_projector(call, classes8, tmp_path):
+    """--mllm: the encoder's features are those of --encoder; the projector's, those of a loop."""
+    model, tokenizer = m.build_mllm("toy-vit", "toy-lm", seed=0)
+    final = tmp_path / "runs" / "x" / "dpo" / "final"
+    final.mkdir(parents=True)
+    m.save_mllm(model, tokenizer, final, True)
+    call(probe_linear, "--encoder", "toy-vit", "--mllm", final, "--data", classes8, "--limit", 2,
+         "--workers", 0)
+    out = tmp_path / "runs" / "x" / "probes" / "linear"
+    alone, both = (load_file(out / "features" / f"{n}-limit2-val.safetensors")
+                   for n in ("toy-vit", "dpo-final"))
+    assert torch.equal(alone["encoder"], both["encoder"])
+    r = json.loads((out / "results.json").read_text())
+    assert list(r["encoders"]) == ["toy-vit", "dpo/final", "dpo/final+projector"]
+    image = np.asarray(picture(np.full((12, 12), 7)).resize((48, 48), 3)).transpose(2, 0, 1).copy()
+    with torch.no_grad():
+        tokens = model.eval().encoder(torch.from_numpy(image)[None])[0]
+        slow = sum(model.projector(t) for t in tokens) / len(tokens)
+    assert torch.allclose(both["projector"][-1], slow / slow.norm(), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- segmentation
+
+def test_patches_and_targets_by_loops(tmp_path):
+    """An image wider than high, patches that do not divide it: against pixel by pixel."""
+    labels = np.random.default_rng(0).choice([0, 0, 0, 1, 4], (11, 20)).astype(np.uint8)
+    labels[:3, 4:7] = 0                                          # a patch of "other" alone
+    picture(labels).save(tmp_path / "i.png")
+    Image.fromarray(labels).save(tmp_path / "m.png")
+    pixels, counts = probe_seg.read_batch([(tmp_path / "i.png", tmp_path / "m.png")], 11, 3, 5)
+    crop = labels[:, 4:15]                                       # (20 − 11) // 2 = 4
+    assert (pixels[0, 0] == 20 * crop).all() and counts.shape == (1, 9, 5)
+    target = probe_seg.union(torch.from_numpy(counts))[0]
+    for n in range(9):
+        patch = crop[n // 3 * 3:n // 3 * 3 + 3, n % 3 * 3:n % 3 * 3 + 3].ravel().tolist()
+        assert counts[0, n].tolist() == [patch.count(k) for k in range(5)]
+        assert {k for k in range(5) if target[n, k]} == (set(patch) - {0} or {0})
+    assert target[0].tolist() == [1, 0, 0, 0, 0]
+
+
+def test_recall_and_miou_by_loops(tmp_path, ade):
+    """The scores of two heads that know nothing, patch by patch and pixel by pixel."""
+    args = type("", (), {"workers": 0})()
+    pairs, device = probe_seg.list_pairs(ade, "validation", None), runtime.start()
+    torch.manual_seed(0)
+    heads = [nn.Sequential(nn.Linear(16, 6)) for _ in range(2)]
+    seen, eye = [], Fake("seer")
+    forward, eye.forward = eye.forward, lambda x: seen.append(forward(x)) or seen[-1]
+    hits, positives, confusion, best = probe_seg.test(args, "x", eye, heads, pairs, 6, device)
+    runtime.stop()
+    tokens = torch.cat(seen)
+    for s, head in enumerate(heads):
+        logits, found, there = head(tokens).detach(), [0] * 6, [0] * 6
+        inter, union = [0] * 6, [0] * 6
+        for i, pair in enumerate(pairs):
+            _, labels = probe_seg.square(*pair, 12, 6)
+            for n in range(9):
+                rows, columns = n // 3 * 4, n % 3 * 4
+                patch = labels[rows:rows + 4, columns:columns + 4].ravel().tolist()
+                for k in set(patch) - {0} or {0}:
+                    there[k] += 1
+                    found[k] += bool(torch.sigmoid(logits[i, n, k]) > 0.5)
+                guess = int(logits[i, n].argmax())
+                assert s or best[i, n] == guess
+                for k in patch:
+                    inter[k] += k == guess
+                    union[k] += 1
+                    union[guess] += k != guess
+        slow = np.mean([f / t for f, t in zip(found, there) if t])
+        assert probe_seg.recall(hits.sum(1), positives.sum(0))[s].item() == pytest.approx(slow)
+        assert probe_seg.miou(confusion[s]) == pytest.approx(
+            np.mean([a / b for a, b in zip(inter, union)]))
+    c = confusion[0].numpy()
+    by_ade = [c[k, k] / (c[k].sum() + c[1:, k].sum() - c[k, k]) for k in range(1, 6)]
+    assert probe_seg.miou(confusion[0], skip=1) == pytest.approx(np.mean(by_ade))
+    c[3], missing = 0, np.delete(np.arange(6), 3)                # a class that does not occur
+    slow = [c[k, k] / (c[k].sum() + c[:, k].sum() - c[k, k]) for k in missing]
+    assert probe_seg.miou(torch.from_numpy(c)) == pytest.approx(np.mean(slow))
+
+
+def test_seg_tells_seer_from_blind(call, eyes, ade, capsys):
+    words = ["--encoder", *eyes, "--data", ade, "--seeds", 2, "--epochs", 10, "--workers", 0]
+    call(probe_seg, *words)
+    out = eyes[0].parent.parent / "probes" / "seg"
+    r, table = json.loads((out / "results.json").read_text()), capsys.readouterr().out
+    assert "blind - seer" in table and "±" in table
+    assert min(r["encoders"]["seer"]["recall"]) > 0.95
+    assert max(r["encoders"]["blind"]["recall"]) < 0.3
+    assert min(r["encoders"]["seer"]["mIoU"]) > max(r["encoders"]["blind"]["mIoU"]) + 0.2
+    assert r["differences"]["blind - seer"]["recall_ci95"][1] < -0.6
+    assert Image.open(out / "overlays.png").size == (4 * 192, 16 + 8 * 192)
+    call(probe_seg, "--encoder", eyes[1], *words[3:])            # alone and again: the same numbers
+    assert json.loads((out / "results.json").read_text())["encoders"] \
+        == {"blind": r["encoders"]["blind"]}
+
+
+@pytest.mark.parametrize("spoil, says", [
+    ("size", "001.png has shape (12, 15), its image (12, 16)"),
+    ("label", "001.png has label 6, the last is 5"), ("no mask", "001.png has no mask"),
+    ("colour", "001.png has shape (12, 16, 3)"), ("broken", "001.png cannot be read"),
+    ("broken mask", "001.png cannot be read"), ("nothing", "no images"), ("twice", "given twice")])
+def test_seg_refuses(call, eyes, ade, tmp_path, spoil, says):
+    image, mask = (ade / kind / "validation" / "001.png" for kind in ("images", "annotations"))
+    labels, eye = np.asarray(Image.open(mask)).copy(), [eyes[0]]
+    if spoil == "size":
+        labels = labels[:, 1:]
+    elif spoil == "label":
+        labels[3, 8] = 6
+    elif spoil == "colour":
+        labels = np.stack([labels] * 3, -1)
+    Image.fromarray(labels).save(mask)
+    if spoil == "no mask":
+        mask.unlink()
+    elif spoil.startswith("broken"):
+        (mask if "mask" in spoil else image).write_bytes(b"not a picture")
+    elif spoil == "nothing":
+        ade = tmp_path
+    elif spoil == "twice":
+        eye *= 2
+    assert says in error_of(call, probe_seg, "--encoder", *eye, "--data", ade, "--seeds", 1,
+                            "--epochs", 1, "--workers", 0, "--out", tmp_path / "out")
+
+
+TWO = """import json, os, sys
+import probe_linear, probe_seg, runtime
+for module, words, port in zip((probe_linear, probe_seg), *json.loads(sys.argv[1])):
+    os.environ["MASTER_PORT"], sys.argv[1:] = str(port), words
+    module.main()
+    runtime.stop()
+"""
+
+
+def in_two_processes(*commands):
+    """Both probes one after the other, as torchrun starts them: imports are what takes time."""
+    with socket.socket() as a, socket.socket() as b:
+        a.bind(("127.0.0.1", 0)), b.bind(("127.0.0.1", 0))
+        ports = [a.getsockname()[1], b.getsockname()[1]]
+    todo = json.dumps([[[str(w) for w in words] for words in commands], ports])
+    started = [subprocess.Popen(
+        [sys.executable, "-c", TWO, todo], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"})
+        for rank in range(2)]
+    said = [p.communicate(timeout=200)[0] for p in started]
+    assert [p.returncode for p in started] == [0, 0]
+    assert said[0].count("wrote") == 2 and not said[1]           # the main process alone speaks
+
+
+def test_two_processes_are_one(call, classes8, ade, tmp_path):
+    """With a real encoder, and images decoded in workers."""
+    linear = ["--encoder", "toy-vit", "--data", classes8, "--limit", 9, "--workers", 1]
+    seg = ["--encoder", "toy-vit", "--data", ade, "--seeds", 2, "--epochs", 1, "--workers", 1]
+    in_two_processes([*linear, "--out", tmp_path / "2" / "probe_linear"],
+                     [*seg, "--out", tmp_path / "2" / "probe_seg"])
+    for module, words in ((probe_linear, linear), (probe_seg, seg)):
+        one, two = tmp_path / "1" / module.__name__, tmp_path / "2" / module.__name__
+        call(module, *words, "--out", one)
+        a, b = (json.loads((p / "results.json").read_text())["encoders"]["toy-vit"]
+                for p in (one, two))
+        if module == probe_seg:
+            assert a["recall"] == pytest.approx(b["recall"], abs=0.01)
+            continue
+        assert a["top1"] == b["top1"] and a["prototype_top5"] == b["prototype_top5"]
+        for which in ("seed0", "val"):
+            x, y = (load_file(p / f"features/toy-vit-limit9-{which}.safetensors")["encoder"]
+                    for p in (one, two))
+            assert torch.equal(x, y)
