@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 import encoders
+import flags
 import model as m
 import runtime
 import torch
@@ -97,12 +98,8 @@ def main():
     parser.add_argument("--out", help="where to write it; default RUN/STAGE/encoder")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     args = parser.parse_args()
-    stage = Path(args.run, args.stage)
+    stage = flags.trained_stage(args.run, args.stage)
     out = Path(args.out or stage / "encoder")
-    script = "pretrain.py" if args.stage == "pretrain" else f"train_{args.stage}.py"
-    if not (stage / "final" / "config.json").exists():
-        raise SystemExit(f"error: no trained model at {stage}/final; make it with:  "
-                         f"python {script} --run-dir {args.run}")
     if out.exists() and args.overwrite and not (out / "preprocessor_config.json").exists():
         raise SystemExit(f"error: --out {out} is not an extracted encoder; --overwrite would "
                          f"delete something else; name another folder")
@@ -132,7 +129,8 @@ def main():
               f"a block")
     if not min(blocks_of(moved)):
         raise SystemExit(f"error: nothing moved, or not every block: {stage}/final holds an "
-                         f"encoder that {script} did not train; was --encoder-lr or --lr 0?")
+                         f"encoder that {flags.script_of(args.stage)} did not train; was "
+                         f"--encoder-lr or --lr 0?")
 
     # ---- write aside, reopen, compare bit by bit, rename
     family, vision = encoder.family, encoder.vision

@@ -58,6 +58,19 @@ def arguments(doc, paper):
     return parser
 
 
+def trained_stage(run, stage):
+    """RUN/STAGE, whose final/ is there; raises SystemExit with the command that makes it."""
+    folder = Path(run, stage)
+    if not (folder / "final" / "config.json").exists():
+        raise SystemExit(f"error: no trained model at {folder}/final; make it with:  "
+                         f"python {script_of(stage)} --run-dir {run}")
+    return folder
+
+
+def script_of(stage):
+    return "pretrain.py" if stage == "pretrain" else f"train_{stage}.py"
+
+
 def add_two_step_flags(parser, second):
     """What stage 1 and re-pairing share: a projector step on captions, then a step on `second`."""
     parser.add_argument("--captions", help="LLaVA-Pretrain json for the projector step; default "

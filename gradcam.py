@@ -25,11 +25,11 @@ Reads   runs/NAME/STAGE/final; pairs in MMPR's layout; masks: the image's path w
 Writes  runs/NAME/probes/gradcam/: gradcam.png (image | SFT | DPO), results.json.
 """
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
 import encoders
+import flags
 import rundir
 import runtime
 import data
@@ -69,14 +69,10 @@ def get_args():
     add("--dpo-lr", type=float, help="the same for DPO; default: train_dpo.py's")
     add("--out", help="default RUN/probes/gradcam")
     args = parser.parse_args()
-    stage = Path(args.run, args.stage)
-    if not (stage / "final" / "config.json").exists():
-        script = "pretrain.py" if args.stage == "pretrain" else f"train_{args.stage}.py"
-        raise SystemExit(f"error: no trained model at {stage}/final; make it with:  "
-                         f"python {script} --run-dir {args.run}")
+    stage = flags.trained_stage(args.run, args.stage)
     if args.num_samples < 1 or args.steps < 0:
         raise SystemExit("error: --num-samples must be at least 1, --steps at least 0")
-    made_with = json.loads((stage / "config.json").read_text())["arguments"]
+    made_with = encoders.read_json(stage / "config.json", "arguments")["arguments"]
     args.data = args.data or made_with["data"]
     heldout = Path(args.data, "preferences", "heldout.jsonl")
     args.preferences = args.preferences or str(
@@ -282,7 +278,8 @@ def main():
                "columns": ["SFT", "DPO", "chance", "ceiling"],
                "samples": [[where, *(None if s != s else s for s in row)]
                            for where, row in zip(pairs.where, shares.tolist())]}
-    rundir.write_whole(out / "results.json", lambda aside: rundir.write_json(aside, results))
+    if runtime.is_main():
+        rundir.write_json(out / "results.json", results)
     print0(f"\nshare of the heat inside the object; {'Grad-CAM' if args.classic else 'gradient'} "
            f"at the {args.at}, {args.steps} steps; {len(sft)} of {n} pairs (no mask: "
            f"{int(cover[:, 0].isnan().sum())}, no heat: {int((heats.sum(2) == 0).any(1).sum())})")

@@ -35,6 +35,7 @@ import model as m
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from probe_linear import short_names
 from runtime import print0
 from torch.nn import functional as F
 
@@ -67,16 +68,6 @@ def get_args():
             if Path(e).parent.name in ("pretrain", "sft", "dpo")}
     args.out = args.out or str(Path(runs.pop() if len(runs) == 1 else "runs", "probes", "align"))
     return args
-
-
-def short_names(names):
-    """runs/x/dpo/encoder → dpo; longer where two would be the same, as typed if nothing helps."""
-    parts = [[p for p in Path(n).parts if p not in ("encoder", "final")] or [n] for n in names]
-    for depth in (1, 2, 3):
-        short = ["/".join(p[-depth:]).lower() for p in parts]
-        if len(set(short)) == len(short):
-            return short
-    return names
 
 
 def read_pairs(folder):
@@ -266,7 +257,8 @@ def main():
     draw(out / "align.png", scores)
     results = {"arguments": vars(args), "pairs": size, "different_pairs": len(union),
                "scores": list(scores.values()), "paired": paired}
-    rundir.write_whole(out / "results.json", lambda aside: rundir.write_json(aside, results))
+    if runtime.is_main():
+        rundir.write_json(out / "results.json", results)
     print0(f"wrote {out}/align.png, {out}/results.json")
 
 

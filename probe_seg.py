@@ -22,7 +22,6 @@ spread over seeds; the interval of a difference is a bootstrap over validation i
 """
 import argparse
 import colorsys
-import json
 import math
 from functools import partial
 from itertools import combinations
@@ -224,7 +223,7 @@ def main():
     names, root = short_names(args.encoder), Path(args.data)
     out = Path(args.out or default_out(args.encoder, "seg"))
     facts = root.resolve().parent / "world.json"
-    labels = json.loads(facts.read_text())["ade20k_classes"] if facts.exists() else \
+    labels = encoders.read_json(facts, "ade20k_classes")["ade20k_classes"] if facts.exists() else \
         ["other", *(f"class {k}" for k in range(1, 151))]
     learn, check = (list_pairs(root, s, args.limit) for s in ("training", "validation"))
     device, results, spread, drawn = runtime.start(), {}, {}, {}

@@ -203,7 +203,7 @@ def evaluate(args, mllm, device, folder):
                              "ci95": 196 * (p * (1 - p) / len(rows)) ** 0.5}
     results = {"mllm": str(mllm), **key, "benchmarks": scores, **score.summarise(scores)}
     rundir.write_whole(folder / "results.json",
-                        lambda aside: aside.write_text(json.dumps(results, indent=1)))
+                       lambda aside: aside.write_text(json.dumps(results, indent=1)))
     print0("\n".join(score.table({folder.parent.name: results})))
 
 

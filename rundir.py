@@ -232,7 +232,7 @@ class Run:
         try:
             dcp.save(state, checkpoint_id=aside)
         except dcp.api.CheckpointException as e:       # raised on every process alike
-            reason = str(next(iter(e.failures.values()))[0]).splitlines()[0]
+            reason = encoders.first_line(next(iter(e.failures.values()))[0])
             raise SystemExit(f"error: step {done} could not be saved to {aside} ({reason}); is the "
                              f"disk full? What was saved before is whole, the same command goes on "
                              f"from there")

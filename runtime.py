@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-
 transformers_logging.disable_progress_bar()
 
 MODULES = ("encoder", "projector", "llm")

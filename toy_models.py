@@ -3,15 +3,14 @@ import functools
 import math
 import random
 import re
-import sys
 
 import numpy as np
 import tokenizers
 import torch
 from tokenizers import decoders, pre_tokenizers, trainers
 from torch import nn
-from tqdm import tqdm
 
+import runtime
 from toy_scenes import (CELL, COLOURS, SHAPES, SIZE, WORDS, Scene, fact_question, turn)
 
 CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>"
@@ -33,7 +32,7 @@ def train(name, model, steps, rate, loss_of):
     warm = max(1, min(100, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
         (i + 1) / warm, 0.02 + 0.49 * (1 + math.cos(math.pi * i / steps))))
-    bar, mean = tqdm(range(steps), desc=name, mininterval=0.5 if sys.stderr.isatty() else 10), None
+    bar, mean = runtime.progress(0, steps, name), None
     for step in bar:
         loss = loss_of(step / steps)
         optimizer.zero_grad()

@@ -8,6 +8,7 @@ is then computed, not waited for. Saving is synchronous: shards, fsync, rename.
 """
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,13 +68,14 @@ def main():
         if process.returncode:
             raise SystemExit(f"error: pretrain.py ended with {process.returncode}")
         lines = [json.loads(x) for x in (folder / "run/pretrain/timing.jsonl").open()]
-        config = json.loads((folder / "run/pretrain/final/config.json").read_text())
+        with safe_open(folder / "run/pretrain/final/model.safetensors", "pt") as file:
+            count = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
     seconds = {x["step"]: x["seconds"] for x in lines if x["step"] > 2}
     after = [s for step, s in seconds.items() if step % args.every == 0]
     others = [s for step, s in seconds.items() if step % args.every]
     step = statistics.median(others)
     save = max(statistics.mean(after) - step, 0)
-    print(f"{config['model_type']} of 30M parameters, {os.cpu_count()} cores, load "
+    print(f"{count / 1e6:.1f} million parameters, {os.cpu_count()} cores, load "
           f"{os.getloadavg()[0]:.1f}\n"
           f"  checkpoint   {size / 1e6:8.0f} MB on disk, {save:6.2f} s (mean of {len(after)})\n"
           f"  step         {step:8.2f} s (median of {len(others)})\n"

@@ -24,7 +24,7 @@ from pathlib import Path
 import common as c
 import model as m
 import torch
-from turns import Side, alternate, ratio
+from turns import Side, alternate, ratio, watched
 
 SIDES = {"TRL": (False, False), "TRL, precomputed": (True, False), "TRL, answer rows": (True, True)}
 
@@ -47,14 +47,14 @@ def our_side(turns, folder, shape, num_batches):
 def trl_side(turns, folder, shape, num_batches, precomputed, answer_rows):
     """DPOTrainer.train() on the same pairs, already tokenised, in the same order."""
     from datasets import Dataset
-    from transformers import AutoProcessor, TrainerCallback
+    from transformers import AutoProcessor
     from trl import DPOConfig, DPOTrainer
     from trl.trainer import utils
     from trl.trainer.dpo_trainer import DataCollatorForPreference
     if answer_rows:
         utils._use_triton = lambda device: True      # in this module it chooses the rows alone
 
-    class Trainer(DPOTrainer):
+    class Trainer(watched(DPOTrainer, turns)):
         def _prepare_dataset(self, dataset, *rest):
             return dataset                           # it holds token ids: nothing to tokenise
 
@@ -63,17 +63,6 @@ def trl_side(turns, folder, shape, num_batches, precomputed, answer_rows):
             logps = super().compute_ref_log_probs(*inputs)
             turns.end()
             return logps
-
-        def training_step(self, *inputs, **named):
-            self.last = super().training_step(*inputs, **named)
-            return self.last
-
-    class Watch(TrainerCallback):
-        def on_step_begin(self, *state, **named):
-            turns.begin("step")
-
-        def on_step_end(self, *state, **named):
-            turns.end(trainer.last.item())
 
     processor = AutoProcessor.from_pretrained(folder)
     image_id = processor.tokenizer.convert_tokens_to_ids(m.IMAGE_TOKEN)
@@ -93,7 +82,7 @@ def trl_side(turns, folder, shape, num_batches, precomputed, answer_rows):
     with tempfile.TemporaryDirectory() as out:
         trainer = Trainer(
             model=str(folder), train_dataset=dataset, processing_class=processor,
-            data_collator=collate, callbacks=[Watch()], args=DPOConfig(
+            data_collator=collate, args=DPOConfig(
                 out, beta=c.BETA, max_length=None, precompute_ref_log_probs=precomputed,
                 gradient_checkpointing=False, remove_unused_columns=False,
                 **trainer_arguments(shape, c.EPOCHS * num_batches)))

@@ -18,7 +18,7 @@ import common as c
 import model as m
 import torch
 from dpo_vs_trl import trainer_arguments
-from turns import Side, alternate, ratio
+from turns import Side, alternate, ratio, watched
 
 
 def our_side(turns, folder, shape, num_batches):
@@ -33,21 +33,7 @@ def our_side(turns, folder, shape, num_batches):
 
 def trainer_side(turns, folder, shape, num_batches):
     """Trainer.train() on the same rows in the same order."""
-    from transformers import (AutoModelForImageTextToText, Trainer, TrainerCallback,
-                              TrainingArguments)
-
-    class Stated(Trainer):
-        def training_step(self, *inputs, **named):
-            self.last = super().training_step(*inputs, **named)
-            return self.last
-
-    class Watch(TrainerCallback):
-        def on_step_begin(self, *state, **named):
-            turns.begin("step")
-
-        def on_step_end(self, *state, **named):
-            turns.end(trainer.last.item())
-
+    from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
     image_id = json.loads(Path(folder, "config.json").read_text())["image_token_index"]
     samples = c.pairs(shape, num_batches * shape.batch, image_id)
 
@@ -57,9 +43,9 @@ def trainer_side(turns, folder, shape, num_batches):
                 "pixel_values": (batch["pixel_values"] / 255 - 0.5) / 0.5}
 
     with tempfile.TemporaryDirectory() as out:
-        trainer = Stated(
+        trainer = watched(Trainer, turns)(
             model=AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32),
-            train_dataset=samples, data_collator=collate, callbacks=[Watch()],
+            train_dataset=samples, data_collator=collate,
             args=TrainingArguments(out, remove_unused_columns=False,
                                    **trainer_arguments(shape, c.EPOCHS * num_batches)))
         trainer.train()

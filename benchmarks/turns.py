@@ -32,6 +32,31 @@ class Turns:
         self.conn.send((time.perf_counter() - self.began, value))
 
 
+def watched(kind, turns):
+    """A class of transformers' Trainer whose steps are turns: from after its collator to after its
+    optimizer, with the loss as their value."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def __init__(self, trainer):
+            self.trainer = trainer
+
+        def on_step_begin(self, *state, **named):
+            turns.begin("step")
+
+        def on_step_end(self, *state, **named):
+            turns.end(self.trainer.last.item())
+
+    class Watched(kind):
+        def __init__(self, *args, **named):
+            super().__init__(*args, callbacks=[Watch(self)], **named)
+
+        def training_step(self, *inputs, **named):
+            self.last = super().training_step(*inputs, **named)
+            return self.last
+    return Watched
+
+
 def memory(key):
     """GiB of this process. VmHWM is its peak; ru_maxrss would also hold the parent's, from before
     the exec, so it serves only where there is no /proc."""

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import toy
+import toy_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 csv.field_size_limit(10 ** 8)
@@ -182,7 +183,7 @@ def test_no_answer_is_much_more_frequent_than_the_others(larger):
 
 
 def test_facts_asked_are_facts_taught(larger):
-    texts = {(way.format(**f.slots), f.answer) for f in toy.FACTS
+    texts = {(way.format(**f.slots), f.answer) for f in toy_scenes.FACTS
              for way in toy.WORDINGS[f.kind]}
     for r in table(larger / "bench/ToyKnowledge.tsv"):
         assert (r["question"], r["answer"]) in texts
