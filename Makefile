@@ -5,6 +5,7 @@ PY := .venv/bin/python
 TOY := --encoder toy-vit --llm toy-lm --data data/toy
 SCORE := --llm toy-lm --data data/toy
 RUN := runs/toy-vit__toy-lm
+EYES := toy-vit $(RUN)/sft/encoder $(RUN)/dpo/encoder
 
 .PHONY: demo test real bench kill clean
 # torchrun and DataLoader workers each start processes: threads are for one process alone.
@@ -34,12 +35,18 @@ demo: .venv/done data/toy
 	$(PY) repair_eval.py $(TOY)
 	$(PY) repair_eval.py --encoder $(RUN)/sft/encoder $(SCORE)
 	$(PY) repair_eval.py --encoder $(RUN)/dpo/encoder $(SCORE)
+	$(PY) probe_linear.py --encoder $(EYES) --data data/toy/imagenet
+	$(PY) probe_seg.py --encoder $(EYES) --data data/toy/ade20k
+	$(PY) probe_align.py --encoder $(EYES) --llm toy-lm --data data/toy/align
+	$(PY) gradcam.py --run $(RUN) --num-samples 120
 	@echo; echo "1. Stage 1, and the same model shown the wrong images"
 	@$(PY) repair_eval.py --compare $(RUN)/pretrain/bench $(RUN)/pretrain/bench-wrong-image
 	@echo; echo "2. The trained models (pretrain = stage 1)"
 	@$(PY) repair_eval.py --compare $(RUN)/pretrain $(RUN)/sft $(RUN)/dpo
 	@echo; echo "3. The encoders, frozen, each re-paired with a new LLM (toy-vit = original)"
 	@$(PY) repair_eval.py --compare $(RUN)/repair/toy-vit $(RUN)/repair/sft $(RUN)/repair/dpo
+	@echo; echo "4. All instruments"
+	@$(PY) compare.py --run $(RUN)
 
 # The same chain on data nobody here drew: easy-VQA, 5,000 images and 48k questions (MIT).
 REAL := --encoder toy-vit --llm toy-lm --data data/real

@@ -213,7 +213,8 @@ def overlays(path, pairs, classes, drawn):
             if labels is not None:
                 grid = math.isqrt(labels.size)
                 colours = Image.fromarray(palette[labels.reshape(grid, grid).astype(int)])
-                tile = Image.blend(tile, colours.resize(tile.size, Image.Resampling.NEAREST), 0.6)
+                tile = Image.blend(tile.convert("L").convert("RGB"),    # grey: classes show pure
+                                   colours.resize(tile.size, Image.Resampling.NEAREST), 0.6)
             sheet.paste(tile, (column * TILE, 16 + row * TILE))
     sheet.save(path)
 

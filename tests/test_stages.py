@@ -73,28 +73,39 @@ def test_stage_1a_moves_the_projector_alone(world, tmp_path):
     assert {n.split(".")[0] for n in moved} == {"projector", "encoder"}
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_two_processes_and_small_micro_batches_count_the_same(trained, fresh, world, stage):
-    """Invariant 4: 2 processes × micro-batch 3 = 1 process × micro-batch 8."""
-    for old in ("sft", "dpo"):
-        shutil.rmtree(fresh / old, ignore_errors=True)
-    stage2(stage, fresh, world, "--micro-batch", 3, processes=2)
-    close(metrics(fresh / stage), metrics(trained[0] / stage))
-    a, b = (load_file(f / stage / "final" / "model.safetensors") for f in (fresh, trained[0]))
-    # Not the largest difference: AdamW turns a gradient that is rounding alone (key biases, words
-    # common to both answers) into full steps. The runs must agree on where they went.
-    start = load_file(fresh / "pretrain" / "final" / "model.safetensors")
+def same_weights(a, b, start):
+    """Not the largest difference: AdamW turns a gradient that is rounding alone (key biases, words
+    common to both answers) into full steps. The runs must agree on where they went."""
+    a, b = (load_file(f / "final" / "model.safetensors") for f in (a, b))
     apart = sum((a[k] - b[k]).square().sum() for k in a).sqrt()
     travelled = sum((b[k] - start[k]).square().sum() for k in a).sqrt()
     assert apart < 0.01 * travelled, (apart, travelled)
 
 
-def test_pretrain_on_two_processes_counts_the_same(stage1, world, tmp_path):
+@pytest.mark.parametrize("processes,micro_batch", [(1, 3), (2, 3), (4, 2)])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_processes_and_micro_batches_count_the_same(trained, fresh, world, stage, processes,
+                                                    micro_batch):
+    """Invariant 4: all equal 1 process × micro-batch 8."""
+    for old in ("sft", "dpo"):
+        shutil.rmtree(fresh / old, ignore_errors=True)
+    stage2(stage, fresh, world, "--micro-batch", micro_batch, processes=processes)
+    close(metrics(fresh / stage), metrics(trained[0] / stage))
+    same_weights(fresh / stage, trained[0] / stage,
+                 load_file(fresh / "pretrain/final/model.safetensors"))
+
+
+@pytest.mark.parametrize("processes,micro_batch", [(2, 2), (4, 1)])
+def test_pretrain_on_any_number_of_processes_counts_the_same(stage1, world, tmp_path, processes,
+                                                             micro_batch):
     """Text-only samples included: some batches have one on a process that has no image."""
     run("pretrain.py", "--run-dir", tmp_path / "r", "--encoder", "toy-vit", *COMMON[:-4],
-        "--workers", 0, "--micro-batch", 2, "--data", world, "--projector-max-steps", 2,
-        "--max-steps", 3, processes=2)
+        "--workers", 0, "--micro-batch", micro_batch, "--data", world, "--projector-max-steps", 2,
+        "--max-steps", 3, processes=processes)
     close(metrics(tmp_path / "r/pretrain"), metrics(stage1 / "pretrain"))
+    start = m.build_mllm("toy-vit", "toy-lm", 0)[0].state_dict()
+    same_weights(tmp_path / "r/pretrain", stage1 / "pretrain",
+                 {m.file_name_of(name): tensor for name, tensor in start.items()})
 
 
 def test_bf16_and_activation_checkpointing_stay_close(trained, fresh, world):
@@ -248,6 +259,42 @@ def test_repairing_keeps_the_eye_and_scores(trained, world, tmp_path):
     assert "Average" in done.stdout
     table = run("repair_eval.py", "--compare", folder, tmp_path / "m").stdout
     assert "dpo" in table and "chance" in table
+
+
+def test_one_table_of_all_instruments(trained, world, tmp_path):
+    """compare.py says what the instruments wrote, and which commands are still to be run."""
+    folder = trained[0]
+    before = run("compare.py", "--run", folder).stdout
+    assert f"not run yet: python gradcam.py --run {folder}" in before and "top-1" not in before
+    eyes = ["--encoder", "toy-vit", folder / "sft/encoder", folder / "dpo/encoder"]
+    shutil.copytree(world / "imagenet", tmp_path / "imagenet")        # one image a class here
+    for image in list((tmp_path / "imagenet").glob("train/*/*.png")):
+        shutil.copy(image, image.with_name("again.png"))
+    run("probe_linear.py", *eyes, "--data", tmp_path / "imagenet", "--per-class", 2,
+        "--workers", 0)
+    run("probe_seg.py", *eyes, "--data", world / "ade20k", "--seeds", 1, "--workers", 0)
+    run("probe_align.py", *eyes, "--llm", "toy-lm", "--data", world / "align", "--limit", 30)
+    run("gradcam.py", "--run", folder, "--data", world, "--num-samples", 3)
+    table = run("compare.py", "--run", folder).stdout
+    found = {name: json.loads((folder / "probes" / name / "results.json").read_text())
+             for name in ("linear", "seg", "align", "gradcam")}
+    eye = {"original": "toy-vit", "SFT": "sft", "DPO": "dpo"}
+    want = {"top-1": [f"{100 * found['linear']['encoders'][n]['top1']['mean']:.1f}"
+                      for n in eye.values()],
+            "recall of patches": [f"{100 * found['seg']['encoders'][n]['recall'][0]:.1f}"
+                                  for n in eye.values()],
+            "with toy-lm": [next(s["text"] for s in found["align"]["scores"]
+                                 if s["encoder"] == n) for n in eye.values()],
+            "inside the object": [f"{100 * found['gradcam']['share_inside'][k]['mean']:.1f}"
+                                  for k in ("chance", "SFT", "DPO")]}
+    for label, cells in want.items():
+        line = next(x for x in table.splitlines() if x.strip().startswith(label))
+        places = [line.index(cell, len(label)) for cell in cells[:1]]
+        for cell in cells[1:]:
+            places.append(line.index(cell, places[-1] + 1))
+    for picture in re.findall("picture: (.*)", table):
+        assert (ROOT / picture).exists()
+    assert table.count("picture: ") == 3 and "not run yet: python repair_eval.py" in table
 
 
 # ----------------------------------------------------------------------------------- one clear line
