@@ -95,17 +95,21 @@ def test_processes_and_micro_batches_count_the_same(trained, fresh, world, stage
                  load_file(fresh / "pretrain/final/model.safetensors"))
 
 
-@pytest.mark.parametrize("processes,micro_batch", [(2, 2), (4, 1)])
-def test_pretrain_on_any_number_of_processes_counts_the_same(stage1, world, tmp_path, processes,
-                                                             micro_batch):
+def test_pretrain_on_any_number_of_processes_counts_the_same(world, tmp_path):
     """Text-only samples included: some batches have one on a process that has no image."""
-    run("pretrain.py", "--run-dir", tmp_path / "r", "--encoder", "toy-vit", *COMMON[:-4],
-        "--workers", 0, "--micro-batch", micro_batch, "--data", world, "--projector-max-steps", 2,
-        "--max-steps", 3, processes=processes)
-    close(metrics(tmp_path / "r/pretrain"), metrics(stage1 / "pretrain"))
+    def folder(processes, micro_batch):     # gentle rates: AdamW amplifies rounding by the rate
+        run("pretrain.py", "--run-dir", tmp_path / str(processes), "--encoder", "toy-vit",
+            *COMMON[:-4], "--workers", 0, "--micro-batch", micro_batch, "--data", world,
+            "--projector-lr", 1e-3, "--lr", 1e-4, "--encoder-lr", 1e-4,
+            "--projector-max-steps", 2, "--max-steps", 3, processes=processes)
+        return tmp_path / str(processes) / "pretrain"
     start = m.build_mllm("toy-vit", "toy-lm", 0)[0].state_dict()
-    same_weights(tmp_path / "r/pretrain", stage1 / "pretrain",
-                 {m.file_name_of(name): tensor for name, tensor in start.items()})
+    start = {m.file_name_of(name): tensor for name, tensor in start.items()}
+    one = folder(1, 8)
+    for processes, micro_batch in ((2, 2), (4, 1)):
+        other = folder(processes, micro_batch)
+        close(metrics(other), metrics(one))
+        same_weights(other, one, start)
 
 
 def test_bf16_and_activation_checkpointing_stay_close(trained, fresh, world):
