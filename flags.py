@@ -50,6 +50,9 @@ def arguments(doc, paper):
     parser.add_argument("--activation-checkpointing", action="store_true",
                         help="recompute each block in the backward pass: a third more time, far "
                              "less memory")
+    parser.add_argument("--attention", choices=["sdpa", "flex"], default="sdpa",
+                        help="the LLM's kernel: sdpa runs everywhere; flex (FlexAttention) skips "
+                             "what a pair's mask hides, and trains on CUDA alone")
     parser.add_argument("--replicas", type=int, default=1,
                         help="hybrid sharding: so many copies of the model, each sharded within "
                              "its group of processes (one a node)")
@@ -136,6 +139,9 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
             setattr(args, key, source.get(key))
             if source is inherited:
                 print0(f"  --{key.replace('_', '-')} {source[key]} (inherited from {parent})")
+    if args.attention == "flex" and not torch.cuda.is_available():
+        raise SystemExit("error: --attention flex needs CUDA: torch's FlexAttention has no "
+                         "backward pass on a CPU; leave it out")
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
     for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas",
                 "log_every", "max_steps", "projector_max_steps", "num_samples", "limit",

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 import encoders
@@ -58,18 +59,32 @@ class Projector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(features)))
 
 
-def pair_mask(branch):
-    """Who sees whom in the pair layout. branch (B, T) int → bool (B, 1, T, T), True = visible.
+def visible(branch):
+    """Who sees whom in the pair layout, as FlexAttention asks it: (b, head, q, k) → visible?
 
                      keys:  q  q  p  c1 c2  p  r1        Every row sees at least itself, padding
         query c2  (chosen)  x  x  x  x  x   .  .         included, so that no row of the softmax
         query r1 (rejected) x  x  .  .  .   x  x         is empty (an empty one is NaN).
     """
-    same = branch[:, :, None] == branch[:, None, :]
-    shared = (branch == SHARED)[:, None, :]
-    causal = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool,
-                        device=branch.device).tril()
-    return (causal & (same | shared))[:, None]
+    def sees(b, head, q, k):
+        return (q >= k) & ((branch[b, q] == branch[b, k]) | (branch[b, k] == SHARED))
+    return sees
+
+
+def pair_mask(branch):
+    """The same for every pair of tokens at once: branch (B, T) int → bool (B, 1, T, T)."""
+    b, t = (torch.arange(n, device=branch.device) for n in branch.shape)
+    return visible(branch)(b[:, None, None, None], None, t[:, None], t)
+
+
+def attention_mask(branch, kernel, dtype):
+    """The mask in the form the attention kernel takes: FlexAttention's blocks, or floats."""
+    if kernel == "flex_attention":     # blocks of 128 × 128 that are empty are never computed
+        (B, T), device = branch.shape, branch.device
+        return create_block_mask(visible(branch), B, None, T, T, device=device)
+    # Floats, made once: of booleans every layer would make and keep its own.
+    return torch.zeros((), dtype=dtype, device=branch.device) \
+        .masked_fill(~pair_mask(branch), -torch.inf)
 
 
 def token_logps(hidden, lm_head, targets):
@@ -127,10 +142,8 @@ class MLLM(nn.Module):
         """
         embeds = self.embed(pixel_values, input_ids)
         # Without branches: right padding under a causal mask needs neither mask nor positions.
-        mask = None
-        if branch is not None:     # made a float mask once, or every layer would make and keep one
-            mask = torch.zeros((), dtype=embeds.dtype, device=embeds.device) \
-                .masked_fill(~pair_mask(branch), -torch.inf)                      # (B, 1, T, T)
+        mask = None if branch is None else attention_mask(
+            branch, self.llm.config._attn_implementation, embeds.dtype)               # (B, 1, T, T)
         hidden = self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
                                      position_ids=position_ids).last_hidden_state
         targets = labels[:, 1:]                       # row t predicts token t + 1: the one shift

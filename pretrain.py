@@ -51,7 +51,8 @@ def train(args, run, device, model, tokenizer, facts, phases):
                   "projector_digest": rundir.tensors_digest(model.projector), **facts})
 
     # ---- shard
-    model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas)
+    model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas,
+                          args.attention)
     clock = runtime.Clock(device)
     first = 0                                         # step at which the phase begins
     for (name, _, _, rates, _, _), samples, plan, steps in zip(phases, samples, plans, counts):

@@ -102,7 +102,8 @@ def from_main(make):
     return box[0]
 
 
-def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=1):
+def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=1,
+          attention="sdpa"):
     """FSDP2: every transformer block is a unit of its own, the rest one root group.
 
     Tied embeddings both stay in the root group, where they remain one tensor. Gradients are summed
@@ -116,6 +117,8 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
     if activation_checkpointing:       # non-reentrant: it must also work on frozen inputs
         for part in (model.encoder.vision, model.llm):
             part.gradient_checkpointing_enable({"use_reentrant": False})
+    if attention == "flex":            # the LLM's alone: the encoder's patches all see each other
+        model.llm.set_attn_implementation("flex_attention")
     for block in [*model.encoder.blocks, *model.llm.base_model.layers]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -130,7 +130,8 @@ def main():
                   "parent_digest": rundir.file_digest(parent)})
 
     # ---- shard; the optimizer is created before any forward, on sharded fp32 masters
-    model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas)
+    model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas,
+                          args.attention)
     optimizer = runtime.adamw(model, runtime.learning_rates(args))
     clock = runtime.Clock(device)
 
@@ -140,9 +141,11 @@ def main():
         heldout = data.preference_pairs(args, args.heldout, tokenizer, model, keep_all=True)
         sets["heldout"] = (heldout, plan.like(heldout))
     if args.reference == "live":
-        ref_model = runtime.shard(m.load_mllm(parent)[0].requires_grad_(False), device, args.dtype)
+        ref_model = runtime.shard(m.load_mllm(parent)[0].requires_grad_(False), device, args.dtype,
+                                  attention=args.attention)
         del sets["pairs"]
     key = {"parent_digest": run.config["parent_digest"], "dtype": args.dtype,
+           "attention": args.attention,
            "pixels": str((model.encoder.image_size, model.encoder.mean, model.encoder.std)),
            "layout": "shared prefix, ChatML",
            **{name: s.fingerprint() for name, (s, _) in sets.items()}}

@@ -49,7 +49,8 @@ def main():
                   "parent_digest": rundir.file_digest(parent)})
 
     # ---- shard; the optimizer is created before any forward, on sharded fp32 masters
-    model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas)
+    model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas,
+                          args.attention)
     optimizer = runtime.adamw(model, runtime.learning_rates(args))
     clock = runtime.Clock(device)
     if run.start:

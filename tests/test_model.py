@@ -123,6 +123,30 @@ def test_mask_by_brute_force():
     assert mask.any(-1).all(), "an empty row is NaN after the softmax"
 
 
+def test_flex_attention_is_the_same_mask(monkeypatch):
+    """The kernel for CUDA, run here uncompiled and forward alone: equal log-probs, in both layouts.
+    (Compiled, and backward, it was not run.)"""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations import flex_attention as theirs
+    used = []
+
+    def plain(query, key, value, training, return_lse=False, return_aux=None, **more):
+        used.append(more["block_mask"])
+        return flex_attention(query, key, value, **more)
+    monkeypatch.setattr(theirs, "compile_friendly_flex_attention", plain)
+    model = tiny_model()
+    pairs, pixels = random_pairs(model, 4)
+    for layout in ("dpo", "sft"):
+        batch = batch_of(pairs, pixels, layout)
+        with torch.no_grad():
+            model.llm.set_attn_implementation("sdpa")
+            want = model(**batch)
+            model.llm.set_attn_implementation("flex_attention")
+            used.clear()
+            assert torch.allclose(model(**batch), want, atol=1e-5) and len(used) == 2, layout
+    assert used[0] is not None
+
+
 def test_padding_and_company_change_nothing():
     """A pair alone and the same pair beside longer ones: equal log-probs."""
     model = tiny_model()
