@@ -64,7 +64,7 @@ def get_args():
     add("--at", default="encoder", choices=["encoder", "projector"], help="default encoder")
     add("--classic", **flag, help="gradient-weighted activations and a ReLU")
     add("--steps", type=int, default=0, help="train on each pair so long first (default 0)")
-    add("--beta", type=float, default=0.1, help="DPO's (default 0.1; matters after step 0)")
+    add("--beta", type=float, help="DPO's (default: train_dpo.py's; matters after step 0)")
     add("--sft-lr", type=float, help="rate of those steps; default: train_sft.py's")
     add("--dpo-lr", type=float, help="the same for DPO; default: train_dpo.py's")
     add("--out", help="default RUN/probes/gradcam")
@@ -80,6 +80,7 @@ def get_args():
     defaults = "TOY" if encoders.short_name(made_with["llm"]).startswith("toy-") else "PAPER"
     args.sft_lr = args.sft_lr or getattr(train_sft, defaults)["lr"]
     args.dpo_lr = args.dpo_lr or getattr(train_dpo, defaults)["lr"]
+    args.beta = args.beta or getattr(train_dpo, defaults)["beta"]
     args.out = args.out or str(Path(args.run, "probes", "gradcam"))
     return args
 

@@ -207,7 +207,7 @@ SOURCES = {"shapes": ["colour", "shape", "exist", "count", "objects", "relation"
                       "larger"],
            "text": ["number", "digit", "word"],
            "chart": ["tallest", "shortest", "value", "taller"]}
-COUNTS = {"captions": 1600, "instruct": 7000, "repair": 2000, "preferences": 4800,
+COUNTS = {"captions": 3200, "instruct": 10000, "repair": 2000, "preferences": 7200,
           "heldout": 600, "bench": 600, "imagenet_train": 60, "imagenet_val": 25,
           "ade20k_training": 600, "ade20k_validation": 200, "align": 2048}
 

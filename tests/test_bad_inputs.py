@@ -306,7 +306,7 @@ ROWS = [Row(*row) for row in [
      ["fewer than one --global-batch of 4096"]),
     ("dpo", "--overwrite and a mistyped file", "--overwrite --preferences BOX/no.jsonl",
      ["BOX/no.jsonl does not exist"], lambda b: None, "dpo"),
-    ("dpo", "goes on with another beta", "--beta 0.5", ["was begun with --beta 0.1, now 0.5"],
+    ("dpo", "goes on with another beta", "--beta 0.3", ["was begun with --beta 0.5, now 0.3"],
      lambda b: None, "dpo"),
     ("dpo", "reference cut short", "", ["RUN/dpo/ref_logps.safetensors", "delete it"],
      lambda b: cut(b / "run/dpo/ref_logps.safetensors"), "dpo"),
