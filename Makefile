@@ -46,7 +46,7 @@ demo: .venv/done data/toy
 	@echo; echo "3. The encoders, frozen, each re-paired with a new LLM (toy-vit = original)"
 	@$(PY) repair_eval.py --compare $(RUN)/repair/toy-vit $(RUN)/repair/sft $(RUN)/repair/dpo
 	@echo; echo "4. All instruments"
-	@$(PY) compare.py --run $(RUN)
+	@$(PY) evidence.py --run $(RUN)
 
 # The same chain on data nobody here drew: easy-VQA, 5,000 images and 48k questions (MIT).
 REAL := --encoder toy-vit --llm toy-lm --data data/real

@@ -266,9 +266,9 @@ def test_repairing_keeps_the_eye_and_scores(trained, world, tmp_path):
 
 
 def test_one_table_of_all_instruments(trained, world, tmp_path):
-    """compare.py says what the instruments wrote, and which commands are still to be run."""
+    """evidence.py says what the instruments wrote, and which commands are still to be run."""
     folder = trained[0]
-    before = run("compare.py", "--run", folder).stdout
+    before = run("evidence.py", "--run", folder).stdout
     assert f"not run yet: python gradcam.py --run {folder}" in before and "top-1" not in before
     eyes = ["--encoder", "toy-vit", folder / "sft/encoder", folder / "dpo/encoder"]
     shutil.copytree(world / "imagenet", tmp_path / "imagenet")        # one image a class here
@@ -279,7 +279,7 @@ def test_one_table_of_all_instruments(trained, world, tmp_path):
     run("probe_seg.py", *eyes, "--data", world / "ade20k", "--seeds", 1, "--workers", 0)
     run("probe_align.py", *eyes, "--llm", "toy-lm", "--data", world / "align", "--limit", 30)
     run("gradcam.py", "--run", folder, "--data", world, "--num-samples", 3)
-    table = run("compare.py", "--run", folder).stdout
+    table = run("evidence.py", "--run", folder).stdout
     found = {name: json.loads((folder / "probes" / name / "results.json").read_text())
              for name in ("linear", "seg", "align", "gradcam")}
     eye = {"original": "toy-vit", "SFT": "sft", "DPO": "dpo"}

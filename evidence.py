@@ -1,6 +1,6 @@
 """All the evidence of a run in one table: the original encoder, SFT's and DPO's, side by side.
 
-    python compare.py --run runs/toy-vit__toy-lm
+    python evidence.py --run runs/toy-vit__toy-lm
 
 Reads what repair_eval.py and the four instruments wrote in the run folder, and runs nothing itself;
 where one has not been run yet, its line is empty and the command that fills it is named. In percent
