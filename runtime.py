@@ -34,7 +34,15 @@ def start(timeout_minutes=10):
     if "RANK" in os.environ:
         die_with_parent()
         limit = timedelta(minutes=timeout_minutes)   # a lost peer ends in an error, not in a hang
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        # torchrun's store outlives a restart of its workers, and with it the addresses of the
+        # dead: whoever is quicker than its peer would knock there and be refused. A name for each
+        # attempt parts them. (Nodes count attempts differently: there see the README.)
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit,
+                                store=store, rank=rank, world_size=size)
     else:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=0, world_size=1,
                                 store=dist.HashStore())
