@@ -3,6 +3,7 @@
 Re-pair + score:  python repair_eval.py --encoder runs/toy-vit__toy-lm/dpo/encoder --llm toy-lm
 Eight GPUs:       torchrun --nproc_per_node=8 repair_eval.py --encoder DIR --llm qwen2.5-1.5b
 Score a model:    python repair_eval.py --mllm runs/toy-vit__toy-lm/dpo/final --bench DIR
+Two encoders:     python repair_eval.py --encoder A+B --llm toy-lm   (features side by side)
 One table:        python repair_eval.py --compare runs/toy-vit__toy-lm/repair/*
 
 Reads   the captions of stage 1 (projector step), DATA/repair.jsonl (projector + LLM), and the
@@ -40,6 +41,9 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=2,
 def get_args():
     parser = flags.arguments(__doc__, PAPER)
     flags.add_two_step_flags(parser, "repair")
+    parser.add_argument("--reuse-projector-layers", type=int, default=0, choices=[0, 1, 2],
+                        help="start so many linear layers of the projector from the one the "
+                        "extracted encoder was trained with (default 0: all fresh)")
     parser.add_argument("--mllm", help="score this trained model (a final/ folder) as it is")
     parser.add_argument("--bench", help="folder of benchmark TSVs; default DATA/bench")
     parser.add_argument("--limit", type=int, help="score only the first N questions of each")
@@ -68,11 +72,43 @@ def get_args():
 
 def repair_folder(args):
     """runs/NAME/repair/<encoder>; an extracted encoder goes by its stage: runs/NAME/dpo/encoder →
-    runs/NAME/repair/dpo."""
-    path = Path(args.encoder)
-    extracted = path.is_dir() and path.name == "encoder"
-    run = path.parent.parent if extracted and not args.run_typed else Path(args.run)
-    return run / "repair" / (path.parent.name if extracted else encoders.short_name(args.encoder))
+    runs/NAME/repair/dpo. Two, A+B, go by both names; re-used projector layers are named, too."""
+    paths = [Path(part) for part in encoders.parts_of(args.encoder)]
+    extracted = [path.is_dir() and path.name == "encoder" for path in paths]
+    run = paths[0].parent.parent if extracted[0] and not args.run_typed else Path(args.run)
+    names = [path.parent.name if own else encoders.short_name(str(path))
+             for path, own in zip(paths, extracted)]
+    layers = args.reuse_projector_layers
+    return run / "repair" / ("+".join(names) + (f"-projector{layers}" if layers else ""))
+
+
+def reuse_projector(model, encoder, layers):
+    """Start the first linear layers of the projector from those the encoder was trained with (the
+    paper's appendix: "1+1" = the first of them, then a fresh one). They lie in final/ beside the
+    extracted encoder; raises SystemExit unless that holds this very encoder, and layers that fit.
+    """
+    from safetensors import safe_open
+    final = Path(encoder).parent / "final"
+    hint = "it needs an encoder as extract.py leaves it, RUN/STAGE/encoder, with final/ beside it"
+    if Path(encoder).name != "encoder" or not (final / "config.json").exists():
+        raise SystemExit(f"error: --reuse-projector-layers {layers}: no model at {final}; {hint}")
+    stored = {}
+    for file in sorted(final.glob("model*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            stored.update({k: tensors.get_tensor(k) for k in tensors.keys()
+                           if not k.startswith("language_model.")})
+    for name, p in model.encoder.state_dict().items():
+        if not torch.equal(stored.get(m.file_name_of(f"encoder.{name}"), torch.empty(0)), p):
+            raise SystemExit(f"error: --reuse-projector-layers {layers}: {final} holds another "
+                             f"encoder than {encoder} (first: {name}); extract it again")
+    for name, p in model.projector.named_parameters():
+        if int(name.split(".")[0][-1]) <= layers:                     # linear_1.…, linear_2.…
+            old = stored[m.file_name_of(f"projector.{name}")]
+            if old.shape != p.shape:
+                raise SystemExit(f"error: --reuse-projector-layers {layers}: {name} of {final} is "
+                                 f"{tuple(old.shape)}, with this --llm it is {tuple(p.shape)}; "
+                                 f"re-pair with an LLM of that width")
+            p.data.copy_(old)
 
 
 def read_files(args):
@@ -95,8 +131,8 @@ def read_files(args):
 
 
 def stored_answers(args, folder, key):
-    """Refuse a folder that holds answers of another model, setting or file; --overwrite empties it.
-    A benchmark file that was not there before is welcome."""
+    """Refuse a folder that holds answers of another model, setting or file; --overwrite empties
+    it."""
     config = folder / "config.json"
     if config.exists() and (args.rescore or not args.overwrite):
         old = encoders.read_json(config, remedy="; --overwrite deletes these answers")
@@ -105,10 +141,12 @@ def stored_answers(args, folder, key):
                 raise SystemExit(f"error: {folder} holds the answers of another model or setting "
                                  f"({what}: {old[what]}, now {key[what]}); --overwrite deletes "
                                  f"them")
-        key = {**old, **key}
+        key = {**old, **key}             # a file that was not there before is welcome
     elif args.rescore:
         raise SystemExit(f"error: {folder} holds no answers to score anew; leave --rescore out")
-    if runtime.is_main() and args.overwrite and not args.rescore:
+    if args.rescore:
+        return
+    if runtime.is_main() and args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     runtime.dist.barrier()
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,8 +231,8 @@ def main():
     if args.rescore:
         evaluate(args, folder / "final", device, folder / suffix)
         return
-    path = encoders.resolve(args.encoder)
-    eye = rundir.file_digest(path) if Path(path).is_dir() else path
+    paths = [encoders.resolve(part) for part in encoders.parts_of(args.encoder)]
+    eye = "+".join(rundir.file_digest(p) if Path(p).is_dir() else p for p in paths)
     if not args.overwrite and (folder / "final" / "config.json").exists():
         old = encoders.read_json(folder / "config.json", "arguments", remedy="; --overwrite")
         for what, then, now in (("encoder", old.get("encoder_digest"), eye),
@@ -207,6 +245,8 @@ def main():
         read_files(args)                              # before the training, not after it
         run = rundir.Run(folder, args)
         model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed)
+        if args.reuse_projector_layers:
+            reuse_projector(model, args.encoder, args.reuse_projector_layers)
         frozen = {"encoder": 0}                       # the eye is judged, not trained
         pretrain.train(args, run, device, model, tokenizer, {"encoder_digest": eye}, phases=[
             ("projector", "captions", args.captions,

@@ -497,3 +497,105 @@ def test_the_page_of_wrong_answers_runs_nothing(tmp_path):
     assert "2 of 3 not fully right" in page and "cannot be read" in page and "http:" not in page
     assert "default-src 'none'" in page
     assert "the first 1" in report.wrong_page("m", [(path, rows, rows, said)], 1)
+
+
+# ------------------------------------------------------------- two encoders, re-used projectors
+
+def tiny_encoder(kind, size, patch, width, seed=0):
+    import torch
+    import transformers as t
+    torch.manual_seed(seed)
+    facts = dict(hidden_size=width, num_hidden_layers=3, num_attention_heads=2,
+                 intermediate_size=48, image_size=size, patch_size=patch)
+    return {"siglip": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**facts)),
+            "clip": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**facts)),
+            "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**facts))}[kind]()
+
+
+def test_two_encoders_see_what_each_sees_alone(tmp_path):
+    """Channels side by side; the second's 6 × 6 grid resampled to the first's 4 × 4; each gets the
+    picture squashed for its own size, its own statistics and its own prefix dropped."""
+    import torch
+    import encoders
+    for name, vision in (("a", tiny_encoder("clip", 32, 8, 32)),
+                         ("b", tiny_encoder("dinov2", 48, 8, 16, 1))):
+        vision.save_pretrained(tmp_path / name)
+    two = encoders.load_encoder(f"{tmp_path}/a+{tmp_path}/b").eval()
+    a, b = (encoders.load_encoder(str(tmp_path / n)).eval() for n in "ab")
+    raw = [base64.b64decode(p) for p in P[:2]]
+    pixels = torch.from_numpy(np.stack([data.load_image(x, two.image_size, "here") for x in raw]))
+    assert pixels.shape == (2, 3 * 32 ** 2 + 3 * 48 ** 2) and pixels.dtype == torch.uint8
+    got = two(pixels)
+    assert got.shape == (2, 16, 48) == (2, two.num_tokens, two.hidden_size)
+    x, y = (e(torch.from_numpy(np.stack([data.load_image(r, e.image_size, "here") for r in raw])))
+            for e in (a, b))
+    assert torch.equal(got[..., :32], x)
+    grid = y.view(2, 6, 6, 16)
+    for row, column in ((0, 0), (1, 2), (3, 3)):       # centres: 0.25, 1.75, 3.25, 4.75 of 6
+        r, c = (1.5 * i + 0.25 for i in (row, column))
+        (r0, r1), (c0, c1) = ((int(v), min(int(v) + 1, 5)) for v in (r, c))
+        p, q = r - r0, c - c0
+        want = ((1 - p) * ((1 - q) * grid[:, r0, c0] + q * grid[:, r0, c1])
+                + p * ((1 - q) * grid[:, r1, c0] + q * grid[:, r1, c1]))
+        assert torch.allclose(got[:, 4 * row + column, 32:], want, atol=1e-5)
+    names = [n for n, _ in two.named_parameters()]
+    assert len(names) == len(set(names)) == sum(len(list(e.parameters())) for e in (a, b))
+    assert {n.split(".", 2)[2] for n in names if n.split(".", 1)[1].startswith(two.family.frozen)} \
+        == {"post_layernorm.weight", "post_layernorm.bias", "embeddings.mask_token"}
+
+
+def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path):
+    """The whole script with A+B; both stay as they were; transformers refuses the folder, load_mllm
+    reads it; a second call finds it finished."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+    import encoders
+    import model as m
+    from conftest import COMMON
+    tiny_encoder("dinov2", 32, 8, 16).save_pretrained(tmp_path / "dino")
+    line = ["repair_eval.py", "--run-dir", tmp_path / "r", "--encoder", f"toy-vit+{tmp_path}/dino",
+            *COMMON, "--data", world, "--max-steps", 2, "--limit", 4, "--save-every", 1]
+    run(*line, "--activation-checkpointing", processes=2)
+    folder = tmp_path / "r/repair/toy-vit+dino"
+    model, _ = m.load_mllm(folder / "final")
+    for part, name in zip(model.encoder.parts, ("toy-vit", str(tmp_path / "dino"))):
+        for key, p in encoders.load_encoder(name).state_dict().items():
+            assert torch.equal(p, part.state_dict()[key]), key
+    assert model.projector.linear_1.in_features == 128 + 16
+    with pytest.raises(Exception, match="pivot_two_encoders"):
+        AutoModelForImageTextToText.from_pretrained(folder / "final")
+    one = results(folder)
+    (folder / "bench/results.json").unlink()
+    [p.unlink() for p in (folder / "bench").glob("*.jsonl")]
+    run(*line)
+    assert results(folder)["benchmarks"] == one["benchmarks"], "from one process, read anew"
+
+
+def test_reused_layers_start_where_pivot_left_them(stage1, world, tmp_path):
+    """"1+1": linear_1 is the trained one, linear_2 fresh, bit by bit, before the first step."""
+    import torch
+    import model as m
+    import repair_eval
+    import rundir
+    from conftest import COMMON
+    shutil.copytree(stage1 / "pretrain/final", tmp_path / "run/dpo/final")
+    trained, _ = m.load_mllm(tmp_path / "run/dpo/final")
+    trained.encoder.vision.save_pretrained(tmp_path / "run/dpo/encoder")
+    eye = str(tmp_path / "run/dpo/encoder")
+    for layers in (1, 2):
+        fresh, _ = m.build_mllm(eye, "toy-lm", 0)
+        model, _ = m.build_mllm(eye, "toy-lm", 0)
+        repair_eval.reuse_projector(model, eye, layers)
+        for i, name in ((1, "linear_1"), (2, "linear_2")):
+            source, other = (trained, fresh) if i <= layers else (fresh, trained)
+            for p, same, not_this in zip(*(getattr(x.projector, name).parameters()
+                                           for x in (model, source, other))):
+                assert torch.equal(p, same) and not torch.equal(p, not_this)
+    run("repair_eval.py", "--encoder", eye, *COMMON, "--data", world, "--max-steps", 1, "--limit",
+        2, "--projector-lr", 0.01, "--reuse-projector-layers", 2)
+    config = json.loads((tmp_path / "run/repair/dpo-projector2/config.json").read_text())
+    assert config["projector_digest"] == rundir.tensors_digest(trained.projector)
+    with torch.no_grad():
+        next(model.encoder.parameters()).add_(1)
+    with pytest.raises(SystemExit, match="holds another encoder than"):
+        repair_eval.reuse_projector(model, eye, 1)
