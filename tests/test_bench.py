@@ -350,8 +350,34 @@ def test_pictures_are_read_when_asked_for(sixteen):
     got = [answer.picture_of(path, r) for r in rows]
     assert got == [base64.b64decode(P[i]) for i in (0, 3, 2)]
     assert dropped == {"not of the validation split": 1}
-    for row in rows:
-        assert sum(len(str(v)) for v in row.values()) < 400, "a row holds its picture"
+    path = sixteen / "MME.tsv"
+    got = [answer.picture_of(path, r) for r in answer.read_tsv(path)[0]]
+    assert got == [base64.b64decode(P[i]) for i in (0, 0, 1, 1, 2, 3, 2)]
+
+
+def test_a_file_is_streamed(tmp_path):
+    """24 MB of pictures are indexed in a few hundred kB: one record at a time is in memory."""
+    import tracemalloc
+    rng = np.random.default_rng(0)
+    cells = [base64.b64encode(rng.bytes(150_000)).decode() for _ in range(120)]
+    write_tsv(tmp_path / "GQA_TestDev_Balanced.tsv", "index image question answer",
+              [[i, c, Q, "x"] for i, c in enumerate(cells)])
+    tracemalloc.start()
+    rows, _ = answer.read_tsv(tmp_path / "GQA_TestDev_Balanced.tsv")
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 400_000 and peak < 3_000_000
+    picture = answer.picture_of(tmp_path / "GQA_TestDev_Balanced.tsv", rows[77])
+    assert picture == base64.b64decode(cells[77])
+
+
+def test_wrong_pictures_are_other_pictures_wherever_they_lie():
+    """Half the file away is the same picture here: the next one that is not is shown."""
+    rows = [{"image_id": x, "where": "x.tsv:1"} for x in "abababaa"]
+    shown = answer.wrong_pictures(rows)
+    assert not [i for i, j in enumerate(shown) if rows[i]["image_id"] == rows[j]["image_id"]]
+    with pytest.raises(SystemExit, match="x.tsv: --wrong-image needs two"):
+        answer.wrong_pictures(rows[:1] * 3)
 
 
 def test_image_path_alone(tmp_path):
@@ -562,6 +588,9 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
         for key, p in encoders.load_encoder(name).state_dict().items():
             assert torch.equal(p, part.state_dict()[key]), key
     assert model.projector.linear_1.in_features == 128 + 16
+    pixels = torch.randint(0, 256, (2, 3 * 48 ** 2 + 3 * 32 ** 2), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(model.encoder(pixels), encoders.load_encoder(line[4]).eval()(pixels))
     with pytest.raises(Exception, match="pivot_two_encoders"):
         AutoModelForImageTextToText.from_pretrained(folder / "final")
     one = results(folder)
