@@ -125,7 +125,7 @@ def read_files(args):
     for path, (rows, dropped) in known.items():
         for why, n in dropped.items():
             print0(f"  {path.name}: {n} rows {why}, left out")
-        if args.ocr_tokens and path.stem == "TextVQA_VAL" and not rows[0].get("ocr_tokens"):
+        if args.ocr_tokens and path.stem == "TextVQA_VAL" and "ocr_tokens" not in rows[0]:
             raise SystemExit(f"error: --ocr-tokens: {path} has no column ocr_tokens")
     return known
 
@@ -231,8 +231,9 @@ def main():
     if args.rescore:
         evaluate(args, folder / "final", device, folder / suffix)
         return
-    paths = [encoders.resolve(part) for part in encoders.parts_of(args.encoder)]
-    eye = "+".join(rundir.file_digest(p) if Path(p).is_dir() else p for p in paths)
+    eye, llm = ("+".join(rundir.file_digest(p) if Path(p).is_dir() else p
+                         for p in map(encoders.resolve, parts))
+                for parts in (encoders.parts_of(args.encoder), [args.llm]))
     if not args.overwrite and (folder / "final" / "config.json").exists():
         old = encoders.read_json(folder / "config.json", "arguments", remedy="; --overwrite")
         for what, then, now in (("encoder", old.get("encoder_digest"), eye),
@@ -248,7 +249,8 @@ def main():
         if args.reuse_projector_layers:
             reuse_projector(model, args.encoder, args.reuse_projector_layers)
         frozen = {"encoder": 0}                       # the eye is judged, not trained
-        pretrain.train(args, run, device, model, tokenizer, {"encoder_digest": eye}, phases=[
+        facts = {"encoder_digest": eye, "llm_digest": llm}
+        pretrain.train(args, run, device, model, tokenizer, facts, phases=[
             ("projector", "captions", args.captions,
              {**frozen, "projector": args.projector_lr, "llm": 0},
              args.projector_epochs, args.projector_max_steps),

@@ -136,9 +136,27 @@ def compare(folders):
         units = {n: {b: [tuple(x) for x in u] for b, u in encoders.read_json(
             p.with_name("units.json"), remedy=remedy).items()} for n, p in found.items()}
         out += ["", *differences(columns, units)]
+    out += alike({n: p.parent.parent / "config.json" for n, p in found.items()})
     if is_paper(columns.values()):
         out += ["", *paper_table()]
     return out
+
+
+def alike(configs):
+    """A line on whether encoders were re-paired alike: the same LLM, data in the same order, seed.
+    configs: {model: path of its run's config.json}; trained models that are no pair say nothing."""
+    pairs = {n: encoders.read_json(p, "arguments") for n, p in configs.items() if p.exists()}
+    pairs = {n: {"LLM": c.get("llm_digest"), "data": c["data_digest"],
+                 "seed": c["arguments"].get("seed")}
+             for n, c in pairs.items() if "encoder_digest" in c}
+    if len(pairs) < 2:
+        return []
+    first, *others = pairs.values()
+    apart = [what for what in first if any(other[what] != first[what] for other in others)]
+    if apart:
+        return ["", f"NOT a controlled comparison: re-paired with another {' and '.join(apart)}"]
+    return ["", f"Re-paired alike: LLM {first['LLM']}, data {' '.join(first['data'])}, "
+                f"seed {first['seed']}"]
 
 
 def is_paper(results):

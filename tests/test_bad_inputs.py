@@ -406,9 +406,10 @@ ROWS = [Row(*row) for row in [
      ["RUN/pretrain/config.json is not a trained model"]),
     ("compare", "results cut short", "", ["RUN/pretrain/bench/results.json", "not JSON"],
      lambda b: put(b / "run/pretrain/bench/results.json", '{"bench')),
-    ("compare", "results without units", "RUN/other", ["RUN/pretrain/bench/units.json", "--rescore"],
-     lambda b: [put(b / f"run/{n}/bench/results.json", {"benchmarks": {}, "groups": {},
-                                                        "average": 0}) for n in ("pretrain", "other")]),
+    ("compare", "results without units", "RUN/other",
+     ["RUN/pretrain/bench/units.json", "--rescore"], lambda b: [
+         put(b / f"run/{n}/bench/results.json", {"benchmarks": {}, "groups": {}, "average": 0})
+         for n in ("pretrain", "other")]),
     ("compare", "results of something else", "", ["RUN/pretrain/bench/results.json"],
      lambda b: put(b / "run/pretrain/bench/results.json", {"accuracy": 1})),
 

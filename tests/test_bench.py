@@ -454,6 +454,22 @@ def test_mmbench_without_rotations_is_plain_accuracy_and_says_so():
 
 # ------------------------------------------------------------------------------ averages, intervals
 
+def test_compare_says_whether_encoders_were_repaired_alike(tmp_path):
+    """Same LLM, data order and seed, by their digests; a difference in one of them is named."""
+    def config(name, **facts):
+        (tmp_path / name).write_text(json.dumps({
+            "encoder_digest": name, "llm_digest": "l", "data_digest": ["d", "e"],
+            "arguments": {"seed": 0}, **facts}))
+        return tmp_path / name
+    a, b = config("a"), config("b")
+    assert report.alike({"a": a, "b": b})[1] == "Re-paired alike: LLM l, data d e, seed 0"
+    for what, facts in (("LLM", {"llm_digest": "m"}), ("data", {"data_digest": ["e", "d"]}),
+                        ("seed", {"arguments": {"seed": 1}})):
+        assert report.alike({"a": a, "c": config("c", **facts)})[1] == \
+            f"NOT a controlled comparison: re-paired with another {what}"
+    assert report.alike({"a": a}) == [] == report.alike({"a": a, "x": tmp_path / "none"})
+
+
 def test_our_averaging_gives_the_printed_averages():
     """The paper's table, to the rounding of what it prints (groups ± 0.05, average ± 0.05); and
     Cambrian-1-8B's row, from its sixteen scores."""
@@ -608,6 +624,7 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
         assert torch.equal(model.encoder(pixels), encoders.load_encoder(line[4]).eval()(pixels))
     with pytest.raises(Exception, match="pivot_two_encoders"):
         AutoModelForImageTextToText.from_pretrained(folder / "final")
+    assert report.alike(dict.fromkeys("ab", folder / "config.json"))[1].startswith("Re-paired ")
     one = results(folder)
     (folder / "bench/results.json").unlink()
     [p.unlink() for p in (folder / "bench").glob("*.jsonl")]
