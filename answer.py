@@ -89,8 +89,8 @@ def read_tsv(path):
         if len(cell) > 64:
             row["image_id"] = hashlib.sha1(cell.encode()).hexdigest()
             row["picture"] = (header.index("image"), *span)
-            pictures[row["index"]] = row["image_id"], row["picture"]
             row["more_images"] = cell.startswith("[") and cell.count("'") > 2
+            pictures[row["index"]] = {k: row[k] for k in ("image_id", "picture", "more_images")}
         elif cell:
             row["same_as"] = cell
         elif row.get("image_path", "").strip():
@@ -107,7 +107,7 @@ def read_tsv(path):
             if row["same_as"] not in pictures:
                 raise SystemExit(f"error: {row['where']}: image {row['same_as']!r} is neither "
                                  f"base64 nor the index of a row that has one")
-            row["image_id"], row["picture"] = pictures[row["same_as"]]
+            row.update(pictures[row["same_as"]])
         if options := score.options_of(row):
             score.gold_letter(row, options)             # refuse now, not after hours of answering
     if not kept:
@@ -146,23 +146,24 @@ def picture_of(tsv, row):
 
 
 def wrong_pictures(rows):
-    """For --wrong-image: which row's picture each row is shown; half the file away, further where
+    """For --wrong-image: the row whose picture each row is shown; half the file away, further where
     that is the same picture."""
     ids, n = [r["image_id"] for r in rows], len(rows)
     if len(set(ids)) < 2:
         raise SystemExit(f"error: {rows[0]['where'].rpartition(':')[0]}: --wrong-image needs two "
                          f"different pictures")
-    return [next(j % n for j in range(i + n // 2, i + n // 2 + n) if ids[j % n] != ids[i])
+    return [next(rows[j % n] for j in range(i + n // 2, i + n // 2 + n) if ids[j % n] != ids[i])
             for i in range(n)]
 
 
 # -------------------------------------------------------------------------------- the questions
 
 class Questions(torch.utils.data.Dataset):
-    """Benchmark rows, tokenised; pictures are read in the worker, one question at a time."""
+    """Benchmark rows, tokenised; pictures are read in the worker, one question at a time.
+    shown: the rows whose pictures go with the questions, their own or (--wrong-image) others."""
 
-    def __init__(self, tsv, rows, tokenizer, encoder, wrong_image=False, ocr_tokens=False):
-        self.tsv, self.rows, self.size = Path(tsv), rows, encoder.image_size
+    def __init__(self, tsv, rows, shown, tokenizer, encoder, ocr_tokens=False):
+        self.tsv, self.shown, self.size = Path(tsv), shown, encoder.image_size
         image_id = tokenizer.convert_tokens_to_ids(m.IMAGE_TOKEN)
         prompts = [data.user_turn(score.prompt_of(self.tsv.stem, r, ocr_tokens), True, m.SYSTEM)
                    for r in rows]
@@ -173,13 +174,12 @@ class Questions(torch.utils.data.Dataset):
                                  f"{m.IMAGE_TOKEN}")
             at = ids.index(image_id)
             self.ids.append(ids[:at] + [image_id] * encoder.num_tokens + ids[at + 1:])
-        self.shown = wrong_pictures(rows) if wrong_image else range(len(rows))
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.ids)
 
     def __getitem__(self, i):
-        row = self.rows[self.shown[i]]
+        row = self.shown[i]
         try:
             pixels = data.load_image(picture_of(self.tsv, row), self.size, row["where"])
         except data.BadRecord as e:
@@ -215,9 +215,10 @@ def predictions(folder, name):
     return done
 
 
-def answer(args, model, tokenizer, device, path, rows, folder):
-    """Answer the rows of one TSV greedily; each process appends its share to a file of its own, as
-    it comes. → {index: prediction}. What an earlier, interrupted call answered stays.
+def answer(args, model, tokenizer, device, path, rows, shown, folder):
+    """Answer the rows of one TSV greedily, with the pictures of the rows `shown`; each process
+    appends its share to a file of its own, as it comes. → {index: prediction}. What an earlier,
+    interrupted call answered stays.
     """
     name = path.stem
     rank, world = runtime.world()
@@ -227,7 +228,7 @@ def answer(args, model, tokenizer, device, path, rows, folder):
     if own.exists():
         whole = own.read_bytes()
         os.truncate(own, whole.rfind(b"\n") + 1)
-    questions = Questions(path, rows, tokenizer, model.encoder, args.wrong_image, args.ocr_tokens)
+    questions = Questions(path, rows, shown, tokenizer, model.encoder, args.ocr_tokens)
     todo = [i for i, r in enumerate(rows) if r["index"] not in done]
     todo.sort(key=lambda i: -len(questions.ids[i]))    # full batches; the longest first
     todo = todo[rank::world]

@@ -132,7 +132,7 @@ def read_files(args):
 
 def stored_answers(args, folder, key):
     """Refuse a folder that holds answers of another model, setting or file; --overwrite empties
-    it."""
+    it. → the key of all answers there."""
     config = folder / "config.json"
     if config.exists() and (args.rescore or not args.overwrite):
         old = encoders.read_json(config, remedy="; --overwrite deletes these answers")
@@ -145,12 +145,13 @@ def stored_answers(args, folder, key):
     elif args.rescore:
         raise SystemExit(f"error: {folder} holds no answers to score anew; leave --rescore out")
     if args.rescore:
-        return
+        return key
     if runtime.is_main() and args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     runtime.dist.barrier()
     folder.mkdir(parents=True, exist_ok=True)
     rundir.write_whole(config, lambda aside: aside.write_text(json.dumps(key)))
+    return key
 
 
 def file_key(path, rows, args):
@@ -169,7 +170,7 @@ def evaluate(args, mllm, device, folder):
     if not args.rescore:
         model, tokenizer = m.load_mllm(mllm)
         key.update(model=rundir.file_digest(mllm), dtype=args.dtype)
-    stored_answers(args, folder, key)
+    key = stored_answers(args, folder, key)
     if not args.rescore:
         if args.dtype == "bf16":    # parameters alone: rotary frequencies in bf16 are wrong by a
             for p in model.parameters():               # radian at position 800
@@ -177,9 +178,10 @@ def evaluate(args, mllm, device, folder):
         model = model.eval().to(device)                # whole on every process: it only answers
     found, units, answered = {}, {}, []
     for path, (rows, dropped) in files.items():
-        name, rows = path.stem, rows[:args.limit]
+        name, shown = path.stem, answer.wrong_pictures(rows) if args.wrong_image else rows
+        rows, shown = rows[:args.limit], shown[:args.limit]     # the same pictures for any --limit
         done = answer.predictions(folder, name) if args.rescore else \
-            answer.answer(args, model, tokenizer, device, path, rows, folder)
+            answer.answer(args, model, tokenizer, device, path, rows, shown, folder)
         lost = [r["index"] for r in rows if r["index"] not in done]
         if lost:
             raise SystemExit(f"error: {folder} holds no answer to {len(lost)} of {len(rows)} "
@@ -202,8 +204,7 @@ def evaluate(args, mllm, device, folder):
             "chance": score.score_of(score.units(name, rows, score.constant(name, rows))),
             "note": "; ".join(x for x in notes if x),
             "prompt": score.prompt_of(name, rows[0], args.ocr_tokens)}
-        shown = answer.wrong_pictures(rows) if args.wrong_image else range(len(rows))
-        answered.append((path, rows, [rows[i] for i in shown], done))
+        answered.append((path, rows, shown, done))
     results = {"mllm": str(mllm), **key, "limit": args.limit, "benchmarks": found,
                **score.summarise({n: r["score"] for n, r in found.items()})}
     for file, make in (("units.json", lambda: json.dumps(units)),

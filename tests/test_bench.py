@@ -286,6 +286,7 @@ def test_all_sixteen_through_the_whole_script(scored, sixteen):
             json.dumps({"index": str(r[0]), "prediction": s}) + "\n" for r, s in zip(rows, said)))
     run(*command(copy, sixteen), "--rescore")
     r = results(copy)
+    assert r["model"] == results(model)["model"]
     for name, (*_, worth) in PUBLISHED.items():
         assert r["benchmarks"][name]["score"] == pytest.approx(worth), name
     assert r["average"] == pytest.approx(np.mean([w for *_, w in PUBLISHED.values()]))
@@ -339,7 +340,24 @@ def test_a_missing_benchmark_is_named_and_left_out(scored, sixteen, tmp_path):
     assert r["groups"]["General"] == pytest.approx(sum(inside) / 3)
 
 
-# -------------------------------------------------------------------------------- files and prompts
+def test_wrong_image_changes_pictures_and_is_kept_apart(scored, tmp_path):
+    """Every picture another one's, the same for any --limit; answers in a folder of their own."""
+    write_tsv(tmp_path / "GQA_TestDev_Balanced.tsv", "index image question answer",
+              [[i, P[i % 4], f"{Q} {i}", "x"] for i in range(8)])
+    shutil.copytree(scored[0] / "final", tmp_path / "m/final")
+    line = command(tmp_path / "m", tmp_path)
+    run(*line)
+    run(*line, "--wrong-image", "--limit", 3)
+    run(*line, "--wrong-image")
+    right, wrong = (answer.predictions(tmp_path / "m" / f, "GQA_TestDev_Balanced")
+                    for f in ("bench", "bench-wrong-image"))
+    assert len(right) == len(wrong) == 8 and sum(right[i] != wrong[i] for i in right) >= 6
+    shutil.rmtree(tmp_path / "m/bench-wrong-image")
+    run(*line, "--wrong-image")
+    assert answer.predictions(tmp_path / "m/bench-wrong-image", "GQA_TestDev_Balanced") == wrong
+
+
+# ------------------------------------------------------------------------------- files and prompts
 
 def test_prompts_are_the_published_wording(sixteen):
     def first(name, n=0, **named):
@@ -390,7 +408,7 @@ def test_wrong_pictures_are_other_pictures_wherever_they_lie():
     """Half the file away is the same picture here: the next one that is not is shown."""
     rows = [{"image_id": x, "where": "x.tsv:1"} for x in "abababaa"]
     shown = answer.wrong_pictures(rows)
-    assert not [i for i, j in enumerate(shown) if rows[i]["image_id"] == rows[j]["image_id"]]
+    assert not [i for i, r in enumerate(shown) if rows[i]["image_id"] == r["image_id"]]
     with pytest.raises(SystemExit, match="x.tsv: --wrong-image needs two"):
         answer.wrong_pictures(rows[:1] * 3)
 
