@@ -89,6 +89,7 @@ bench: .venv-bench/done data/toy
 	$(BENCHPY) benchmarks/sft_vs_trainer.py $(BENCH)
 	$(BENCHPY) benchmarks/savings.py $(BENCH)
 	$(BENCHPY) benchmarks/scaling.py $(BENCH)
+	$(BENCHPY) benchmarks/generate_vs_transformers.py $(BENCH)
 	$(BENCHPY) benchmarks/checkpoint.py data/toy
 
 clean:

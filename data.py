@@ -310,13 +310,12 @@ class Samples(torch.utils.data.Dataset):
         An unreadable image comes back as {"error": line}: an exception from a worker process would
         arrive wrapped in a traceback.
         """
-        ids, roles = self.tokens(i)
+        (ids, roles), image = self.tokens(i), self.images[i]
         counts = np.where(ids == self.image_id, self.num_image_tokens, 1)
         ids, roles = np.repeat(ids, counts), np.repeat(roles, counts)
         try:
-            image = self.images[i]
             pixels = load_image(image, self.size, self.where[i]) if image else \
-                np.zeros((3, self.size, self.size), np.uint8)
+                planes(Image.new("RGB", (1, 1)), self.size)             # black
         except BadRecord as e:
             return {"error": f"error: {e}  (--skip-bad drops and counts such records)"}
         return {"index": i, "ids": ids, "roles": roles, "pixels": pixels}
@@ -342,10 +341,16 @@ def template_count(record, special):
     return {t: expected[t] for t in special}
 
 
-def load_image(source, size, where):
-    """A path or bytes → uint8 (3, size, size), squashed bicubically; raises BadRecord. A size of
-    None leaves the picture's own: (3, H, W).
+def planes(image, size):
+    """RGB → uint8 (3, size, size), squashed bicubically; None: as it is; two sizes: both, flat."""
+    if isinstance(size, tuple):                          # one model of two encoders
+        return np.concatenate([planes(image, s).ravel() for s in size])
+    image = image.resize((size, size), Image.Resampling.BICUBIC) if size else image
+    return np.asarray(image).transpose(2, 0, 1).copy()
 
+
+def load_image(source, size, where):
+    """A path or bytes → uint8 pixels as `planes` gives them; raises BadRecord.
     EXIF rotation is applied, 16-bit grey scaled to 8, transparency laid on white, the first frame
     of an animation taken: what a person sees. HF's processors apply the same bicubic squash.
     """
@@ -360,10 +365,7 @@ def load_image(source, size, where):
             if "A" in image.mode or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            if size:
-                image = image.resize((size, size), Image.Resampling.BICUBIC)
-            return np.asarray(image).transpose(2, 0, 1).copy()
+            return planes(image.convert("RGB"), size)
     except BadRecord:
         raise
     except Exception as e:   # Pillow's decoders raise nearly anything on broken files

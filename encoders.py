@@ -105,7 +105,15 @@ def resolve(name):
 
 def short_name(name):
     """The part of a run directory's default name that stands for this model."""
-    return Path(name.rstrip("/")).name.lower()
+    return "+".join(Path(part.rstrip("/")).name.lower() for part in parts_of(name))
+
+
+def parts_of(name):
+    """`A+B`, one model made of two encoders → [A, B]; anything else → [name]."""
+    parts = [name] if Path(name).is_dir() else name.split("+")
+    if len(parts) > 2 or not all(parts):
+        raise SystemExit(f"error: --encoder {name}: one encoder or two, A+B")
+    return parts
 
 
 def blocks_of(vision):
@@ -147,6 +155,55 @@ class Encoder(nn.Module):
         return features[:, self.prefix:]
 
 
+class Towers(nn.ModuleList):
+    """Two vision models under the names they are stored by; what is asked of one, the first says.
+    Both are frozen and keep no activations: there is nothing to checkpoint."""
+    supports_gradient_checkpointing = True
+
+    @property
+    def config(self):
+        return self[0].config
+
+    @property
+    def dtype(self):
+        return self[0].dtype
+
+    def gradient_checkpointing_enable(self, options):
+        pass
+
+
+class TwoEncoders(nn.Module):
+    """`--encoder A+B`, frozen: features side by side on the channel axis, the second's grid
+    resampled (bilinear) to the first's. The interface of Encoder, but for the pixels.
+
+    forward: pixel_values uint8 (B, 3·S₁² + 3·S₂²): the picture squashed for each encoder by itself
+    (data.planes) → features (B, N₁, D₁ + D₂).
+    """
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.parts = (first, second)          # a tuple: their modules are registered once, below
+        self.vision = Towers([first.vision, second.vision])
+        self.family = first.family._replace(frozen=tuple(
+            f"{i}.{name}" for i, part in enumerate(self.parts) for name in part.family.frozen))
+        self.image_size = (first.image_size, second.image_size)
+        self.num_tokens, self.prefix = first.num_tokens, first.prefix
+        self.hidden_size = first.hidden_size + second.hidden_size
+
+    @property
+    def blocks(self):
+        return nn.ModuleList([block for part in self.parts for block in part.blocks])
+
+    def forward(self, pixel_values):
+        grids, sizes = [], [3 * s * s for s in self.image_size]
+        for part, pixels in zip(self.parts, pixel_values.split(sizes, 1)):
+            features = part(pixels.reshape(-1, 3, part.image_size, part.image_size))
+            side = round(part.num_tokens ** 0.5)
+            grids.append(features.transpose(1, 2).unflatten(2, (side, side)))  # (B, D, side, side)
+        grids[1] = nn.functional.interpolate(grids[1], grids[0].shape[2:], mode="bilinear")
+        return torch.cat(grids, 1).flatten(2).transpose(1, 2)
+
+
 def truncate(vision):
     """Delete the block that no gradient reaches, in place; a folder already cut stays as it is.
 
@@ -172,6 +229,8 @@ def load_encoder(name):
     """
     from transformers import AutoConfig, AutoModel
     from transformers.utils import cached_file
+    if len(parts := parts_of(name)) == 2:
+        return TwoEncoders(*map(load_encoder, parts))
     path = resolve(name)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -237,6 +296,7 @@ def image_processor(encoder):
     normalise. The Pillow backend is the definition; torchvision's resize differs in the last bit.
     """
     from transformers import SiglipImageProcessorPil
+    encoder = getattr(encoder, "parts", [encoder])[0]       # of A+B: the first's
     size = encoder.image_size
     return SiglipImageProcessorPil(size={"height": size, "width": size}, resample=3,
                                    image_mean=list(encoder.mean), image_std=list(encoder.std))

@@ -288,6 +288,10 @@ def llava_config(model, tokenizer):
     config["architectures"] = ["LlavaForConditionalGeneration"]
     if encoder.family.normed:
         config.update(model_type="pivot_normed_features", architectures=["MLLM (model.py)"])
+    if len(parts := getattr(encoder, "parts", ())) == 2:         # A+B: no class of theirs has two
+        config.update(model_type="pivot_two_encoders", architectures=["MLLM (model.py)"], second={
+            "vision_config": parts[1].vision.config.to_dict(), "image_mean": parts[1].mean,
+            "image_std": parts[1].std})
     return config
 
 
@@ -360,15 +364,20 @@ def load_mllm(folder):
     if "vision_config" not in facts or "text_config" not in facts:
         raise SystemExit(f"error: {folder} is a {facts.get('model_type')}, not a model written by "
                          f"pretrain.py, train_sft.py, train_dpo.py or repair_eval.py")
-    configs = [AutoConfig.for_model(**facts[k]) for k in ("vision_config", "text_config")]
-    extra = {"add_pooling_layer": False} if configs[0].model_type == "vit" else {}
-    vision = AutoModel.from_config(configs[0], dtype=torch.float32, attn_implementation="sdpa",
-                                   **extra)
-    llm = AutoModelForCausalLM.from_config(configs[1], dtype=torch.float32,
-                                           attn_implementation="sdpa")
+
+    def eye(vision_config, image_mean, image_std, **_):
+        config = AutoConfig.for_model(**vision_config)
+        extra = {"add_pooling_layer": False} if config.model_type == "vit" else {}
+        return encoders.Encoder(AutoModel.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", **extra),
+            image_mean, image_std)
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts["text_config"]),
+                                           dtype=torch.float32, attn_implementation="sdpa")
     pixels = encoders.read_json(folder / "processor_config.json",
                                 "image_processor")["image_processor"]
-    encoder = encoders.Encoder(vision, pixels["image_mean"], pixels["image_std"])
+    encoder = eye(facts["vision_config"], pixels["image_mean"], pixels["image_std"])
+    if "second" in facts:
+        encoder = encoders.TwoEncoders(encoder, eye(**facts["second"]))
     model = MLLM(encoder, llm, facts["image_token_index"])
     stored = {}
     for file in sorted(folder.glob("model*.safetensors")):

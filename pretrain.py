@@ -16,6 +16,7 @@ import flags
 import rundir
 import runtime
 import data
+import encoders
 import model as m
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", projector_epochs=1,
@@ -28,7 +29,11 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=2,
 def get_args():
     parser = flags.arguments(__doc__, PAPER)
     flags.add_two_step_flags(parser, "instruct")
-    return flags.settle_two_steps(flags.settle(parser, "pretrain", PAPER, TOY), "instruct")
+    args = flags.settle_two_steps(flags.settle(parser, "pretrain", PAPER, TOY), "instruct")
+    if len(encoders.parts_of(args.encoder)) == 2:
+        raise SystemExit(f"error: --encoder {args.encoder}: two encoders are judged together, by "
+                         f"repair_eval.py, which keeps both frozen; each is trained by itself")
+    return args
 
 
 def train(args, run, device, model, tokenizer, facts, phases):

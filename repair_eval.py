@@ -3,16 +3,19 @@
 Re-pair + score:  python repair_eval.py --encoder runs/toy-vit__toy-lm/dpo/encoder --llm toy-lm
 Eight GPUs:       torchrun --nproc_per_node=8 repair_eval.py --encoder DIR --llm qwen2.5-1.5b
 Score a model:    python repair_eval.py --mllm runs/toy-vit__toy-lm/dpo/final --bench DIR
+Two encoders:     python repair_eval.py --encoder A+B --llm toy-lm   (features side by side)
 One table:        python repair_eval.py --compare runs/toy-vit__toy-lm/repair/*
 
 Reads   the captions of stage 1 (projector step), DATA/repair.jsonl (projector + LLM), and the
-        benchmark TSVs of DATA/bench. Every encoder meets the same LLM and projector start, the
-        same data in the same order: the digests printed at the start show it.
-Writes  runs/NAME/repair/<encoder>/: what a training stage writes, and bench/ (predictions as they
-        come, results.json). With --mllm, bench/ lies beside the model's final/.
+        benchmark TSVs of DATA/bench, as VLMEvalKit publishes them (score.BENCHES has their names).
+        Every encoder meets the same LLM and projector start, the same data in the same order: the
+        digests printed at the start show it.
+Writes  runs/NAME/repair/<encoder>/: what a training stage writes, and bench/: predictions as they
+        come, results.json, units.json (what intervals resample), report.txt (prompts, labels, the
+        paper's table), wrong.html. With --mllm, bench/ lies beside the model's final/.
 """
+import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -20,10 +23,11 @@ import flags
 import rundir
 import runtime
 from runtime import print0
-import data
+import answer
 import encoders
 import model as m
 import pretrain
+import report
 import score
 import torch
 
@@ -37,6 +41,9 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=2,
 def get_args():
     parser = flags.arguments(__doc__, PAPER)
     flags.add_two_step_flags(parser, "repair")
+    parser.add_argument("--reuse-projector-layers", type=int, default=0, choices=[0, 1, 2],
+                        help="start so many linear layers of the projector from the one the "
+                        "extracted encoder was trained with (default 0: all fresh)")
     parser.add_argument("--mllm", help="score this trained model (a final/ folder) as it is")
     parser.add_argument("--bench", help="folder of benchmark TSVs; default DATA/bench")
     parser.add_argument("--limit", type=int, help="score only the first N questions of each")
@@ -45,181 +52,176 @@ def get_args():
     parser.add_argument("--wrong-image", action="store_true",
                         help="show every question the image of another one: what is left is what "
                         "the model answers without looking")
+    parser.add_argument("--ocr-tokens", action="store_true", help="TextVQA: put the words of the "
+                        "file's column ocr_tokens into the prompt (changes the score a lot)")
+    parser.add_argument("--rescore", action="store_true",
+                        help="score the stored answers again; no model is opened")
+    parser.add_argument("--show-wrong", type=int, default=50,
+                        help="so many wrong answers of each benchmark on the page wrong.html")
     parser.add_argument("--compare", nargs="+", metavar="DIR",
-                        help="print one table of models already scored; nothing is run")
+                        help="print one table of models already scored, and each one's differences "
+                        "to the first, with intervals; nothing is run")
     args = flags.settle_two_steps(flags.settle(parser, "repair", PAPER, TOY), "repair")
     args.bench = args.bench or f"{args.data}/bench"
     if args.encoder_lr:
         raise SystemExit(f"error: --encoder-lr {args.encoder_lr:g}: the encoder is frozen here")
+    if args.show_wrong < 0:
+        raise SystemExit("error: --show-wrong must be at least 0")
     return args
 
 
 def repair_folder(args):
     """runs/NAME/repair/<encoder>; an extracted encoder goes by its stage: runs/NAME/dpo/encoder →
-    runs/NAME/repair/dpo."""
-    path = Path(args.encoder)
-    extracted = path.is_dir() and path.name == "encoder"
-    run = path.parent.parent if extracted and not args.run_typed else Path(args.run)
-    return run / "repair" / (path.parent.name if extracted else encoders.short_name(args.encoder))
+    runs/NAME/repair/dpo. Two, A+B, go by both names; re-used projector layers are named, too."""
+    paths = [Path(part) for part in encoders.parts_of(args.encoder)]
+    extracted = [path.is_dir() and path.name == "encoder" for path in paths]
+    run = paths[0].parent.parent if extracted[0] and not args.run_typed else Path(args.run)
+    names = [path.parent.name if own else encoders.short_name(str(path))
+             for path, own in zip(paths, extracted)]
+    layers = args.reuse_projector_layers
+    return run / "repair" / ("+".join(names) + (f"-projector{layers}" if layers else ""))
 
 
-class Questions(torch.utils.data.Dataset):
-    """Benchmark rows, tokenised, the image read in the worker: one question at a time."""
-
-    def __init__(self, rows, bench, tokenizer, encoder, wrong_image):
-        self.rows, self.size = rows, encoder.image_size
-        image_id = tokenizer.convert_tokens_to_ids(m.IMAGE_TOKEN)
-        prompts = [data.user_turn(score.prompt_of(r, bench), True, m.SYSTEM) for r in rows]
-        self.ids = []
-        for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]:
-            if ids.count(image_id) != 1:
-                raise SystemExit(f"error: {rows[len(self.ids)]['where']}: the question holds "
-                                 f"{m.IMAGE_TOKEN}")
-            at = ids.index(image_id)
-            self.ids.append(ids[:at] + [image_id] * encoder.num_tokens + ids[at + 1:])
-        self.images = [r["image"] for r in rows]
-        if wrong_image:          # half the file away, further where that is the same picture
-            n = len(rows)
-            if len(set(self.images)) < 2:
-                raise SystemExit(f"error: {rows[0]['where'].rpartition(':')[0]}: --wrong-image "
-                                 f"needs two different pictures")
-            self.images = [next(self.images[j % n] for j in range(i + n // 2, i + n // 2 + n)
-                                if self.images[j % n] != self.images[i]) for i in range(n)]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        try:
-            pixels = data.load_image(self.images[i], self.size, self.rows[i]["where"])
-        except data.BadRecord as e:
-            return f"error: {e}"
-        return i, self.ids[i], torch.from_numpy(pixels)
-
-
-def collate(items):
-    """Left-pad, so that every prompt ends where its answer begins."""
-    for item in items:
-        if isinstance(item, str):
-            return item
-    width = max(len(ids) for _, ids, _ in items)
-    return ([i for i, _, _ in items], torch.stack([p for _, _, p in items]),
-            torch.tensor([[0] * (width - len(ids)) + ids for _, ids, _ in items]),
-            torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids, _ in items]))
-
-
-def predictions(folder, name):
-    """{index: prediction} of what has been answered so far, by any number of processes."""
-    done = {}
-    for file in folder.glob(f"{name}.*.jsonl"):
-        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-        for number, line in enumerate(lines[:-1], 1):     # the last line may have been cut off
-            try:
-                item = json.loads(line)
-                done[item["index"]] = item["prediction"]
-            except (ValueError, KeyError, TypeError):
-                raise SystemExit(f"error: {file}:{number}: not an answer; delete the line, and its "
-                                 f"question is answered again")
-    return done
-
-
-def answer(args, model, tokenizer, device, path, folder):
-    """Answer one TSV greedily; each process appends its share to a file of its own, as it comes.
-
-    → {index: prediction} of all rows, the rows. What an earlier, interrupted call answered stays.
+def reuse_projector(model, encoder, layers):
+    """Start the first linear layers of the projector from those the encoder was trained with (the
+    paper's appendix: "1+1" = the first of them, then a fresh one). They lie in final/ beside the
+    extracted encoder; raises SystemExit unless that holds this very encoder, and layers that fit.
     """
-    name = path.stem
-    rows = list(score.read_tsv(path))[:args.limit]
-    rank, world = runtime.world()
-    done = predictions(folder, name)
-    runtime.dist.barrier()                             # all have read before anyone writes
-    own = folder / f"{name}.{rank}.jsonl"
-    if own.exists():
-        whole = own.read_bytes()
-        os.truncate(own, whole.rfind(b"\n") + 1)
-    questions = Questions(rows, score.BENCHES[name], tokenizer, model.encoder, args.wrong_image)
-    todo = [i for i, r in enumerate(rows) if r["index"] not in done]
-    todo.sort(key=lambda i: -len(questions.ids[i]))    # full batches; the longest first
-    todo = todo[rank::world]
-    batches = [todo[i:i + args.eval_batch] for i in range(0, len(todo), args.eval_batch)]
-    loader = torch.utils.data.DataLoader(questions, batch_sampler=batches, collate_fn=collate,
-                                         num_workers=min(args.workers, len(batches)))
-    stops, loader = m.stop_ids(tokenizer), iter(loader)
-    with open(own, "a", encoding="utf-8") as file:
-        for _ in runtime.progress(0, len(batches), name):
-            batch = next(loader)
-            if isinstance(batch, str):
-                raise SystemExit(batch)
-            index, pixels, ids, mask = batch
-            tokens = model.generate(pixels.to(device), ids.to(device), mask.to(device),
-                                    args.max_new_tokens, stops)
-            for i, text in zip(index, tokenizer.batch_decode(tokens)):
-                file.write(json.dumps({"index": rows[i]["index"], "prediction": text}) + "\n")
-            file.flush()
-    runtime.dist.barrier()
-    return predictions(folder, name), rows
+    from safetensors import safe_open
+    final = Path(encoder).parent / "final"
+    hint = "it needs an encoder as extract.py leaves it, RUN/STAGE/encoder, with final/ beside it"
+    if Path(encoder).name != "encoder" or not (final / "config.json").exists():
+        raise SystemExit(f"error: --reuse-projector-layers {layers}: no model at {final}; {hint}")
+    stored = {}
+    for file in sorted(final.glob("model*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            stored.update({k: tensors.get_tensor(k) for k in tensors.keys()
+                           if not k.startswith("language_model.")})
+    for name, p in model.encoder.state_dict().items():
+        if not torch.equal(stored.get(m.file_name_of(f"encoder.{name}"), torch.empty(0)), p):
+            raise SystemExit(f"error: --reuse-projector-layers {layers}: {final} holds another "
+                             f"encoder than {encoder} (first: {name}); extract it again")
+    for name, p in model.projector.named_parameters():
+        if int(name.split(".")[0][-1]) <= layers:                     # linear_1.…, linear_2.…
+            old = stored[m.file_name_of(f"projector.{name}")]
+            if old.shape != p.shape:
+                raise SystemExit(f"error: --reuse-projector-layers {layers}: {name} of {final} is "
+                                 f"{tuple(old.shape)}, with this --llm it is {tuple(p.shape)}; "
+                                 f"re-pair with an LLM of that width")
+            p.data.copy_(old)
 
 
-def known_files(args):
-    """The TSVs of --bench whose name is a benchmark's; raises SystemExit where there is none."""
-    files = sorted(p for p in Path(args.bench).glob("*.tsv"))
-    known = [p for p in files if p.stem in score.BENCHES]
+def read_files(args):
+    """{path: (rows, what was left out)} of the TSVs of --bench whose name is a benchmark's; raises
+    SystemExit where there is none, or a row cannot be used."""
+    files = sorted(Path(args.bench).glob("*.tsv"))
     for path in files:
-        if path not in known:
+        if path.stem not in score.BENCHES:
             print0(f"  {path.name}: not a benchmark known by its name, left out")
+    known = {p: answer.read_tsv(p) for p in files if p.stem in score.BENCHES}
     if not known:
         raise SystemExit(f"error: no known benchmark TSV in {args.bench}; known names: "
                          f"{', '.join(score.BENCHES)}")
+    for path, (rows, dropped) in known.items():
+        for why, n in dropped.items():
+            print0(f"  {path.name}: {n} rows {why}, left out")
+        if args.ocr_tokens and path.stem == "TextVQA_VAL" and "ocr_tokens" not in rows[0]:
+            raise SystemExit(f"error: --ocr-tokens: {path} has no column ocr_tokens")
     return known
 
 
-def evaluate(args, mllm, device, folder):
-    """Every known TSV of --bench answered and scored: results.json and the table."""
-    known = known_files(args)
-    model, tokenizer = m.load_mllm(mllm)
-    key = {"model": rundir.file_digest(mllm), "wrong_image": args.wrong_image,
-           "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
-           **{p.name: runtime.from_main(lambda p=p: rundir.sha256(p)) for p in known}}
+def stored_answers(args, folder, key):
+    """Refuse a folder that holds answers of another model, setting or file; --overwrite empties
+    it. → the key of all answers there."""
     config = folder / "config.json"
-    if not args.overwrite and config.exists() and encoders.read_json(
-            config, remedy="; --overwrite deletes these answers") != key:
-        raise SystemExit(f"error: {folder} holds the answers of another model or setting; "
-                         f"--overwrite deletes them")
+    if config.exists() and (args.rescore or not args.overwrite):
+        old = encoders.read_json(config, remedy="; --overwrite deletes these answers")
+        for what in key.keys() & old.keys():
+            if old[what] != key[what]:
+                raise SystemExit(f"error: {folder} holds the answers of another model or setting "
+                                 f"({what}: {old[what]}, now {key[what]}); --overwrite deletes "
+                                 f"them")
+        key = {**old, **key}             # a file that was not there before is welcome
+    elif args.rescore:
+        raise SystemExit(f"error: {folder} holds no answers to score anew; leave --rescore out")
+    if args.rescore:
+        return key
     if runtime.is_main() and args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     runtime.dist.barrier()
     folder.mkdir(parents=True, exist_ok=True)
     rundir.write_whole(config, lambda aside: aside.write_text(json.dumps(key)))
-    if args.dtype == "bf16":        # parameters alone: rotary frequencies in bf16 are wrong by a
-        for p in model.parameters():                   # radian at position 800
-            p.data = p.data.to(torch.bfloat16)
-    model = model.eval().to(device)                    # whole on every process: it only answers
-    scores = {}
-    for path in known:
-        done, rows = answer(args, model, tokenizer, device, path, folder)
-        right = [score.score_row(r, done[r["index"]]) for r in rows]
-        p = sum(right) / len(rows)
-        scores[path.stem] = {"score": 100 * p, "n": len(rows), "chance": score.chance(rows),
-                             "ci95": 196 * (p * (1 - p) / len(rows)) ** 0.5}
-    results = {"mllm": str(mllm), **key, "benchmarks": scores, **score.summarise(scores)}
-    rundir.write_whole(folder / "results.json",
-                       lambda aside: aside.write_text(json.dumps(results, indent=1)))
-    print0("\n".join(score.table({folder.parent.name: results})))
+    return key
+
+
+def file_key(path, rows, args):
+    """What the answers to a file depend on: its bytes, and the prompts made of them."""
+    prompts = "\0".join(score.prompt_of(path.stem, r, args.ocr_tokens) for r in rows)
+    return f"{rundir.sha256(path)}-{hashlib.sha256(prompts.encode()).hexdigest()[:8]}"
+
+
+def evaluate(args, mllm, device, folder):
+    """Every known TSV of --bench answered and scored: results.json, units.json, report.txt, the
+    page of wrong answers. With --rescore from stored answers alone: no model is opened."""
+    files = read_files(args)
+    key = {"wrong_image": args.wrong_image, "max_new_tokens": args.max_new_tokens,
+           **{p.name: runtime.from_main(lambda p=p, r=rows: file_key(p, r, args))
+              for p, (rows, _) in files.items()}}
+    if not args.rescore:
+        model, tokenizer = m.load_mllm(mllm)
+        key.update(model=rundir.file_digest(mllm), dtype=args.dtype)
+    key = stored_answers(args, folder, key)
+    if not args.rescore:
+        if args.dtype == "bf16":    # parameters alone: rotary frequencies in bf16 are wrong by a
+            for p in model.parameters():               # radian at position 800
+                p.data = p.data.to(torch.bfloat16)
+        model = model.eval().to(device)                # whole on every process: it only answers
+    found, units, answered = {}, {}, []
+    for path, (rows, dropped) in files.items():
+        name, shown = path.stem, answer.wrong_pictures(rows) if args.wrong_image else rows
+        rows, shown = rows[:args.limit], shown[:args.limit]     # the same pictures for any --limit
+        done = answer.predictions(folder, name) if args.rescore else \
+            answer.answer(args, model, tokenizer, device, path, rows, shown, folder)
+        lost = [r["index"] for r in rows if r["index"] not in done]
+        if lost:
+            raise SystemExit(f"error: {folder} holds no answer to {len(lost)} of {len(rows)} "
+                             f"questions of {name}, first: index {lost[0]}; without --rescore they "
+                             f"are answered")
+        units[name] = score.units(name, rows, done)
+        if not units[name]:
+            raise SystemExit(f"error: {path}: none of its {len(rows)} questions counts"
+                             f"{': MME scores perception' if name == 'MME' else ''}; a larger "
+                             f"--limit?")
+        several = sum(bool(r.get("more_images")) for r in rows)
+        notes = [score.notes(name, rows), *(f"{n} rows {why} left out" for why, n in
+                                            dropped.items()),
+                 f"{several} questions have several images, the first was shown" * bool(several),
+                 "with OCR tokens" if args.ocr_tokens and name == "TextVQA_VAL" else
+                 "no OCR tokens" * (name == "TextVQA_VAL")]
+        found[name] = {
+            "score": score.score_of(units[name]), "ci95": score.half_width(units[name]),
+            "n": len(rows), "units": len(units[name]),
+            "chance": score.score_of(score.units(name, rows, score.constant(name, rows))),
+            "note": "; ".join(x for x in notes if x),
+            "prompt": score.prompt_of(name, rows[0], args.ocr_tokens)}
+        answered.append((path, rows, shown, done))
+    results = {"mllm": str(mllm), **key, "limit": args.limit, "benchmarks": found,
+               **score.summarise({n: r["score"] for n, r in found.items()})}
+    for file, make in (("units.json", lambda: json.dumps(units)),
+                       ("wrong.html", lambda: report.wrong_page(mllm, answered, args.show_wrong,
+                                                                args.ocr_tokens)),
+                       ("report.txt", lambda: report.text(folder.parent.name, results)),
+                       ("results.json", lambda: json.dumps(results, indent=1))):
+        rundir.write_whole(folder / file,
+                           lambda aside, make=make: aside.write_text(make(), encoding="utf-8"))
+    print0("\n".join([*report.table({folder.parent.name: results}),
+                      f"wrote {folder}: results.json, report.txt (prompts, labels), wrong.html"]))
 
 
 def main():
     args = get_args()
     if args.compare:
-        names = [Path(d).name for d in args.compare]
-        names = names if len(set(names)) == len(names) else args.compare
-        found = {name: next((p for p in (Path(d, "bench", "results.json"),
-                                         Path(d, "results.json")) if p.exists()), None)
-                 for name, d in zip(names, args.compare)}
-        lost = [name for name, path in found.items() if path is None]
-        if lost:
-            raise SystemExit(f"error: not scored yet: {', '.join(lost)}")
-        print("\n".join(score.table({n: encoders.read_json(p, "benchmarks", "groups", "average")
-                                     for n, p in found.items()})))
+        print("\n".join(report.compare(args.compare)))
         return
     device = runtime.start()
     suffix = "bench-wrong-image" if args.wrong_image else "bench"
@@ -227,8 +229,12 @@ def main():
         evaluate(args, Path(args.mllm), device, Path(args.mllm).parent / suffix)
         return
     folder = repair_folder(args)
-    path = encoders.resolve(args.encoder)
-    eye = rundir.file_digest(path) if Path(path).is_dir() else path
+    if args.rescore:
+        evaluate(args, folder / "final", device, folder / suffix)
+        return
+    eye, llm = ("+".join(rundir.file_digest(p) if Path(p).is_dir() else p
+                         for p in map(encoders.resolve, parts))
+                for parts in (encoders.parts_of(args.encoder), [args.llm]))
     if not args.overwrite and (folder / "final" / "config.json").exists():
         old = encoders.read_json(folder / "config.json", "arguments", remedy="; --overwrite")
         for what, then, now in (("encoder", old.get("encoder_digest"), eye),
@@ -238,11 +244,14 @@ def main():
                 raise SystemExit(f"error: {folder} was re-paired with another {what}: {then}, now "
                                  f"{now}; name another --run-dir, or --overwrite")
     else:
-        known_files(args)                             # before the training, not after it
+        read_files(args)                              # before the training, not after it
         run = rundir.Run(folder, args)
         model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed)
+        if args.reuse_projector_layers:
+            reuse_projector(model, args.encoder, args.reuse_projector_layers)
         frozen = {"encoder": 0}                       # the eye is judged, not trained
-        pretrain.train(args, run, device, model, tokenizer, {"encoder_digest": eye}, phases=[
+        facts = {"encoder_digest": eye, "llm_digest": llm}
+        pretrain.train(args, run, device, model, tokenizer, facts, phases=[
             ("projector", "captions", args.captions,
              {**frozen, "projector": args.projector_lr, "llm": 0},
              args.projector_epochs, args.projector_max_steps),

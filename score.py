@@ -1,155 +1,385 @@
-"""Benchmarks: how a file is read, how an answer is scored, how scores are averaged.
+"""Benchmarks: what is asked, how an answer is scored, how scores are averaged. Pure functions.
 
-BENCHES names each benchmark's group, rule and prompt suffix. A file is recognised by its name.
+`BENCHES` knows a benchmark by the name of its VLMEvalKit file. Every score is on the paper's scale:
+
+    score = 100 × mean over strata of (mean over units of a value in [0, 1])
+
+A *unit* is what an interval resamples: a question; an image of MME (half accuracy, half "all of its
+questions right", so that the mean over the ten perception categories is perception ÷ 20); all
+rotations of a MMBench question; a pair of MMVP. Strata: MME's categories, the sources of CV-Bench.
+
+Rules follow Cambrian-1's evaluation code where it and VLMEvalKit differ, unless a docstring says
+otherwise. No judge model anywhere; groups go by ids in the file, never by the order of its lines.
 """
-import base64
-import csv
+import ast
+import math
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
+import numpy as np
+
 LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_ONLY = "Please answer directly with only the letter of the correct option and nothing else."
+SHORT = "Answer the question using a single word or phrase."
+NUMBER = "Answer the question using a single number or phrase."
+DIRECT = "Give the short answer directly."
 GROUPS = ("General", "Knowledge", "OCR & Chart", "Vision-Centric")
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene",
+              "landmark", "artwork", "OCR")
+HANDWRITTEN_MATHS = "Handwritten Mathematical Expression Recognition"
 
 
-class Bench(NamedTuple):
-    group: str
-    suffix: str      # of open questions; questions with options always end in LETTER
+# ------------------------------------------------------------------------------- what a row says
 
-
-BENCHES = {
-    "ToyGeneral": Bench("General", ""),
-    "ToyKnowledge": Bench("Knowledge", ""),
-    "ToyOCR": Bench("OCR & Chart", ""),
-    "ToyVision": Bench("Vision-Centric", ""),
-    "EasyVQA": Bench("General", ""),
-}
-
-
-def read_tsv(path):
-    """Yield the rows of a VLMEvalKit TSV as dicts, `image` resolved to bytes; raises SystemExit.
-
-    An `image` of at most 64 characters is the index of an earlier row whose image is reused.
-    """
-    csv.field_size_limit(2 ** 31 - 1)
-    images, seen, number = {}, set(), 1
-    with open(path, newline="", encoding="utf-8") as f:
-        lines = csv.DictReader(f, delimiter="\t")
-        while True:
-            try:
-                row, number = next(lines), number + 1
-            except StopIteration:
-                break
-            except (UnicodeDecodeError, csv.Error) as e:
-                raise SystemExit(f"error: {path}:{number + 1}: not a TSV in UTF-8 ({e})")
-            missing = [c for c in ("index", "question", "answer", "image") if not row.get(c)]
-            if missing:
-                raise SystemExit(f"error: {path}:{number}: no '{missing[0]}'")
-            if row["index"] in seen:
-                raise SystemExit(f"error: {path}:{number}: index {row['index']} is an earlier "
-                                 f"row's, too")
-            seen.add(row["index"])
-            if len(row["image"]) > 64:
-                images[row["index"]] = row["image"]
-            elif row["image"] not in images:
-                raise SystemExit(f"error: {path}:{number}: image {row['image']!r} is neither "
-                                 f"base64 nor the index of an earlier row")
-            else:
-                row["image"] = images[row["image"]]
-            try:
-                row["image"] = base64.b64decode(row["image"], validate=True)
-            except ValueError:
-                raise SystemExit(f"error: {path}:{number}: 'image' is not base64")
-            row["where"] = f"{path}:{number}"
-            yield row
-    if number == 1:
-        raise SystemExit(f"error: {path}: no question in it")
+def listed(cell):
+    """A cell that holds a Python list, as pandas writes one: its items as text. Else None."""
+    if cell.startswith("[") and cell.endswith("]"):
+        try:
+            items = ast.literal_eval(cell)            # literals alone: nothing is executed
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return None
+        return [str(i) for i in items] if isinstance(items, list) and items else None
 
 
 def options_of(row):
-    """The choice columns of a TSV row that hold something: {"A": text, …}."""
-    return {c: row[c] for c in "ABCDEFGH" if (row.get(c) or "").strip()}
+    """The options of a row: {"A": text, …}, from its columns A, B, … or its list of `choices`."""
+    options = {c: row[c].strip() for c in "ABCDEFGHI" if (row.get(c) or "").strip()}
+    return options or dict(zip("ABCDEFGHI", listed(row.get("choices") or "") or []))
 
 
-def prompt_of(row, bench):
-    """The one fixed prompt of a benchmark: hint, question, options, suffix."""
-    hint, options = (row.get("hint") or "").strip(), options_of(row)
-    lines = [hint] if hint else []
-    lines += [row["question"].strip()] + [f"{k}. {v}" for k, v in options.items()]
-    suffix = LETTER if options else bench.suffix
-    return "\n".join(lines + ([suffix] if suffix else []))
+def gold_letter(row, options):
+    """The letter of the right option, given as "B", "(b)" or by its text; raises SystemExit."""
+    answer = (row.get("answer_option") or row["answer"]).strip()
+    bare = answer.strip("(). ").upper()
+    if bare in options:
+        return bare
+    named = [k for k, v in options.items() if plain(v) == plain(answer)]
+    if len(named) != 1:
+        raise SystemExit(f"error: {row.get('where')}: answer {answer!r} is not one of the options "
+                         f"{', '.join(options)}")
+    return named[0]
 
 
-def exact(prediction, answer):
-    """Equal after lower-casing and dropping surrounding space and a final full stop."""
-    return prediction.strip().lower().rstrip(".") == answer.strip().lower().rstrip(".")
+def references(name, row):
+    """All answers that count as right, of an open question."""
+    many = BENCHES[name].many and listed(row["answer"].strip())
+    return many or [row["answer"]]
+
+
+def prompt_of(name, row, ocr_tokens=False):
+    """The one fixed prompt of a benchmark: hint, question, options, suffix.
+
+    CV-Bench brings its own wording (`prompt`), MathVista's question its choices: those are not
+    listed again. MMMU's `<image 1>` marks go: there is one image, and it comes first.
+    """
+    bench, options = BENCHES[name], options_of(row)
+    own = row.get(bench.column) if bench.column != "question" else None
+    lines = [(row.get("hint") or "").strip(), (own or row["question"]).strip()]
+    if not own and "\nChoices:" not in lines[1]:
+        lines += [f"{k}. {v}" for k, v in options.items()]
+    if ocr_tokens and row.get("ocr_tokens"):
+        lines.append("Reference OCR tokens: " + ", ".join(listed(row["ocr_tokens"]) or
+                                                         [row["ocr_tokens"]]))
+    lines.append(bench.letter if options else bench.suffix)
+    return re.sub(r" *<image \d+> *", " ", "\n".join(x for x in lines if x)).strip()
+
+
+# ------------------------------------------------------------------------------------- the rules
+
+def plain(text):
+    """Lower case, one space between words, no final full stop, accents composed."""
+    return " ".join(unicodedata.normalize("NFC", text).lower().split()).rstrip(". ")
 
 
 def letter(prediction, answer, options):
-    """Cambrian's letter rule, then option text. "B", "(b)", "Answer: B." and "B. cat" are B.
+    """Does the prediction choose option `answer`? "B", "(b)", "Answer: B.", "B. cat", "cat" do.
 
-    options: {"A": text, …}. The text after the last "answer is" / "answer:" counts; a first
-    character that ends there or at a stop is the letter; else one option text contained decides.
+    Cambrian: what follows the last "answer is" / "answer:" counts, its first character decides.
+    Ours wants that character to stand alone, lest "Because" be B; before a blank it may be the
+    article ("a cat"), so there an option named by its text goes first.
     """
-    text = re.split(r"answer is|answer:", prediction.lower())[-1].strip()
-    text = text.strip(" .()\n")
-    match = re.match(r"([a-h])(?:$|[.,:)])", text)
-    if match:
-        return match[1] == answer.strip().lower()
-    named = [k for k, v in options.items() if v.strip().lower() == text] or \
-        [k for k, v in options.items() if v.strip().lower() in text]
-    return len(named) == 1 and named[0].lower() == answer.strip().lower()
+    text = plain(re.split(r"answer is|answer:", prediction.lower())[-1])
+    alone = re.match(r"[ .():]*([a-z])(?:$|[.,:;)])", text)
+    if not alone:
+        texts = {k: plain(v) for k, v in options.items() if plain(v)}
+        found = [k for k, v in texts.items() if v == text] or \
+            [k for k, v in texts.items() if re.search(rf"(?<!\w){re.escape(v)}(?!\w)", text)]
+        found = [k for k in found if not any(    # "dark red" names "dark red", not "red" as well
+            texts[k] != texts[o] and texts[k] in texts[o] for o in found)]
+        if found:
+            return found == [answer]
+        alone = re.match(r"[ .():]*([a-z])\s", text)
+    return bool(alone) and alone[1].upper() == answer
 
 
-def score_row(row, prediction):
-    """Is this prediction right? row: a TSV row with `answer` and perhaps options."""
-    options = options_of(row)
-    return letter(prediction, row["answer"], options) if options \
-        else exact(prediction, row["answer"])
+def exact(prediction, answers):
+    """Equal but for case, blanks, a final full stop."""
+    return float(plain(prediction) in map(plain, answers))
 
 
-def chance(rows):
-    """Accuracy, in percent, of always giving the most frequent answer of each question type."""
+def yes_no(prediction, answers):
+    """Says yes or no, one of them only, and the right one (VLMEvalKit's reading of an answer)."""
+    said = {"yes", "no"} & set(re.findall(r"\w+", prediction.lower()))
+    return float(len(said) == 1 and said <= set(map(plain, answers)))
+
+
+def number(text):
+    """"12", "-3.5", "40%" (= 0.4) → float, anything else → None."""
+    text = text.strip()
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def relaxed(prediction, answers):
+    """Within 5 % of the gold number (of a gold 0: equal to it); words must match exactly."""
+    def right(answer):
+        p, g = number(plain(prediction)), number(plain(answer))
+        if p is None or g is None:
+            return exact(prediction, [answer])
+        return abs(p - g) <= 0.05 * abs(g) + 1e-12
+    return float(any(map(right, answers)))
+
+
+def contains(prediction, answers, maths=False):
+    """OCRBench: some gold string stands in the prediction; lower case, newlines are blanks.
+    Handwritten maths: case counts, blanks do not."""
+    def fold(text):
+        return "".join(text.split()) if maths else text.lower().strip().replace("\n", " ")
+    return float(any(fold(a) and fold(a) in fold(prediction) for a in answers))
+
+
+def edit_distance(a, b):
+    """Levenshtein: insertions, deletions and substitutions from a to b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+def anls(prediction, answers):
+    """DocVQA: 1 − edit distance ÷ longer length to the nearest answer; from a distance of half
+    the length on, 0."""
+    def near(answer):
+        a, p = (" ".join(x.lower().split()) for x in (answer, prediction))
+        far = edit_distance(a, p) / max(len(a), len(p), 1)
+        return 1 - far if far < 0.5 else 0.0
+    return max(map(near, answers))
+
+
+def vqa_soft(prediction, answers):
+    """VQA accuracy: min(1, matches ÷ 3) over every choice of all answers but one, averaged.
+    Ten annotators; equality after `vqa_plain`."""
+    said, given = vqa_plain(prediction), Counter(map(vqa_plain, answers))
+    same, n = given[said], len(answers)
+    if n == 1:
+        return float(same)
+    return (same * min(1, (same - 1) / 3) + (n - same) * min(1, same / 3)) / n
+
+
+NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
+                   "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+CONTRACTIONS = {word[:m.start()] + word[m.end():]: word for word in (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't "
+    "haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't "
+    "mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've "
+    "should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've "
+    "someone'll someone's something'd something'd've something'll that's there'd there'd've "
+    "there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't "
+    "what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's "
+    "who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've "
+    "you'd you'd've you'll you're you've").split() for m in re.finditer("'", word)}
+
+
+def vqa_plain(text):
+    """The normalisation of the VQA and EvalAI servers: punctuation, number words, articles,
+    contractions written without their apostrophe."""
+    text = re.sub("[,?]", "", text.lower()).replace("'s", " 's")
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    whole = text
+    for mark in ";/[]\"{}()=+\\_-><@`!":          # between two words a mark is a blank
+        beside_blank = f"{mark} " in whole or f" {mark}" in whole
+        text = text.replace(mark, "" if beside_blank else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [NUMBERS.get(w, w) for w in text.split()]
+    return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
+
+
+# ---------------------------------------------------------------------------------- the benchmarks
+
+class Bench(NamedTuple):
+    """suite: those that are averaged together. rule: of open questions; with options it is always
+    the letter. suffix: of open questions, letter: of those with options. column: where the prompt
+    stands. many: `answer` may be a list. note: what the report says of labels and wording."""
+    group: str
+    suite: str = "paper"
+    rule: object = exact
+    suffix: str = SHORT
+    letter: str = LETTER
+    column: str = "question"
+    many: bool = True
+    note: str = ""
+
+
+BENCHES = {
+    "MME": Bench("General", rule=yes_no, note="perception ÷ 20, accuracy and accuracy+ by image"),
+    "MMBench_DEV_EN": Bench("General", note="English dev"),
+    "SEEDBench_IMG": Bench("General", note="images alone, no video"),
+    "GQA_TestDev_Balanced": Bench("General"),
+    "ScienceQA_TEST": Bench("Knowledge", letter=LETTER_ONLY, note="questions with an image"),
+    "MMMU_DEV_VAL": Bench("Knowledge", rule=relaxed, note="validation, the first image; open "
+                          "questions exact or within 5 %"),
+    "MathVista_MINI": Bench("Knowledge", rule=relaxed, many=False, note="testmini, no judge: exact "
+                            "or within 5 % of the gold, letter or text of the option"),
+    "AI2D_TEST": Bench("Knowledge", note="the file with masked labels, not NO_MASK"),
+    "ChartQA_TEST": Bench("OCR & Chart", rule=relaxed, suffix=NUMBER, note="within 5 %"),
+    "OCRBench": Bench("OCR & Chart", rule=contains, suffix=DIRECT, note="of 1000, ÷ 10"),
+    "TextVQA_VAL": Bench("OCR & Chart", rule=vqa_soft, note="VQA soft accuracy"),
+    "DocVQA_VAL": Bench("OCR & Chart", rule=anls, suffix=DIRECT, note="validation, ANLS at 0.5"),
+    "MMVP": Bench("Vision-Centric", note="pairs; labels as in the file, none corrected"),
+    "RealWorldQA": Bench("Vision-Centric"),
+    "CV-Bench-2D": Bench("Vision-Centric", column="prompt", note="mean of its two sources"),
+    "CV-Bench-3D": Bench("Vision-Centric", column="prompt"),
+    "ToyGeneral": Bench("General", "toy", suffix=""),
+    "ToyKnowledge": Bench("Knowledge", "toy", suffix=""),
+    "ToyOCR": Bench("OCR & Chart", "toy", suffix=""),
+    "ToyVision": Bench("Vision-Centric", "toy", suffix=""),
+    "EasyVQA": Bench("General", "EasyVQA", suffix=""),
+}
+
+
+def value(name, row, prediction):
+    """One answer's worth, in [0, 1]."""
+    options, rule = options_of(row), BENCHES[name].rule
+    if options:
+        return float(letter(prediction, gold_letter(row, options), options))
+    more = {"maths": row.get("category") == HANDWRITTEN_MATHS} if rule is contains else {}
+    return float(rule(prediction, references(name, row), **more))
+
+
+def whole_number(row):
+    try:
+        return int(row["index"])
+    except ValueError:
+        raise SystemExit(f"error: {row.get('where')}: index {row['index']!r} is not a whole "
+                         f"number, by which this benchmark groups its questions")
+
+
+def unit_of(name, rows):
+    """→ a function from a row to (stratum, unit), or to None where the row does not count.
+
+    MMVP's published indices start at 1, its pairs are (1, 2), (3, 4), …; a file that starts at 0
+    has (0, 1), (2, 3), …
+    """
+    if name == "MME":
+        return lambda r: (r["category"], r.get("image_path") or r["image_id"]) \
+            if r.get("category") in PERCEPTION else None
+    if name == "MMBench_DEV_EN":
+        return lambda r: ("", whole_number(r) % 1_000_000)
+    if name == "MMVP":
+        base = min(map(whole_number, rows)) % 2
+        return lambda r: ("", (whole_number(r) - base) // 2)
+    if name == "CV-Bench-2D":
+        return lambda r: (r.get("source") or "", r["index"])
+    return lambda r: ("", r["index"])
+
+
+def units(name, rows, predictions):
+    """[(stratum, unit, value in [0, 1]), …]. predictions: {index: text}, one for every row."""
+    groups, unit = defaultdict(list), unit_of(name, rows)
+    for row in rows:
+        if key := unit(row):
+            groups[key].append(value(name, row, predictions[row["index"]]))
+    whole = {k: min(v) for k, v in groups.items()}        # all right
+    if name == "MME":
+        whole = {k: (sum(v) / len(v) + (min(v) == 1)) / 2 for k, v in groups.items()}
+    return [(*k, v) for k, v in whole.items()]
+
+
+def strata(units):
+    """{stratum: values (n,)}"""
+    found = defaultdict(list)
+    for stratum, _, v in units:
+        found[stratum].append(v)
+    return {s: np.array(v, np.float64) for s, v in found.items()}
+
+
+def score_of(units):
+    """100 × mean over strata of the mean over units; None where nothing counts."""
+    means = [v.mean() for v in strata(units).values()]
+    return 100 * float(np.mean(means)) if means else None
+
+
+def half_width(units):
+    """Of the 95 % interval of score_of, by the normal approximation, units drawn within strata."""
+    parts = [v.var() / len(v) for v in strata(units).values()]
+    return 196 * float(np.sqrt(np.sum(parts)) / len(parts)) if parts else None
+
+
+def resampled(ours, theirs, rounds=2000):
+    """Bootstrap of score_of(ours) − score_of(theirs), the same units drawn for both, within
+    strata: (rounds,). None where the two did not answer the same questions."""
+    theirs = {(s, u): v for s, u, v in theirs}
+    if not ours or {(s, u) for s, u, _ in ours} != theirs.keys():
+        return None
+    change, rng = strata([(s, u, v - theirs[s, u]) for s, u, v in ours]), np.random.default_rng(0)
+    means = [[v[rng.integers(0, len(v), len(v))].mean() for _ in range(rounds)]
+             for _, v in sorted(change.items())]
+    return 100 * np.mean(means, 0)
+
+
+def constant(name, rows):
+    """The predictions of a model that always gives the most frequent answer of each kind of
+    question (category, with or without options): what *chance* stands for."""
+    def kind(row):
+        return row.get("category"), bool(options_of(row))
     answers = defaultdict(Counter)
     for row in rows:
-        answers[row.get("category"), bool(options_of(row))][row["answer"].strip().lower()] += 1
-    return 100 * sum(max(c.values()) for c in answers.values()) / len(rows)
+        options = options_of(row)
+        answers[kind(row)][gold_letter(row, options) if options
+                           else plain(references(name, row)[0])] += 1
+    return {row["index"]: answers[kind(row)].most_common(1)[0][0] for row in rows}
+
+
+def notes(name, rows):
+    """What a reader of this score must know: labels, pairs, what was left out."""
+    said, unit = [BENCHES[name].note], unit_of(name, rows)
+    sizes = Counter(unit(r) for r in rows)
+    left_out = sizes.pop(None, 0)
+    if name == "MME":
+        missing = [c for c in PERCEPTION if c not in {c for c, _ in sizes}]
+        odd = sum(n != 2 for n in sizes.values())
+        said += [f"{left_out} questions on cognition answered, left out"] * bool(left_out)
+        said += [f"no questions on {', '.join(missing)}"] * bool(missing)
+        said += [f"{odd} images without exactly two questions"] * bool(odd)
+    if name == "MMBench_DEV_EN":
+        said.append("circular: all rotations of a question right" if max(sizes.values()) > 1 else
+                    "no rotations in the file: plain accuracy, not circular")
+    if name == "MMVP":
+        odd = sum(n != 2 for n in sizes.values())
+        said += [f"{odd} of {len(sizes)} pairs incomplete"] * bool(odd)
+    if name == "CV-Bench-2D":
+        said.append("sources: " + (", ".join(sorted({s for s, _ in sizes} - {""})) or "none named"))
+    return "; ".join(x for x in said if x)
 
 
 def summarise(scores):
-    """{bench: {"score", …}} → group means and the average over benchmarks, missing ones left out.
+    """{bench: score} → group means, the average, and which of the same suite are missing.
 
-    The average of all is the plain mean over benchmarks (= mean of group means, when all are in).
+    The average is the plain mean over benchmarks (= mean of group means, when all are in). What is
+    missing is left out of its group's mean, and named.
     """
     groups = {}
     for group in GROUPS:
-        inside = [s["score"] for name, s in scores.items() if BENCHES[name].group == group]
+        inside = [s for name, s in scores.items() if BENCHES[name].group == group]
         if inside:
             groups[group] = sum(inside) / len(inside)
-    return {"groups": groups, "average": sum(s["score"] for s in scores.values()) / len(scores)}
-
-
-def table(columns):
-    """{model name: results} → the lines of one table, benchmarks × models: score ± the half-width
-    of its 95 % interval (binomial), with the chance level beside it."""
-    names = [n for n in BENCHES if any(n in r["benchmarks"] for r in columns.values())]
-    width = max(16, *(len(c) + 2 for c in columns))
-    lines = [f"{'':<16}{'n':>6}{'chance':>9}" + "".join(f"{c:>{width}}" for c in columns)]
-
-    def row(label, n, base, values):
-        lines.append(f"{label:<16}{n:>6}{base:>9}" + "".join(f"{v:>{width}}" for v in values))
-
-    def cell(value, interval=None):
-        return "–" if value is None else f"{value:.1f}" + (f" ±{interval:.1f}" if interval else "")
-    for group in GROUPS:
-        inside = [n for n in names if BENCHES[n].group == group]
-        if not inside:
-            continue
-        row(group, "", "", [cell(r["groups"].get(group)) for r in columns.values()])
-        for name in inside:
-            cells = [r["benchmarks"].get(name, {}) for r in columns.values()]
-            some = next(c for c in cells if c)
-            row(f"  {name}", some["n"], f"{some['chance']:.1f}",
-                [cell(c.get("score"), c.get("ci95")) for c in cells])
-    row("Average", "", "", [cell(r["average"]) for r in columns.values()])
-    return lines
+    suites = {BENCHES[name].suite for name in scores}
+    return {"groups": groups, "average": sum(scores.values()) / len(scores),
+            "missing": [n for n, b in BENCHES.items() if b.suite in suites and n not in scores]}

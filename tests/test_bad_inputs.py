@@ -194,6 +194,8 @@ ROWS = [Row(*row) for row in [
      lambda b: [bomb(p) for p in (b / "toy/images/captions").glob("*.png")]),
     ("pretrain", "image is a folder", "", ["captions.json:item 1: image captions/000001.png"],
      lambda b: instead(b / "toy/images/captions/000001.png", True)),
+    ("pretrain", "two encoders at once", "--encoder toy-vit+toy-vit",
+     ["--encoder toy-vit+toy-vit: two encoders are judged together, by repair_eval.py"]),
     ("pretrain", "lr NaN", "--lr nan", ["--lr nan"]),
     ("pretrain", "lr below 0", "--encoder-lr=-1e-5", ["--encoder-lr -1e-05"]),
     ("pretrain", "warmup 2", "--warmup 2", ["--warmup 2"]),
@@ -341,6 +343,23 @@ ROWS = [Row(*row) for row in [
     ("repair", "re-paired, config lost its end", "", ["RUN/repair/toy-vit/config.json", "not JSON"],
      lambda b: [shutil.copytree(b / FINAL, b / "run/repair/toy-vit/final"),
                 cut(b / "run/repair/toy-vit/config.json")], "repair"),
+    ("repair", "three encoders", "--encoder toy-vit+toy-vit+toy-vit", ["one encoder or two, A+B"]),
+    ("repair", "the second encoder mistyped", "--encoder toy-vit+toy-vti",
+     ["toy-vti is neither a preset"]),
+    ("repair", "projector of an encoder that was not extracted", "--reuse-projector-layers 1",
+     ["--reuse-projector-layers 1: no model at", "extract.py"]),
+    ("repair", "projector that was not kept", "--encoder BOX/dpo/encoder --run-dir BOX/new "
+     "--reuse-projector-layers 2", ["no model at BOX/dpo/final", "extract.py"],
+     lambda b: [model_folder(b, "toy-vit"), (b / "dpo").mkdir(),
+                (b / "eye").rename(b / "dpo/encoder")]),
+    ("repair", "projector of another encoder", "--encoder RUN/dpo/encoder "
+     "--reuse-projector-layers 1", ["RUN/dpo/final holds another encoder than RUN/dpo/encoder"],
+     lambda b: [dpo_is(b, "pretrain"), model_folder(b, "toy-vit"),
+                (b / "eye").rename(b / "run/dpo/encoder")]),
+    ("repair", "three projector layers", "--reuse-projector-layers 3", ["invalid choice: 3"]),
+    ("repair", "a benchmark that cannot be scored, before hours of training", "",
+     ["AI2D_TEST.tsv:2: answer 'C' is not one of the options A, B"], lambda b: tsv(
+         b, "index\timage\tquestion\tA\tB\tanswer\n1\tPNG\tWhat?\tx\ty\tC\n", "AI2D_TEST")),
     ("repair", "checkpoint's index cut short", "", ["RUN/repair/toy-vit/checkpoints/step-2"],
      lambda b: cut(position(b, "repair/toy-vit", ".metadata")), "repair"),
 
@@ -368,10 +387,30 @@ ROWS = [Row(*row) for row in [
          b / "run/pretrain/bench/ToyVision.0.jsonl", '{"index": "1", "predic}\n')]),
     ("score", "answers of another model", "", ["RUN/pretrain/bench holds the answers of another"],
      lambda b: put(b / "run/pretrain/bench/config.json", {"model": "another"})),
+    ("score", "nothing to score anew", "--rescore", ["RUN/pretrain/bench holds no answers"]),
+    ("score", "questions that were not answered", "--rescore",
+     ["holds no answer to 2 of 2 questions of ToyVision, first: index 1"], lambda b: [
+         tsv(b, HEAD + "1\tPNG\tWhat?\tred\n2\t1\tAnd this?\tblue\n"),
+         put(b / "run/pretrain/bench/config.json", {})]),
+    ("score", "the file has changed since", "--rescore",
+     ["RUN/pretrain/bench holds the answers of another", "ToyVision.tsv: 0-0, now"], lambda b: [
+         tsv(b, HEAD + "1\tPNG\tWhat?\tred\n"),
+         put(b / "run/pretrain/bench/config.json", {"ToyVision.tsv": "0-0"})]),
+    ("score", "no words of an OCR", "--ocr-tokens", ["TextVQA_VAL.tsv has no column ocr_tokens"],
+     lambda b: tsv(b, HEAD + "1\tPNG\tWhat?\tred\n", "TextVQA_VAL")),
+    ("score", "MME without perception", "", ["MME.tsv: none of its 1 questions counts"],
+     lambda b: tsv(b, HEAD.strip() + "\tcategory\n1\tPNG\tWhat?\tYes\ttext\n", "MME")),
+    ("score", "a quote left open", "", ["DATA/bench/ToyVision.tsv:"],
+     lambda b: tsv(b, HEAD + '1\tPNG\t"What?\tred\n2\t1\tAnd this?\tblue\n')),
+    ("score", "--show-wrong below 0", "--show-wrong -1", ["--show-wrong must be at least 0"]),
     ("score", "the model is a file", "--mllm RUN/pretrain/config.json",
      ["RUN/pretrain/config.json is not a trained model"]),
     ("compare", "results cut short", "", ["RUN/pretrain/bench/results.json", "not JSON"],
      lambda b: put(b / "run/pretrain/bench/results.json", '{"bench')),
+    ("compare", "results without units", "RUN/other",
+     ["RUN/pretrain/bench/units.json", "--rescore"], lambda b: [
+         put(b / f"run/{n}/bench/results.json", {"benchmarks": {}, "groups": {}, "average": 0})
+         for n in ("pretrain", "other")]),
     ("compare", "results of something else", "", ["RUN/pretrain/bench/results.json"],
      lambda b: put(b / "run/pretrain/bench/results.json", {"accuracy": 1})),
 

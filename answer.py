@@ -1,0 +1,251 @@
+"""A benchmark file → questions → answers: VLMEvalKit TSVs, read without holding their pictures.
+
+A TSV holds its pictures as base64, and may be of gigabytes. `read_tsv` goes through it once and
+keeps the text alone, with the place of every picture; a worker reads one when its question is
+asked. Answers are appended to a .jsonl a process as they come: an interrupted call goes on.
+"""
+import base64
+import csv
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import runtime
+import data
+import model as m
+import score
+import torch
+
+MAX_CELL = 256 * 2 ** 20         # characters; an unclosed quote would read on to the file's end
+
+
+# ------------------------------------------------------------------------------------ the files
+
+class Lines:
+    """The lines of a file, for csv.reader: decoded, counted, the byte of the next one known."""
+
+    def __init__(self, file):
+        self.file, self.at, self.number = file, 0, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        line = self.file.readline()
+        if not line:
+            raise StopIteration
+        self.at, self.number = self.at + len(line), self.number + 1
+        return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+
+
+def records(path):
+    """Yield (line it begins at, bytes (start, length), cells) of a TSV; raises SystemExit."""
+    csv.field_size_limit(MAX_CELL)
+    with open(path, "rb") as file:
+        lines = Lines(file)
+        table = csv.reader(lines, delimiter="\t")
+        while True:
+            start, number = lines.at, lines.number + 1
+            try:
+                cells = next(table)
+            except StopIteration:
+                return
+            except (UnicodeDecodeError, csv.Error) as e:
+                raise SystemExit(f"error: {path}:{number}: not a TSV in UTF-8 ({e})")
+            if cells:
+                yield number, (start, lines.at - start), cells
+
+
+def read_tsv(path):
+    """The questions of a benchmark file: ([row, …], what was left out and why: Counter).
+
+    A row is a dict of its columns but `image`; added are `where` (file:line), `image_id` (equal for
+    equal pictures) and `picture`: the bytes of the record that holds it, or a file's path. `image`
+    may be base64, a list of such (the first is shown), or, up to 64 characters, the index of the
+    row that has it; without one `image_path` names a file below images/ beside the TSV.
+    raises SystemExit, one line, for a row that lacks something or whose answer is no option.
+    """
+    path, name = Path(path), Path(path).stem
+    kept, pictures, seen, dropped, header = [], {}, set(), Counter(), None
+    for number, span, cells in records(path):
+        where = f"{path}:{number}"
+        if header is None:
+            header = cells
+            continue
+        if len(cells) > len(header):
+            raise SystemExit(f"error: {where}: {len(cells)} cells in a table of {len(header)} "
+                             f"columns; is a quote left open?")
+        row = dict(zip(header, cells + [""] * (len(header) - len(cells))))
+        missing = [c for c in ("index", "question", "answer") if not row.get(c, "").strip()]
+        if missing or not {"image", "image_path"} & row.keys():
+            raise SystemExit(f"error: {where}: no '{(missing or ['image'])[0]}'")
+        if row["index"] in seen:
+            raise SystemExit(f"error: {where}: index {row['index']} is an earlier row's, too")
+        seen.add(row["index"])
+        row["where"], cell = where, row.pop("image", "").strip()
+        if len(cell) > 64:
+            row["image_id"] = hashlib.sha1(cell.encode()).hexdigest()
+            row["picture"] = (header.index("image"), *span)
+            row["more_images"] = cell.startswith("[") and cell.count("'") > 2
+            pictures[row["index"]] = {k: row[k] for k in ("image_id", "picture", "more_images")}
+        elif cell:
+            row["same_as"] = cell
+        elif row.get("image_path", "").strip():
+            row.update(picture_file(path, row["image_path"].strip(), where))
+        else:
+            dropped["without an image"] += 1
+            continue
+        if name == "MMMU_DEV_VAL" and row.get("split", "validation") != "validation":
+            dropped["not of the validation split"] += 1
+            continue
+        kept.append(row)
+    for row in kept:
+        if "same_as" in row:
+            if row["same_as"] not in pictures:
+                raise SystemExit(f"error: {row['where']}: image {row['same_as']!r} is neither "
+                                 f"base64 nor the index of a row that has one")
+            row.update(pictures[row["same_as"]])
+        if options := score.options_of(row):
+            score.gold_letter(row, options)             # refuse now, not after hours of answering
+    if not kept:
+        raise SystemExit(f"error: {path}: no question in it"
+                         + "".join(f"; {n} {why}" for why, n in dropped.items()))
+    score.unit_of(name, kept)(kept[0])
+    return kept, dropped
+
+
+def picture_file(tsv, cell, where):
+    """`image_path`: a file in images/NAME/ or images/ beside the TSV; raises SystemExit."""
+    names = score.listed(cell) or [cell]
+    root = tsv.parent / "images"
+    root = root / tsv.stem if (root / tsv.stem).is_dir() else root
+    try:
+        path = data.image_of({"image": names[0]}, str(root), where)
+    except data.BadRecord as e:
+        raise SystemExit(f"error: {e}")
+    return {"image_id": path, "picture": path, "more_images": len(names) > 1}
+
+
+def picture_of(tsv, row):
+    """The picture as data.load_image takes it: bytes, or a path; raises data.BadRecord."""
+    if isinstance(row["picture"], str):
+        return row["picture"]
+    column, start, length = row["picture"]
+    with open(tsv, "rb") as file:
+        file.seek(start)
+        text = file.read(length).decode("utf-8-sig")
+    csv.field_size_limit(MAX_CELL)                      # a spawned worker has its own
+    cell = next(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))[column].strip()
+    try:
+        return base64.b64decode("".join((score.listed(cell) or [cell])[0].split()), validate=True)
+    except ValueError:
+        raise data.BadRecord(f"{row['where']}: 'image' is not base64")
+
+
+def wrong_pictures(rows):
+    """For --wrong-image: the row whose picture each row is shown; half the file away, further where
+    that is the same picture."""
+    ids, n = [r["image_id"] for r in rows], len(rows)
+    if len(set(ids)) < 2:
+        raise SystemExit(f"error: {rows[0]['where'].rpartition(':')[0]}: --wrong-image needs two "
+                         f"different pictures")
+    return [next(rows[j % n] for j in range(i + n // 2, i + n // 2 + n) if ids[j % n] != ids[i])
+            for i in range(n)]
+
+
+# -------------------------------------------------------------------------------- the questions
+
+class Questions(torch.utils.data.Dataset):
+    """Benchmark rows, tokenised; pictures are read in the worker, one question at a time.
+    shown: the rows whose pictures go with the questions, their own or (--wrong-image) others."""
+
+    def __init__(self, tsv, rows, shown, tokenizer, encoder, ocr_tokens=False):
+        self.tsv, self.shown, self.size = Path(tsv), shown, encoder.image_size
+        image_id = tokenizer.convert_tokens_to_ids(m.IMAGE_TOKEN)
+        prompts = [data.user_turn(score.prompt_of(self.tsv.stem, r, ocr_tokens), True, m.SYSTEM)
+                   for r in rows]
+        self.ids = []
+        for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]:
+            if ids.count(image_id) != 1:
+                raise SystemExit(f"error: {rows[len(self.ids)]['where']}: the question holds "
+                                 f"{m.IMAGE_TOKEN}")
+            at = ids.index(image_id)
+            self.ids.append(ids[:at] + [image_id] * encoder.num_tokens + ids[at + 1:])
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        row = self.shown[i]
+        try:
+            pixels = data.load_image(picture_of(self.tsv, row), self.size, row["where"])
+        except data.BadRecord as e:
+            return f"error: {e}"
+        return i, self.ids[i], torch.from_numpy(pixels)
+
+
+def collate(items):
+    """Left-pad, so that every prompt ends where its answer begins."""
+    for item in items:
+        if isinstance(item, str):
+            return item
+    width = max(len(ids) for _, ids, _ in items)
+    return ([i for i, _, _ in items], torch.stack([p for _, _, p in items]),
+            torch.tensor([[0] * (width - len(ids)) + ids for _, ids, _ in items]),
+            torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids, _ in items]))
+
+
+# ---------------------------------------------------------------------------------- the answers
+
+def predictions(folder, name):
+    """{index: prediction} of what has been answered so far, by any number of processes."""
+    done = {}
+    for file in sorted(folder.glob(f"{name}.*.jsonl")):
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(lines[:-1], 1):     # the last line may have been cut off
+            try:
+                item = json.loads(line)
+                done[item["index"]] = item["prediction"]
+            except (ValueError, KeyError, TypeError):
+                raise SystemExit(f"error: {file}:{number}: not an answer; delete the line, and its "
+                                 f"question is answered again")
+    return done
+
+
+def answer(args, model, tokenizer, device, path, rows, shown, folder):
+    """Answer the rows of one TSV greedily, with the pictures of the rows `shown`; each process
+    appends its share to a file of its own, as it comes. → {index: prediction}. What an earlier,
+    interrupted call answered stays.
+    """
+    name = path.stem
+    rank, world = runtime.world()
+    done = predictions(folder, name)
+    runtime.dist.barrier()                             # all have read before anyone writes
+    own = folder / f"{name}.{rank}.jsonl"
+    if own.exists():
+        whole = own.read_bytes()
+        os.truncate(own, whole.rfind(b"\n") + 1)
+    questions = Questions(path, rows, shown, tokenizer, model.encoder, args.ocr_tokens)
+    todo = [i for i, r in enumerate(rows) if r["index"] not in done]
+    todo.sort(key=lambda i: -len(questions.ids[i]))    # full batches; the longest first
+    todo = todo[rank::world]
+    batches = [todo[i:i + args.eval_batch] for i in range(0, len(todo), args.eval_batch)]
+    loader = torch.utils.data.DataLoader(questions, batch_sampler=batches, collate_fn=collate,
+                                         num_workers=min(args.workers, len(batches)))
+    stops, loader = m.stop_ids(tokenizer), iter(loader)
+    with open(own, "a", encoding="utf-8") as file:
+        for _ in runtime.progress(0, len(batches), name):
+            batch = next(loader)
+            if isinstance(batch, str):
+                raise SystemExit(batch)
+            index, pixels, ids, mask = batch
+            tokens = model.generate(pixels.to(device), ids.to(device), mask.to(device),
+                                    args.max_new_tokens, stops)
+            for i, text in zip(index, tokenizer.batch_decode(tokens)):
+                file.write(json.dumps({"index": rows[i]["index"], "prediction": text}) + "\n")
+            file.flush()
+    runtime.dist.barrier()
+    return predictions(folder, name)

@@ -1,0 +1,226 @@
+"""What is shown of scores: one table, differences with intervals, the paper's rows, wrong answers.
+
+Intervals, 95 %. Of a score: normal approximation over units (score.py). Of a difference between two
+models: bootstrap paired by unit, within strata; of a group or the average, of the mean of its
+benchmarks, each resampled by itself.
+"""
+import base64
+import html
+import io
+import json
+from pathlib import Path
+
+import answer
+import data
+import encoders
+import numpy as np
+import score
+from PIL import Image
+
+# The paper's table of frozen encoders + Qwen2.5-1.5B: average | General | OCR & Chart |
+# Vision-Centric | Knowledge.
+PAPER = {name.strip(): tuple(map(float, figures.split())) for name, figures in (
+    line.rsplit("|", 1) for line in """\
+SigLIP1-So400m          | 50.9 65.4 42.3 49.8 46.0
+SigLIP1-So400m + SFT    | 52.2 66.5 45.2 50.8 46.3
+SigLIP1-So400m + PIVOT  | 53.2 67.7 46.8 51.7 46.6
+SigLIP2-So400m          | 52.4 66.2 46.6 50.6 46.1
+SigLIP2-So400m + SFT    | 54.6 66.9 52.2 51.7 47.7
+SigLIP2-So400m + PIVOT  | 55.6 68.1 53.9 52.4 48.1
+SigLIP2-giant           | 53.9 66.5 50.8 51.9 46.4
+SigLIP2-giant + SFT     | 55.4 67.4 52.8 53.1 48.5
+SigLIP2-giant + PIVOT   | 56.7 68.5 54.7 54.2 49.3
+CLIP-large              | 46.3 62.1 35.1 43.0 45.0
+CLIP-large + PIVOT      | 49.5 64.6 37.8 48.6 47.1
+DINOv2-giant            | 40.9 58.4 17.6 45.1 42.6
+DINOv2-giant + PIVOT    | 43.6 62.1 18.7 49.2 44.3
+MAE-huge                | 36.8 47.6 17.3 40.2 42.0
+MAE-huge + PIVOT        | 39.7 52.5 18.2 43.3 44.6
+MoCo-base               | 35.3 42.5 17.1 39.6 42.1
+MoCo-base + PIVOT       | 37.5 47.4 17.6 41.0 44.1
+ImageNet-Sup huge       | 35.5 44.6 17.2 38.2 42.1
+ImageNet-Sup huge+PIVOT | 37.7 47.3 18.1 40.3 45.1""".splitlines())}
+PAPER_TWO = ("SigLIP1-So400m + ConvNeXt-XXL, averages alone: 51.4; with PIVOT on SigLIP1: 53.6",)
+PAPER_ORDER = ("General", "OCR & Chart", "Vision-Centric", "Knowledge")
+
+
+def grid(header, rows):
+    """Lines of a table: the first column to the left, the others to the right."""
+    wide = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, wide)))
+            .rstrip() for row in [header, *rows]]
+
+
+def lines_of(columns, cell_of_group, cell_of_bench):
+    """Rows in the order of the table: each group, its benchmarks, the average."""
+    names = [n for n in score.BENCHES if any(n in r["benchmarks"] for r in columns.values())]
+    rows = []
+    for group in score.GROUPS:
+        inside = [n for n in names if score.BENCHES[n].group == group]
+        rows += [[group, *cell_of_group(inside, group)]] if inside else []
+        rows += [[f"  {name}", *cell_of_bench(name)] for name in inside]
+    return rows + [["Average", *cell_of_group(names, None)]]
+
+
+def table(columns):
+    """{model: results} → the lines of one table, benchmarks × models: score ± the half-width of its
+    interval, n questions, and the score of always giving the most frequent answer."""
+    def cell(value, interval=None):
+        return "–" if value is None else f"{value:.1f}" + (f" ±{interval:.1f}" if interval else "")
+
+    def of_group(inside, group):
+        return ["", ""] + [cell(r["groups"].get(group) if group else r["average"])
+                           for r in columns.values()]
+
+    def of_bench(name):
+        cells = [r["benchmarks"].get(name, {}) for r in columns.values()]
+        some = next(c for c in cells if c)
+        return [str(some["n"]), cell(some["chance"])] + [cell(c.get("score"), c.get("ci95"))
+                                                         for c in cells]
+    out = grid(["", "n", "chance", *columns], lines_of(columns, of_group, of_bench))
+    for name, r in columns.items():
+        if r.get("missing"):
+            out.append(f"{name}: not scored and left out of the means: {', '.join(r['missing'])}")
+        if r.get("limit"):
+            out.append(f"{name}: only the first {r['limit']} questions of each file")
+    if len({frozenset(r["benchmarks"]) for r in columns.values()}) > 1:
+        out.append("Means are over different benchmarks: do not compare them.")
+    return out
+
+
+def differences(columns, units):
+    """{model: results}, {model: {bench: units}} → the lines of a table: every model minus the
+    first, with its interval; – where the two did not answer the same questions of the same file."""
+    first, *others = columns
+    draws = {}
+    for name in others:
+        for bench in units[name].keys() & units[first].keys():
+            files = {columns[n].get(f"{bench}.tsv") for n in (name, first)}
+            found = score.resampled(units[name][bench], units[first][bench]) \
+                if len(files) == 1 else None
+            if found is not None:
+                draws[name, bench] = (columns[name]["benchmarks"][bench]["score"] -
+                                      columns[first]["benchmarks"][bench]["score"], found)
+
+    def cell(name, benches):
+        pairs = [draws.get((name, b)) for b in benches]
+        if None in pairs:
+            return "–"
+        low, high = np.percentile(np.mean([d for _, d in pairs], 0), [2.5, 97.5])
+        return f"{np.mean([p for p, _ in pairs]):+.1f} [{low:+.1f}, {high:+.1f}]"
+    return grid([f"minus {first}", *others], lines_of(
+        columns, lambda inside, _: [cell(n, inside) for n in others],
+        lambda bench: [cell(n, [bench]) for n in others]))
+
+
+def paper_table():
+    """The lines of the paper's table, to hold real benchmarks against."""
+    return grid(["the paper: frozen encoder + Qwen2.5-1.5B", "average", *PAPER_ORDER],
+                [[k, *(f"{x:.1f}" for x in v)] for k, v in PAPER.items()]) + [*PAPER_TWO]
+
+
+def compare(folders):
+    """What --compare prints: one table of models already scored, then differences to the first."""
+    names = [Path(d).name for d in folders]
+    names = names if len(set(names)) == len(names) else folders
+    found = {name: next((p for p in (Path(d, "bench", "results.json"), Path(d, "results.json"))
+                         if p.exists()), None) for name, d in zip(names, folders)}
+    lost = [name for name, path in found.items() if path is None]
+    if lost:
+        raise SystemExit(f"error: not scored yet: {', '.join(lost)}")
+    columns = {n: encoders.read_json(p, "benchmarks", "groups", "average")
+               for n, p in found.items()}
+    out = table(columns)
+    if len(columns) > 1:
+        remedy = "; the command that answered, with --rescore, writes it"
+        units = {n: {b: [tuple(x) for x in u] for b, u in encoders.read_json(
+            p.with_name("units.json"), remedy=remedy).items()} for n, p in found.items()}
+        out += ["", *differences(columns, units)]
+    out += alike({n: p.parent.parent / "config.json" for n, p in found.items()})
+    if is_paper(columns.values()):
+        out += ["", *paper_table()]
+    return out
+
+
+def alike(configs):
+    """A line on whether encoders were re-paired alike: the same LLM, data in the same order, seed.
+    configs: {model: path of its run's config.json}; trained models that are no pair say nothing."""
+    pairs = {n: encoders.read_json(p, "arguments") for n, p in configs.items() if p.exists()}
+    pairs = {n: {"LLM": c.get("llm_digest"), "data": c["data_digest"],
+                 "seed": c["arguments"].get("seed")}
+             for n, c in pairs.items() if "encoder_digest" in c}
+    if len(pairs) < 2:
+        return []
+    first, *others = pairs.values()
+    apart = [what for what in first if any(other[what] != first[what] for other in others)]
+    if apart:
+        return ["", f"NOT a controlled comparison: re-paired with another {' and '.join(apart)}"]
+    return ["", f"Re-paired alike: LLM {first['LLM']}, data {' '.join(first['data'])}, "
+                f"seed {first['seed']}"]
+
+
+def is_paper(results):
+    return any(score.BENCHES[b].suite == "paper" for r in results for b in r["benchmarks"])
+
+
+def text(name, results):
+    """report.txt: the table, what is to be known of each score, the prompts, the paper's rows."""
+    out = [*table({name: results}), "", "What was scored:"]
+    out += [f"  {b}: {r['note']}" for b, r in results["benchmarks"].items() if r["note"]]
+    out += ["", "The prompt of each benchmark, for its first question (after the image):"]
+    for b, r in results["benchmarks"].items():
+        out += [f"  {b}", *(f"    | {line}" for line in r["prompt"].splitlines())]
+    if is_paper([results]):
+        out += ["", *paper_table()]
+    return "\n".join(out) + "\n"
+
+
+# -------------------------------------------------------------------------------- wrong answers
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
+style-src 'unsafe-inline'">
+<title>Wrong answers</title><style>
+body {{ font: 15px/1.4 sans-serif; margin: 2em; max-width: 70em }}
+div {{ display: flex; gap: 1em; margin: 1em 0; border-top: 1px solid #ccc; padding-top: 1em }}
+img {{ max-width: 20em; max-height: 20em; align-self: start }}
+pre {{ white-space: pre-wrap; margin: 0; overflow-wrap: anywhere }} b {{ color: #b00 }}
+</style><h1>Wrong answers of {model}</h1>
+{body}</html>
+"""
+
+
+def picture_tag(tsv, row):
+    """The picture, decoded and written anew as a small JPEG: nothing of the data's own bytes."""
+    try:
+        pixels = data.load_image(answer.picture_of(tsv, row), None, row["where"])
+    except data.BadRecord as e:
+        return f"<pre>{html.escape(str(e))}</pre>"
+    picture, out = Image.fromarray(pixels.transpose(1, 2, 0)), io.BytesIO()
+    picture.thumbnail((480, 480))
+    picture.save(out, "JPEG", quality=85)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">'
+
+
+def wrong_page(model, answered, most, ocr_tokens=False):
+    """One self-contained HTML page: of each benchmark the first `most` answers not fully right.
+
+    answered: [(tsv, rows, rows whose pictures were shown, {index: prediction}), …]. Everything
+    that comes from data is escaped, and the page itself forbids scripts.
+    """
+    body = []
+    for tsv, rows, shown, predictions in answered:
+        values = [score.value(tsv.stem, r, predictions[r["index"]]) for r in rows]
+        wrong = [i for i, v in enumerate(values) if v < 1]
+        body.append(f"<h2>{html.escape(tsv.stem)}: {len(wrong)} of {len(rows)} not fully right"
+                    + (f", the first {most}" if len(wrong) > most else "") + "</h2>")
+        for i in wrong[:most]:
+            row, options = rows[i], score.options_of(rows[i])
+            gold = score.gold_letter(row, options) if options else \
+                json.dumps(score.references(tsv.stem, row), ensure_ascii=False)
+            words = [f"index {row['index']}, worth {values[i]:.2f}",
+                     score.prompt_of(tsv.stem, row, ocr_tokens), f"right: {gold}"]
+            body.append(f"<div>{picture_tag(tsv, shown[i])}<pre>"
+                        + "\n\n".join(map(html.escape, words))
+                        + f"\n\nsaid: <b>{html.escape(predictions[row['index']])}</b></pre></div>")
+    return PAGE.format(model=html.escape(str(model)), body="\n".join(body))
