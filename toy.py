@@ -1,7 +1,7 @@
 """A small world to try everything on: pictures, questions, preferences, probes, tiny models.
 
     python toy.py data/toy [--seed 0] [--scale 1.0]     # draw the world (about half a minute)
-    python toy.py pretrain [--out weights]              # make toy-vit and toy-lm (about 20 minutes)
+    python toy.py pretrain [--out weights]              # make toy-vit and toy-lm (about an hour)
 
 The first command writes, below data/toy and in the formats the real data have:
 
