@@ -208,14 +208,15 @@ def open_tokenizer(path):
         raise SystemExit(f"error: no usable tokenizer in {path}: {encoders.first_line(e)}")
 
 
-def build_mllm(encoder_name, llm_name, seed):
+def build_mllm(encoder_name, llm_name, seed, image_size=None):
     """A pretrained encoder, a fresh projector (a function of seed alone), a pretrained LLM.
 
     → (MLLM in fp32, tokenizer). fp32 masters: in bf16 storage an AdamW step of 1e-6 on a weight of
     0.02 is rounded away every time.
     """
     from transformers import AutoModelForCausalLM
-    encoder, path = encoders.load_encoder(encoder_name), encoders.resolve(llm_name)
+    encoder = encoders.load_encoder(encoder_name, image_size)
+    path = encoders.resolve(llm_name)
     llm = encoders.open_model(AutoModelForCausalLM, f"--llm {llm_name}", path)
     tokenizer = open_tokenizer(path)
     image_token_id = prepare_tokenizer(tokenizer, llm.config.vocab_size)
@@ -273,7 +274,7 @@ def llava_config(model, tokenizer):
         vision_feature_select_strategy="default" if encoder.prefix else "full",
         tie_word_embeddings=model.llm.config.tie_word_embeddings).to_dict()
     config["architectures"] = ["LlavaForConditionalGeneration"]
-    if encoder.family.normed:
+    if encoder.family.read != "block":
         config.update(model_type="pivot_normed_features", architectures=["MLLM (model.py)"])
     return config
 
@@ -317,7 +318,7 @@ def save_mllm(model, tokenizer, folder, is_main, shard_bytes=5 * 10 ** 9):
     (folder / "config.json").write_text(json.dumps(llava_config(model, tokenizer), indent=1))
     encoder = model.encoder
     LlavaProcessor(encoders.image_processor(encoder), tokenizer, chat_template=CHAT_TEMPLATE,
-                   patch_size=encoder.vision.config.patch_size,
+                   patch_size=encoder.patch_size,
                    num_additional_image_tokens=encoder.prefix, image_token=IMAGE_TOKEN,
                    vision_feature_select_strategy="default" if encoder.prefix else "full",
                    ).save_pretrained(folder)
@@ -348,9 +349,8 @@ def load_mllm(folder):
         raise SystemExit(f"error: {folder} is a {facts.get('model_type')}, not a model written by "
                          f"pretrain.py, train_sft.py, train_dpo.py or repair_eval.py")
     configs = [AutoConfig.for_model(**facts[k]) for k in ("vision_config", "text_config")]
-    extra = {"add_pooling_layer": False} if configs[0].model_type == "vit" else {}
-    vision = AutoModel.from_config(configs[0], dtype=torch.float32, attn_implementation="sdpa",
-                                   **extra)
+    vision = encoders.without_pooler(AutoModel.from_config(
+        configs[0], dtype=torch.float32, **encoders.class_options(configs[0])))
     llm = AutoModelForCausalLM.from_config(configs[1], dtype=torch.float32,
                                            attn_implementation="sdpa")
     pixels = encoders.read_json(folder / "processor_config.json",

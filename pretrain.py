@@ -106,7 +106,7 @@ def main():
     args = get_args()
     device = runtime.start()
     run = rundir.Run(Path(args.run, "pretrain"), args)
-    model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed)
+    model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
     train(args, run, device, model, tokenizer, {}, phases=[
         ("1a", "captions", args.captions,
          {"encoder": 0, "projector": args.projector_lr, "llm": 0},

@@ -240,7 +240,7 @@ def main():
     else:
         known_files(args)                             # before the training, not after it
         run = rundir.Run(folder, args)
-        model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed)
+        model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
         frozen = {"encoder": 0}                       # the eye is judged, not trained
         pretrain.train(args, run, device, model, tokenizer, {"encoder_digest": eye}, phases=[
             ("projector", "captions", args.captions,
