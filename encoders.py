@@ -184,7 +184,8 @@ class Encoder(nn.Module):
                      "device": pixel_values.device}
         mean, std = (torch.tensor(x, **as_pixels).view(3, 1, 1) for x in (self.mean, self.std))
         pixels = (pixel_values.to(**as_pixels) / 255 - mean) / std   # uint8 travels, not floats
-        out = self.vision(pixels, output_hidden_states=self.family.read == "block")
+        out = self.vision(pixels.to(next(self.vision.parameters()).dtype),      # bf16, or fp32
+                          output_hidden_states=self.family.read == "block")
         if self.family.read == "map":
             return out.last_hidden_state.flatten(2).transpose(1, 2)      # (B, D, h, w), row by row
         # SigLIP: hidden_states[-1] is *before* post_layernorm, last_hidden_state is after it.
@@ -280,7 +281,8 @@ def config_of(name, path):
     config = getattr(config, "vision_config", config)  # a whole SigLIP/CLIP: take the eye
     if not all(hasattr(config, key) for key in ("image_size", "patch_size", "num_channels")):
         raise SystemExit(f"error: --encoder {name} is a {config.model_type}, not a vision encoder "
-                         f"with patches; known families: {', '.join(FAMILIES)}, or a ViT like them")
+                         f"with patches; known families: {', '.join(FAMILIES)}; or a ViT like "
+                         f"them")
     return config
 
 
@@ -349,8 +351,8 @@ def empty_encoder(name, image_size=None):
     import convert
     vision = truncate(published(name))
     with torch.device("meta"):
-        return Encoder(convert.resize_positions(vision, image_size or side(vision.config.image_size)),
-                       HALF, HALF)
+        size = image_size or side(vision.config.image_size)
+        return Encoder(convert.resize_positions(vision, size), HALF, HALF)
 
 
 def empty_llm(name):

@@ -56,6 +56,9 @@ def arguments(doc, paper):
                         help="hybrid sharding: so many copies of the model, each sharded within "
                              "its group of processes (one a node)")
     parser.add_argument("--workers", type=int, help="image-decoding processes per training process")
+    parser.add_argument("--plan", nargs="?", const="8xh100", metavar="NxGPU", help="load and train "
+                        "nothing; print parameters, lengths, FLOPs, memory a GPU and hours on so "
+                        "many of them (default 8xh100)")
     parser.add_argument("--log-every", type=int, default=50, help="steps between printed lines")
     return parser
 
@@ -112,7 +115,7 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
     if args.run is None:
         names = [getattr(args, k) or defaults()[k] for k in ("encoder", "llm")]
         args.run = f"runs/{encoders.short_name(names[0])}__{encoders.short_name(names[1])}"
-    if parent:
+    if parent and not (args.plan and not Path(args.run, parent, "final", "config.json").exists()):
         folder = Path(args.run, parent)
         if not (folder / "final" / "config.json").exists():
             wanted = " ".join(([f"--run-dir {args.run}"] if args.run_typed else []) +
@@ -139,7 +142,7 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
             setattr(args, key, source.get(key))
             if source is inherited and source[key] is not None:
                 print0(f"  --{key.replace('_', '-')} {source[key]} (inherited from {parent})")
-    args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+    args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() or args.plan else "fp32")
     for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas",
                 "log_every", "max_steps", "projector_max_steps", "num_samples", "limit",
                 "projector_epochs", "image_size", "eval_batch", "max_new_tokens", "workers",

@@ -208,6 +208,19 @@ def open_tokenizer(path):
         raise SystemExit(f"error: no usable tokenizer in {path}: {encoders.first_line(e)}")
 
 
+def refuse_llm(llm, name):
+    """Raise SystemExit, one line, unless every layer is plain attention that heeds our mask: a
+    recurrent one would let the rejected answer read the chosen one, whatever the mask says."""
+    layers = getattr(llm.base_model, "layers", ())
+    kinds = set(getattr(llm.config, "layer_types", None) or ["full_attention"])
+    mixers = ("self_attn", "attention", "attn", "self_attention")
+    if not len(layers) or not all(any(hasattr(x, k) for k in mixers) for x in layers) or \
+            kinds != {"full_attention"}:
+        raise SystemExit(f"error: --llm {name} is a {llm.config.model_type}: only models whose "
+                         f"layers are all full attention, in .layers, can hold two answers in one "
+                         f"sequence (this one: {', '.join(sorted(kinds))})")
+
+
 def build_mllm(encoder_name, llm_name, seed, image_size=None):
     """A pretrained encoder, a fresh projector (a function of seed alone), a pretrained LLM.
 
@@ -218,6 +231,7 @@ def build_mllm(encoder_name, llm_name, seed, image_size=None):
     encoder = encoders.load_encoder(encoder_name, image_size)
     path = encoders.resolve(llm_name)
     llm = encoders.open_model(AutoModelForCausalLM, f"--llm {llm_name}", path)
+    refuse_llm(llm, llm_name)
     tokenizer = open_tokenizer(path)
     image_token_id = prepare_tokenizer(tokenizer, llm.config.vocab_size)
     with torch.random.fork_rng(devices=[]):

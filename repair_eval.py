@@ -23,6 +23,7 @@ from runtime import print0
 import data
 import encoders
 import model as m
+from plan import show_plan
 import pretrain
 import score
 import torch
@@ -52,6 +53,16 @@ def get_args():
     if args.encoder_lr:
         raise SystemExit(f"error: --encoder-lr {args.encoder_lr:g}: the encoder is frozen here")
     return args
+
+
+def phases(args):
+    """[(name, kind of data.Samples, file, rates per module, epochs, bound on steps), …]."""
+    frozen = {"encoder": 0}                       # the eye is judged, not trained
+    return [("projector", "captions", args.captions,
+             {**frozen, "projector": args.projector_lr, "llm": 0},
+             args.projector_epochs, args.projector_max_steps),
+            ("re-pair", "conversations", args.instruct,
+             {**frozen, "projector": args.lr, "llm": args.lr}, args.epochs, args.max_steps)]
 
 
 def repair_folder(args):
@@ -221,6 +232,8 @@ def main():
         print("\n".join(score.table({n: encoders.read_json(p, "benchmarks", "groups", "average")
                                      for n, p in found.items()})))
         return
+    if args.plan:
+        return show_plan(args, phases(args))
     device = runtime.start()
     suffix = "bench-wrong-image" if args.wrong_image else "bench"
     if args.mllm:
@@ -241,13 +254,7 @@ def main():
         known_files(args)                             # before the training, not after it
         run = rundir.Run(folder, args)
         model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
-        frozen = {"encoder": 0}                       # the eye is judged, not trained
-        pretrain.train(args, run, device, model, tokenizer, {"encoder_digest": eye}, phases=[
-            ("projector", "captions", args.captions,
-             {**frozen, "projector": args.projector_lr, "llm": 0},
-             args.projector_epochs, args.projector_max_steps),
-            ("re-pair", "conversations", args.instruct,
-             {**frozen, "projector": args.lr, "llm": args.lr}, args.epochs, args.max_steps)])
+        pretrain.train(args, run, device, model, tokenizer, {"encoder_digest": eye}, phases(args))
     evaluate(args, folder / "final", device, folder / suffix)
 
 

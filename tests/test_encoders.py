@@ -13,6 +13,7 @@ import convert
 import encoders
 import model as m
 from conftest import COMMON, VISION, run
+from test_stages import opens_in_transformers
 
 CONV = dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], image_size=96)
 REGISTERS = {**VISION, "mlp_ratio": 2, "num_register_tokens": 4}
@@ -273,6 +274,29 @@ def test_the_round_trip(name, world, tmp_path):
     still = [n for n, p in trained.vision.named_parameters()
              if torch.equal(p, original.vision.get_parameter(n))]
     assert sorted(still) == silent
+
+
+@pytest.mark.parametrize("name", ["siglip", "clip"])
+def test_final_of_siglip_and_clip_opens_in_transformers(name, tmp_path):
+    write_checkpoint(name, tmp_path / "eye")
+    model, tokenizer = m.build_mllm(str(tmp_path / "eye"), "toy-lm", 0)
+    (tmp_path / "final").mkdir()
+    m.save_mllm(model, tokenizer, tmp_path / "final", True)
+    opens_in_transformers(tmp_path / "final", 32)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "mae", "convnext"])
+def test_final_of_the_others_does_not_open_as_something_else(name, tmp_path):
+    """LLaVA's class cannot say "after the final norm": it refuses, lest it read another layer."""
+    write_checkpoint(name, tmp_path / "eye")
+    model, tokenizer = m.build_mllm(str(tmp_path / "eye"), "toy-lm", 0)
+    (tmp_path / "final").mkdir()
+    m.save_mllm(model, tokenizer, tmp_path / "final", True)
+    with pytest.raises(ValueError, match="pivot_normed_features"):
+        t.AutoModelForImageTextToText.from_pretrained(tmp_path / "final")
+    again, _ = m.load_mllm(tmp_path / "final")
+    pixels = pixels_for(again.encoder)
+    assert torch.equal(again.encoder.eval()(pixels), model.encoder.eval()(pixels))
 
 
 # -------------------------------------------------------------------------------- by key
