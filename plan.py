@@ -231,16 +231,20 @@ def fitting(model, row, usable, limit, **options):
 
 def lengths(args, model, kind, file):
     """Of a sample of the data where it is there, of the paper where not. → Lengths."""
-    n = model.encoder.num_tokens
-    if not Path(file).is_file():
+    n, why = model.encoder.num_tokens, f"no {file}"
+    if Path(file).is_file():
+        try:
+            tokenizer, why = m.open_tokenizer(encoders.resolve(args.llm)), None
+        except SystemExit:                   # a preset's, with no network to fetch it
+            why = f"the tokenizer of {args.llm} is not here"
+    if why:
         records, mean, longest = ASSUMED[kind]
         records = REPAIR if args.stage == "repair" and kind == "conversations" else records
         records = min(records, args.num_samples or records)
         cut = max(0, n + sum(longest[:2]) - data.MAX_LENGTH)
         longest = (longest[0], max(1, longest[1] - cut), max(0, longest[2] - cut))
         return Lengths(records, *((x[0] + n, *x[1:]) for x in (mean, longest)),
-                       f"no {file}: the paper's number, assumed lengths, the rule's longest")
-    tokenizer = m.open_tokenizer(encoders.resolve(args.llm))
+                       f"{why}: the paper's number, assumed lengths, the rule's longest")
     m.prepare_tokenizer(tokenizer, model.llm.config.vocab_size)
     beside = Path(file).parent / "images"
     root = args.images or (str(beside) if beside.is_dir() else f"{args.data}/images")

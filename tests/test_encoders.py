@@ -365,6 +365,17 @@ def test_moco_v3_as_it_was_published(tmp_path):
     assert convert.MOCO_HEADS[384] == 12 and convert.HEADS[384] == 6
 
 
+def test_moco_not_downloaded_yet_says_from_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoders, "HERE", tmp_path)
+    with pytest.raises(SystemExit, match=f"download {encoders.MOCO_URL} to {tmp_path}/weights/"):
+        encoders.load_encoder("moco-v3-base")
+    (tmp_path / "weights").mkdir()
+    torch.save(moco_checkpoint(timm_state(), timm_state(seed=1)),
+               tmp_path / "weights/vit-b-300ep.pth.tar")
+    encoder = encoders.load_encoder("moco-v3-base")             # at its preset's 224 pixels
+    assert encoder.num_tokens == 28 ** 2 and encoder.mean == encoders.IMAGENET_MEAN
+
+
 def test_a_timm_folder(tmp_path):
     state = timm_state()
     save_file({**state, "head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)},

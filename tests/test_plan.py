@@ -140,6 +140,11 @@ def test_a_plan_of_every_stage_from_the_data(world, stage1, tmp_path):
     assert sorted(p for p in stage1.rglob("*")) == before
 
 
+def test_data_without_its_tokenizer_is_planned_all_the_same(world, tmp_path):
+    text = run("train_dpo.py", "--data", world, "--run-dir", tmp_path / "r", "--plan").stdout
+    assert "the tokenizer of qwen2.5-1.5b is not here: the paper's number" in text
+
+
 def test_lengths_are_those_of_the_batches(world, stage1):
     """The planned mean row is the mean row that training sees, padding aside."""
     text = run("train_dpo.py", "--run-dir", stage1, "--data", world, "--plan", "1xh100",
