@@ -2,9 +2,12 @@
 
 `FAMILIES` says, for each transformers model type, where the features are read (PAPER: LLaVA-NeXT's
 choice for SigLIP and CLIP, the final norm for the others) and what the class insists on although
-no gradient can reach it. `PRESETS` gives names to published checkpoints. `--encoder` and `--llm`
-accept a preset, a local folder or a hub id, in that order.
+no gradient can reach it. `ENCODERS` and `LLMS` give names to published checkpoints, with their
+geometry. `--encoder` and `--llm` accept a preset, a local folder or a hub id, in that order;
+files in the layouts of timm, open_clip and MoCo v3 are converted by key (convert.py).
 """
+import functools
+import inspect
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -22,38 +25,50 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Family(NamedTuple):
     """How one transformers vision class is read.
 
+    read: where the features stand. "block": hidden_states[-1], before any final norm; "norm":
+        last_hidden_state, after it; "map": last_hidden_state, ConvNeXt's map (B, D, h, w).
     drop_last_block: features are the *input* of the last block, so that block gets no gradient;
         it is deleted, lest "the encoder" be a mix of trained blocks and an untrained one.
-    normed: features are taken after the final norm (True) or before it (False).
-    prefix_tokens: CLS and the like, in front of the patches, dropped.
+    prefix_tokens: CLS and the like, in front of the patches, dropped (register tokens come on top).
     frozen: parameters the class keeps but no gradient reaches; prefixes of their names.
     """
+    read: str
     drop_last_block: bool
-    normed: bool
     prefix_tokens: int
     frozen: tuple
     mean: tuple
     std: tuple
 
+    @property
+    def normed(self):
+        return self.read == "norm"
 
+
+IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
+SIGLIP, CLIP, VIT = "siglip_vision_model", "clip_vision_model", "vit"
 FAMILIES = {
-    "siglip_vision_model": Family(True, False, 0, ("post_layernorm.",), HALF, HALF),
-    "clip_vision_model": Family(True, False, 1, ("post_layernorm.",), CLIP_MEAN, CLIP_STD),
-    "dinov2": Family(False, True, 1, ("embeddings.mask_token",), IMAGENET_MEAN, IMAGENET_STD),
-    "dinov2_with_registers": Family(False, True, 1, ("embeddings.mask_token",),
-                                    IMAGENET_MEAN, IMAGENET_STD),
-    "vit": Family(False, True, 1, (), HALF, HALF),
+    SIGLIP: Family("block", True, 0, ("post_layernorm.",), HALF, HALF),
+    CLIP: Family("block", True, 1, ("post_layernorm.",), CLIP_MEAN, CLIP_STD),
+    "dinov2": Family("norm", False, 1, ("embeddings.mask_token",), *IMAGENET),
+    "dinov2_with_registers": Family("norm", False, 1, ("embeddings.mask_token",), *IMAGENET),
+    VIT: Family("norm", False, 1, (), HALF, HALF),
+    "vit_mae": Family("norm", False, 1, (), *IMAGENET),     # opened as a ViT: see as_vit
+    "convnext": Family("map", False, 0, ("layernorm.",), *IMAGENET),    # that norm is the pooler's
 }
 
 
 class Preset(NamedTuple):
     """path: hub id or folder beside this file. geometry: model type, hidden, layers, heads, MLP
-    width, patch, image size; enough to plan without weights."""
+    width, patch, image size (ConvNeXt: type, widths, depths, –, –, patch, size): enough to plan
+    without weights. Feature layer, prefix tokens, mean and std are its family's; mean, std: its own
+    where they are not and no processor file says so.
+    """
     path: str
     geometry: tuple
+    mean: tuple | None = None
+    std: tuple | None = None
 
 
-SIGLIP, CLIP = "siglip_vision_model", "clip_vision_model"
 ENCODERS = {
     "siglip2-base": Preset("google/siglip2-base-patch16-384", (SIGLIP, 768, 12, 12, 3072, 16, 384)),
     "siglip2-large": Preset("google/siglip2-large-patch16-384",
@@ -72,31 +87,51 @@ ENCODERS = {
     "dinov2-base": Preset("facebook/dinov2-base", ("dinov2", 768, 12, 12, 3072, 14, 518)),
     "dinov2-large": Preset("facebook/dinov2-large", ("dinov2", 1024, 24, 16, 4096, 14, 518)),
     "dinov2-giant": Preset("facebook/dinov2-giant", ("dinov2", 1536, 40, 24, 4096, 14, 518)),
+    "mae-large": Preset("facebook/vit-mae-large", ("vit_mae", 1024, 24, 16, 4096, 16, 224)),
+    "mae-huge": Preset("facebook/vit-mae-huge", ("vit_mae", 1280, 32, 16, 5120, 14, 224)),
+    "moco-v3-base": Preset("weights/vit-b-300ep.pth.tar", (VIT, 768, 12, 12, 3072, 16, 224),
+                           *IMAGENET),
     "vit-huge-in21k": Preset("google/vit-huge-patch14-224-in21k",
-                             ("vit", 1280, 32, 16, 5120, 14, 224)),
+                             (VIT, 1280, 32, 16, 5120, 14, 224)),
+    "convnext-xxl": Preset("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
+                           ("convnext", (384, 768, 1536, 3072), (3, 4, 30, 3), None, None, 4, 768),
+                           CLIP_MEAN, CLIP_STD),
     "toy-vit": Preset("weights/toy-vit", (SIGLIP, 128, 5, 4, 512, 8, 48)),
     "toy-vit-l": Preset("weights/toy-vit-l", (SIGLIP, 192, 7, 6, 768, 8, 48)),
 }
-LLMS = {
-    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
-    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
-    "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
-    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
-    "toy-lm": "weights/toy-lm",
-    "toy-lm-l": "weights/toy-lm-l",
+MOCO_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
+
+
+class LLM(NamedTuple):
+    """path: hub id or folder beside this file. geometry, of Qwen2.5: hidden, layers, heads, kv
+    heads, MLP width, rows of the embedding, whether lm_head shares them; None: its folder says."""
+    path: str
+    geometry: tuple | None
+
+
+LLMS = {      # the 7B's table has 128 rows more than the others', all of them spare
+    "qwen2.5-0.5b": LLM("Qwen/Qwen2.5-0.5B-Instruct", (896, 24, 14, 2, 4864, 151_936, True)),
+    "qwen2.5-1.5b": LLM("Qwen/Qwen2.5-1.5B-Instruct", (1536, 28, 12, 2, 8960, 151_936, True)),
+    "qwen2.5-3b": LLM("Qwen/Qwen2.5-3B-Instruct", (2048, 36, 16, 2, 11008, 151_936, True)),
+    "qwen2.5-7b": LLM("Qwen/Qwen2.5-7B-Instruct", (3584, 28, 28, 4, 18944, 152_064, False)),
+    "toy-lm": LLM("weights/toy-lm", None),
+    "toy-lm-l": LLM("weights/toy-lm-l", None),
 }
 
 
 def resolve(name):
     """A preset, a local folder or a hub id → what `from_pretrained` accepts (str)."""
-    path = ENCODERS[name].path if name in ENCODERS else LLMS.get(name, name)
-    if path != name and path.startswith("weights/"):
+    preset = ENCODERS.get(name) or LLMS.get(name)
+    path = preset.path if preset else name
+    if preset and path.startswith("weights/"):
         path = str(HERE / path)
-        if not Path(path, "config.json").exists():
+        if path.endswith(".pth.tar") and not Path(path).is_file():
+            raise SystemExit(f"error: {name} is not on the hub; download {MOCO_URL} to {path}")
+        if not path.endswith(".pth.tar") and not Path(path, "config.json").exists():
             raise SystemExit(f"error: {name} has no weights at {path}; make them with:  "
                              f"python toy.py pretrain --models {name}")
-    if not Path(path).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))) \
-            and name not in ENCODERS and name not in LLMS:
+    if not Path(path).exists() and not preset and \
+            (name.count("/") != 1 or name.startswith((".", "/"))):
         known = ", ".join([*ENCODERS, *LLMS])
         raise SystemExit(f"error: {name} is neither a preset ({known}), nor a folder here, "
                          f"nor a hub id like google/siglip2-base-patch16-384")
@@ -117,28 +152,36 @@ def parts_of(name):
 
 
 def blocks_of(vision):
-    """The transformer blocks: each class of FAMILIES holds exactly one list of modules."""
-    return next(m for m in vision.modules() if isinstance(m, nn.ModuleList))
+    """The transformer blocks: a class's longest list of modules (ConvNeXt: of all its stages)."""
+    if vision.config.model_type == "convnext":
+        return nn.ModuleList(layer for stage in vision.encoder.stages for layer in stage.layers)
+    return max((m for m in vision.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
 class Encoder(nn.Module):
     """Any ViT of transformers as one function from pixels to a grid of patch features.
 
-    vision: a SiglipVisionModel, CLIPVisionModel, Dinov2Model or ViTModel, already truncated.
+    vision: a SiglipVisionModel, CLIPVisionModel, Dinov2Model, ViTModel, …, already truncated.
     forward: pixel_values uint8 (B, 3, S, S), 0..255 → features (B, N, D), N patches row by row.
     """
 
     def __init__(self, vision, mean, std):
         super().__init__()
-        self.vision, self.family = vision, FAMILIES[vision.config.model_type]
+        self.vision, self.family = vision, family_of(vision.config)
         config = vision.config
-        self.image_size = config.image_size
-        self.prefix = self.family.prefix_tokens + getattr(config, "num_register_tokens", 0)
-        self.num_tokens = (config.image_size // config.patch_size) ** 2
-        self.hidden_size = config.hidden_size
+        self.image_size, self.patch_size = side(config.image_size), side(config.patch_size)
+        self.hidden_size = config.hidden_size if self.family.read != "map" else \
+            config.hidden_sizes[-1]
+        if self.family.read == "map":        # every stage after the first halves the map
+            self.patch_size *= 2 ** (len(config.depths) - 1)
+        self.prefix = self.family.prefix_tokens + (getattr(config, "num_register_tokens", 0) or 0)
+        self.num_tokens = (self.image_size // self.patch_size) ** 2
         self.mean, self.std = tuple(mean), tuple(std)
         for name, p in vision.named_parameters():
             p.requires_grad_(not name.startswith(self.family.frozen or ("\0",)))
+        for m in vision.modules():        # open_clip's ConvNeXt-XXL: the class hard-codes 1e-6
+            if isinstance(m, nn.LayerNorm) and getattr(config, "pivot_norm_eps", None):
+                m.eps = config.pivot_norm_eps
 
     @property
     def blocks(self):
@@ -149,7 +192,10 @@ class Encoder(nn.Module):
                      "device": pixel_values.device}
         mean, std = (torch.tensor(x, **as_pixels).view(3, 1, 1) for x in (self.mean, self.std))
         pixels = (pixel_values.to(**as_pixels) / 255 - mean) / std   # uint8 travels, not floats
-        out = self.vision(pixels, output_hidden_states=not self.family.normed)
+        out = self.vision(pixels.to(next(self.vision.parameters()).dtype),      # bf16, or fp32
+                          output_hidden_states=self.family.read == "block")
+        if self.family.read == "map":
+            return out.last_hidden_state.flatten(2).transpose(1, 2)      # (B, D, h, w), row by row
         # SigLIP: hidden_states[-1] is *before* post_layernorm, last_hidden_state is after it.
         features = out.last_hidden_state if self.family.normed else out.hidden_states[-1]
         return features[:, self.prefix:]
@@ -188,6 +234,7 @@ class TwoEncoders(nn.Module):
             f"{i}.{name}" for i, part in enumerate(self.parts) for name in part.family.frozen))
         self.image_size = (first.image_size, second.image_size)
         self.num_tokens, self.prefix = first.num_tokens, first.prefix
+        self.patch_size = first.patch_size
         self.hidden_size = first.hidden_size + second.hidden_size
 
     @property
@@ -198,10 +245,72 @@ class TwoEncoders(nn.Module):
         grids, sizes = [], [3 * s * s for s in self.image_size]
         for part, pixels in zip(self.parts, pixel_values.split(sizes, 1)):
             features = part(pixels.reshape(-1, 3, part.image_size, part.image_size))
-            side = round(part.num_tokens ** 0.5)
-            grids.append(features.transpose(1, 2).unflatten(2, (side, side)))  # (B, D, side, side)
+            grid = round(part.num_tokens ** 0.5)
+            grids.append(features.transpose(1, 2).unflatten(2, (grid, grid)))  # (B, D, grid, grid)
         grids[1] = nn.functional.interpolate(grids[1], grids[0].shape[2:], mode="bilinear")
         return torch.cat(grids, 1).flatten(2).transpose(1, 2)
+
+
+def side(size):
+    """Some configs write 224, some [224, 224]: the one number."""
+    sides = {*size} if isinstance(size, (list, tuple)) else {size}
+    if len(sides) > 1:
+        raise SystemExit(f"error: the encoder's config says {size}: only squares work here")
+    return sides.pop()
+
+
+def family_of(config):
+    """The row of FAMILIES; for any other ViT of transformers a row found by a trial on the meta
+    device: one image forward and backward, no memory, no arithmetic.
+
+    raises SystemExit, one line, where the class is not "pixels in, one token a patch out, last".
+    """
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type]
+    return trial(config.to_json_string(use_diff=False), type(config))
+
+
+@functools.lru_cache
+def trial(facts, kind):
+    from transformers import AutoModel
+    config = kind(**json.loads(facts))
+    refusal = f"error: --encoder is a {config.model_type}, and cannot be used as a ViT here: "
+    try:
+        grid = side(config.image_size) // side(config.patch_size)
+        with torch.device("meta"):
+            vision = without_pooler(AutoModel.from_config(config, **class_options(config)))
+            out = vision(torch.zeros(1, 3, *[side(config.image_size)] * 2)).last_hidden_state
+        blocks_of(vision)
+    except Exception as e:
+        raise SystemExit(refusal + first_line(e))
+    extra = out.shape[1] - grid ** 2 if out.dim() == 3 else -1
+    prefix = extra - (getattr(config, "num_register_tokens", 0) or 0)
+    if not 0 <= prefix <= 2:        # YOLOS' hundred detection tokens, Swin's merged patches
+        raise SystemExit(f"{refusal}{tuple(out.shape)} comes out, not {grid} × {grid} patches "
+                         f"after at most two extra tokens")
+    out[:, extra:].sum().backward()
+    frozen = tuple(n for n, p in vision.named_parameters() if p.grad is None)
+    return Family("norm", False, prefix, frozen, *IMAGENET)
+
+
+def without_pooler(vision):
+    """Drop what stands behind the features and serves a pooled output alone."""
+    if getattr(vision, "use_head", False):  # SigLIP's attention pooling
+        vision.use_head = vision.config.vision_use_head = False
+        del vision.head
+    if isinstance(getattr(vision, "pooler", None), nn.Module):
+        vision.pooler = None
+    return vision
+
+
+def class_options(config):
+    """How a vision class is made: its fused attention where it has any (a ConvNeXt has none), and
+    without the pooler that some make on request and no feature comes from."""
+    from transformers import MODEL_MAPPING
+    kind = MODEL_MAPPING[type(config)]
+    asks = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    return {"attn_implementation": "sdpa" if kind._supports_sdpa else "eager",
+            **({"add_pooling_layer": False} if asks else {})}
 
 
 def truncate(vision):
@@ -209,29 +318,17 @@ def truncate(vision):
 
     The cut is recorded in the config (`pivot_feature_layer`), which transformers keeps untouched.
     """
-    family = FAMILIES[vision.config.model_type]
+    family = family_of(vision.config)
     if family.drop_last_block and getattr(vision.config, "pivot_feature_layer", None) is None:
         del blocks_of(vision)[-1]
         vision.config.num_hidden_layers -= 1
         vision.config.pivot_feature_layer = -1
-    if getattr(vision, "use_head", False):  # SigLIP's attention pooling: never part of the features
-        vision.use_head = vision.config.vision_use_head = False
-        del vision.head
-    return vision
+    return without_pooler(vision)
 
 
-def load_encoder(name):
-    """Open an encoder for training, fp32, truncated to the layer whose output is the feature.
-
-    name: preset, folder (published or extracted) or hub id.
-    raises SystemExit, one line, when the folder is missing, of a family not in FAMILIES, or when
-        a tensor of the published model is missing.
-    """
-    from transformers import AutoConfig, AutoModel
-    from transformers.utils import cached_file
-    if len(parts := parts_of(name)) == 2:
-        return TwoEncoders(*map(load_encoder, parts))
-    path = resolve(name)
+def config_of(name, path):
+    """The vision config of a folder or hub id; raises SystemExit, one line."""
+    from transformers import AutoConfig
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:
@@ -240,19 +337,99 @@ def load_encoder(name):
         raise SystemExit(f"error: --encoder {name} is a whole model; detach its encoder with:  "
                          f"python extract.py --run-dir RUN --stage STAGE")
     config = getattr(config, "vision_config", config)  # a whole SigLIP/CLIP: take the eye
-    if config.model_type not in FAMILIES:
-        raise SystemExit(f"error: --encoder {name} is a {config.model_type}; "
-                         f"known families: {', '.join(FAMILIES)}")
-    extra = {"add_pooling_layer": False} if config.model_type == "vit" else {}
-    vision = open_model(AutoModel, f"--encoder {name}", path, config=config, **extra)
-    family, mean, std = FAMILIES[config.model_type], None, None
-    processor = cached_file(path, "preprocessor_config.json",
-                            _raise_exceptions_for_missing_entries=False,
-                            _raise_exceptions_for_connection_errors=False)
-    if processor:           # the encoder's own statistics win over the family's
-        facts = read_json(processor)
-        mean, std = facts.get("image_mean"), facts.get("image_std")
-    return Encoder(truncate(vision), mean or family.mean, std or family.std)
+    if not all(hasattr(config, key) for key in ("image_size", "patch_size", "num_channels")):
+        raise SystemExit(f"error: --encoder {name} is a {config.model_type}, not a vision encoder "
+                         f"with patches; known families: {', '.join(FAMILIES)}; or a ViT like "
+                         f"them")
+    return config
+
+
+def load_encoder(name, image_size=None):
+    """Open an encoder for training, fp32, truncated to the layer whose output is the feature.
+
+    name: preset, folder (published or extracted), hub id, or a file of timm, open_clip or MoCo v3;
+    image_size: another input size than its own.
+    raises SystemExit, one line, when the folder is missing, of a class that cannot serve, or when
+        a tensor of the published model is missing.
+    """
+    import convert
+    from transformers import AutoModel
+    if len(parts := parts_of(name)) == 2:
+        return TwoEncoders(*(load_encoder(part, image_size) for part in parts))
+    path, preset = resolve(name), ENCODERS.get(name)
+    if file := convert.find(path):
+        vision, mean, std = convert.load(file)
+    else:
+        original = config_of(name, path)
+        config = convert.as_vit(original)
+        family_of(config)                                     # refuses before anything is loaded
+        vision = open_model(AutoModel, f"--encoder {name}", path, config=config,
+                            **class_options(config))
+        mean, std = own_statistics(path)
+        mean, std = mean or family_of(original).mean, std or family_of(original).std
+    vision = truncate(vision)
+    size = image_size or (preset and preset.geometry[-1]) or side(vision.config.image_size)
+    return Encoder(convert.resize_positions(vision, size), preset and preset.mean or mean,
+                   preset and preset.std or std)
+
+
+def own_statistics(path):
+    """The processor's mean and std, which win over the family's: (mean, std), None where unsaid."""
+    from transformers.utils import cached_file
+    file = cached_file(path, "preprocessor_config.json",
+                       _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
+    facts = read_json(file) if file else {}
+    return facts.get("image_mean"), facts.get("image_std")
+
+
+def published(name):
+    """The published class of a preset or local folder, whole (but for a ViT's pooler, which MAE and
+    MoCo do not have), on the meta device."""
+    import convert
+    import transformers as t
+    if name not in ENCODERS or ENCODERS[name].path.startswith("weights/toy"):
+        config = convert.as_vit(config_of(name, resolve(name)))
+    else:
+        kind, hidden, depth, heads, mlp, patch, size = ENCODERS[name].geometry
+        facts = dict(hidden_size=hidden, num_hidden_layers=depth, num_attention_heads=heads,
+                     intermediate_size=mlp, patch_size=patch, image_size=size)
+        config = {
+            SIGLIP: lambda: t.SiglipVisionConfig(**facts),
+            CLIP: lambda: t.CLIPVisionConfig(**facts),
+            VIT: lambda: t.ViTConfig(**facts), "vit_mae": lambda: t.ViTConfig(**facts),
+            # the giant's MLP is gated, of two thirds of 4 × hidden
+            "dinov2": lambda: t.Dinov2Config(**facts, use_swiglu_ffn=mlp < 4 * hidden),
+            "convnext": lambda: t.ConvNextConfig(hidden_sizes=list(hidden), depths=list(depth),
+                                                 patch_size=patch, image_size=size)}[kind]()
+    with torch.device("meta"):
+        return t.AutoModel.from_config(config, **class_options(config))
+
+
+def empty_encoder(name, image_size=None):
+    """The encoder as it would be trained, without weights, on the meta device."""
+    import convert
+    vision = truncate(published(name))
+    with torch.device("meta"):
+        size = image_size or side(vision.config.image_size)
+        return Encoder(convert.resize_positions(vision, size), HALF, HALF)
+
+
+def empty_llm(name):
+    """The LLM of a preset or local folder without weights, on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+    if name in LLMS and LLMS[name].geometry:
+        hidden, layers, heads, kv, mlp, rows, tied = LLMS[name].geometry
+        config = Qwen2Config(hidden_size=hidden, num_hidden_layers=layers, vocab_size=rows,
+                             num_attention_heads=heads, num_key_value_heads=kv,
+                             intermediate_size=mlp, tie_word_embeddings=tied)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+        except (OSError, ValueError) as e:
+            raise SystemExit(f"error: cannot open --llm {name}: {first_line(e)}")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
 def open_model(kind, name, path, **options):
@@ -260,8 +437,8 @@ def open_model(kind, name, path, **options):
     what a folder lacks: a tensor missing, or of another shape than config.json says."""
     try:
         model, info = kind.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False,
-            output_loading_info=True, ignore_mismatched_sizes=True, **options)
+            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True, **{"attn_implementation": "sdpa", **options})
     except Exception as e:       # a file cut short comes as safetensors' or pickle's own error
         raise SystemExit(f"error: cannot open {name} ({path}): {first_line(e)}")
     for what, keys in (("lacks", info["missing_keys"]),

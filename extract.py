@@ -37,7 +37,7 @@ from transformers import AutoImageProcessor, {cls}
 
 folder = "."
 processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-encoder = {cls}.from_pretrained(folder{extra})
+encoder = {cls}.from_pretrained(folder{extra}){eps}
 image = Image.new("RGB", (640, 480), "white")
 pixels = processor(image, return_tensors="pt")["pixel_values"]
 with torch.no_grad():
@@ -109,7 +109,8 @@ def main():
     config = encoders.read_json(stage / "config.json", "arguments")
     base = config["arguments"]["encoder"]
     model, _ = m.load_mllm(stage / "final")
-    encoder, original = model.encoder, encoders.load_encoder(base)
+    encoder = model.encoder
+    original = encoders.load_encoder(base, config["arguments"].get("image_size"))
 
     shapes = [{n: p.shape for n, p in e.vision.named_parameters()} for e in (encoder, original)]
     if shapes[0] != shapes[1]:
@@ -138,12 +139,17 @@ def main():
     card = CARD.format(
         base=base, title=f"{encoders.short_name(base)}, after {args.stage.upper()}",
         folder=stage / "final", stage=args.stage, cls=type(vision).__name__,
-        layer="last_hidden_state" if family.normed else "hidden_states[-1]",
-        slice=f"[:, {encoder.prefix}:]" if encoder.prefix else "",
+        layer="hidden_states[-1]" if family.read == "block" else "last_hidden_state",
+        slice=".flatten(2).transpose(1, 2)" if family.read == "map" else
+        f"[:, {encoder.prefix}:]" if encoder.prefix else "",
+        eps="".join(f"\nfor norm in [m for m in encoder.modules() if isinstance(m, "
+                    f"torch.nn.LayerNorm)]:\n    norm.eps = {x}  # as it was trained; the class "
+                    f"says 1e-6" for x in [getattr(vision.config, "pivot_norm_eps", None)] if x),
         dropped=f" without its first {encoder.prefix} tokens" if encoder.prefix else "",
         unused=", *not* `last_hidden_state`, which adds a norm that nobody trained"
         if family.frozen == ("post_layernorm.",) and not encoder.prefix else "",
-        extra=", add_pooling_layer=False" if vision.config.model_type == "vit" else "",
+        extra=", add_pooling_layer=False" \
+        if "add_pooling_layer" in encoders.class_options(vision.config) else "",
         tokens=encoder.num_tokens, width=encoder.hidden_size, size=encoder.image_size,
         llm=config["arguments"]["llm"], digest=config.get("data_digest"),
         parent=config.get("parent_digest", "none: stage 1 starts from the original"),

@@ -27,6 +27,8 @@ def arguments(doc, paper):
                         "--run-dir: torchrun takes --run for its own --run-path")
     add("--encoder", str, "vision encoder: a preset, a local folder or a hub id")
     add("--llm", str, "language model: a preset, a local folder or a hub id")
+    add("--image-size", int, "another input size than the encoder's own: its positions are "
+        "interpolated once, in fp32")
     add("--data", str, "folder in the layout toy.py writes; its parts can be pointed elsewhere")
     add("--images", str, "folder that image names are relative to; default DATA/images")
     add("--epochs", int, "passes over the data")
@@ -57,6 +59,9 @@ def arguments(doc, paper):
                         help="hybrid sharding: so many copies of the model, each sharded within "
                              "its group of processes (one a node)")
     parser.add_argument("--workers", type=int, help="image-decoding processes per training process")
+    parser.add_argument("--plan", nargs="?", const="8xh100", metavar="NxGPU", help="load and train "
+                        "nothing; print parameters, lengths, FLOPs, memory a GPU and hours on so "
+                        "many of them (default 8xh100)")
     parser.add_argument("--log-every", type=int, default=50, help="steps between printed lines")
     return parser
 
@@ -113,7 +118,7 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
     if args.run is None:
         names = [getattr(args, k) or defaults()[k] for k in ("encoder", "llm")]
         args.run = f"runs/{encoders.short_name(names[0])}__{encoders.short_name(names[1])}"
-    if parent:
+    if parent and not (args.plan and not Path(args.run, parent, "final", "config.json").exists()):
         folder = Path(args.run, parent)
         if not (folder / "final" / "config.json").exists():
             wanted = " ".join(([f"--run-dir {args.run}"] if args.run_typed else []) +
@@ -125,27 +130,30 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
                              f"{start} {parent}.py {wanted}")
         inherited = encoders.read_json(folder / "config.json", "arguments", remedy="; without it "
                                        f"{parent}.py --overwrite must run again")["arguments"]
-        for key in ("encoder", "llm"):
-            if key in typed and getattr(args, key) != inherited[key]:
-                raise SystemExit(f"error: {args.run} was made with --{key} {inherited[key]}, not "
+        for key in ("encoder", "llm", "image_size"):
+            if key in typed and getattr(args, key) != inherited.get(key):
+                raise SystemExit(f"error: {args.run} was made with --{key.replace('_', '-')} "
+                                 f"{inherited.get(key)}, not "
                                  f"{getattr(args, key)}; leave --run-dir out or name another")
         if "data" in typed and args.data != inherited["data"]:
             print0(f"  --data {args.data} ({parent} had {inherited['data']})")
     fallback = defaults()
     for key in vars(args):
         if getattr(args, key) is None:
-            source = inherited if key in ("encoder", "llm", "data") and key in inherited \
-                else fallback
+            source = inherited if key in inherited and \
+                key in ("encoder", "llm", "data", "image_size") else fallback
             setattr(args, key, source.get(key))
-            if source is inherited:
+            if source is inherited and source[key] is not None:
                 print0(f"  --{key.replace('_', '-')} {source[key]} (inherited from {parent})")
-    if args.attention == "flex" and not torch.cuda.is_available():
+    if args.attention == "flex" and not (args.plan or
+                                         torch.cuda.is_available()):
         raise SystemExit("error: --attention flex needs CUDA: torch's FlexAttention has no "
                          "backward pass on a CPU; leave it out")
-    args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+    args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() or args.plan else "fp32")
     for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas",
                 "log_every", "max_steps", "projector_max_steps", "num_samples", "limit",
-                "projector_epochs", "eval_batch", "max_new_tokens", "workers", "seed"):
+                "projector_epochs", "image_size", "eval_batch", "max_new_tokens", "workers",
+                "seed"):
         least = 0 if key in ("workers", "seed") else 1
         if getattr(args, key, None) is not None and getattr(args, key) < least:
             raise SystemExit(f"error: --{key.replace('_', '-')} must be at least {least}")

@@ -221,15 +221,30 @@ def open_tokenizer(path):
         raise SystemExit(f"error: no usable tokenizer in {path}: {encoders.first_line(e)}")
 
 
-def build_mllm(encoder_name, llm_name, seed):
+def refuse_llm(llm, name):
+    """Raise SystemExit, one line, unless every layer is plain attention that heeds our mask: a
+    recurrent one would let the rejected answer read the chosen one, whatever the mask says."""
+    layers = getattr(llm.base_model, "layers", ())
+    kinds = set(getattr(llm.config, "layer_types", None) or ["full_attention"])
+    mixers = ("self_attn", "attention", "attn", "self_attention")
+    if not len(layers) or not all(any(hasattr(x, k) for k in mixers) for x in layers) or \
+            kinds != {"full_attention"}:
+        raise SystemExit(f"error: --llm {name} is a {llm.config.model_type}: only models whose "
+                         f"layers are all full attention, in .layers, can hold two answers in one "
+                         f"sequence (this one: {', '.join(sorted(kinds))})")
+
+
+def build_mllm(encoder_name, llm_name, seed, image_size=None):
     """A pretrained encoder, a fresh projector (a function of seed alone), a pretrained LLM.
 
     → (MLLM in fp32, tokenizer). fp32 masters: in bf16 storage an AdamW step of 1e-6 on a weight of
     0.02 is rounded away every time.
     """
     from transformers import AutoModelForCausalLM
-    encoder, path = encoders.load_encoder(encoder_name), encoders.resolve(llm_name)
+    encoder = encoders.load_encoder(encoder_name, image_size)
+    path = encoders.resolve(llm_name)
     llm = encoders.open_model(AutoModelForCausalLM, f"--llm {llm_name}", path)
+    refuse_llm(llm, llm_name)
     tokenizer = open_tokenizer(path)
     image_token_id = prepare_tokenizer(tokenizer, llm.config.vocab_size)
     with torch.random.fork_rng(devices=[]):
@@ -286,7 +301,7 @@ def llava_config(model, tokenizer):
         vision_feature_select_strategy="default" if encoder.prefix else "full",
         tie_word_embeddings=model.llm.config.tie_word_embeddings).to_dict()
     config["architectures"] = ["LlavaForConditionalGeneration"]
-    if encoder.family.normed:
+    if encoder.family.read != "block":
         config.update(model_type="pivot_normed_features", architectures=["MLLM (model.py)"])
     if len(parts := getattr(encoder, "parts", ())) == 2:         # A+B: no class of theirs has two
         config.update(model_type="pivot_two_encoders", architectures=["MLLM (model.py)"], second={
@@ -334,7 +349,7 @@ def save_mllm(model, tokenizer, folder, is_main, shard_bytes=5 * 10 ** 9):
     (folder / "config.json").write_text(json.dumps(llava_config(model, tokenizer), indent=1))
     encoder = model.encoder
     LlavaProcessor(encoders.image_processor(encoder), tokenizer, chat_template=CHAT_TEMPLATE,
-                   patch_size=encoder.vision.config.patch_size,
+                   patch_size=encoder.patch_size,
                    num_additional_image_tokens=encoder.prefix, image_token=IMAGE_TOKEN,
                    vision_feature_select_strategy="default" if encoder.prefix else "full",
                    ).save_pretrained(folder)
@@ -367,10 +382,9 @@ def load_mllm(folder):
 
     def eye(vision_config, image_mean, image_std, **_):
         config = AutoConfig.for_model(**vision_config)
-        extra = {"add_pooling_layer": False} if config.model_type == "vit" else {}
-        return encoders.Encoder(AutoModel.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", **extra),
-            image_mean, image_std)
+        vision = encoders.without_pooler(AutoModel.from_config(
+            config, dtype=torch.float32, **encoders.class_options(config)))
+        return encoders.Encoder(vision, image_mean, image_std)
     llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts["text_config"]),
                                            dtype=torch.float32, attn_implementation="sdpa")
     pixels = encoders.read_json(folder / "processor_config.json",

@@ -13,6 +13,7 @@ Writes  runs/NAME/pretrain/: config.json, metrics.jsonl, timing.jsonl, checkpoin
 from pathlib import Path
 
 import flags
+from plan import show_plan
 import rundir
 import runtime
 import data
@@ -36,11 +37,21 @@ def get_args():
     return args
 
 
+def phases(args):
+    """[(name, kind of data.Samples, file, rates per module, epochs, bound on steps), …]."""
+    return [("1a", "captions", args.captions,
+             {"encoder": 0, "projector": args.projector_lr, "llm": 0},
+             args.projector_epochs, args.projector_max_steps),
+            ("1b", "conversations", args.instruct,
+             {**runtime.learning_rates(args), "projector": args.lr},
+             args.epochs, args.max_steps)]
+
+
 def train(args, run, device, model, tokenizer, facts, phases):
     """Two phases on one step axis, then final/. repair_eval.py re-pairs through this same loop.
 
     facts: what else config.json should hold and a resumed run must agree with.
-    phases: [(name, kind of data.Samples, file, rates per module, epochs, bound on steps), …].
+    phases: as phases() lists them.
     """
     # ---- data
     limit = model.llm.config.max_position_embeddings
@@ -110,16 +121,12 @@ def train(args, run, device, model, tokenizer, facts, phases):
 
 def main():
     args = get_args()
+    if args.plan:
+        return show_plan(args, phases(args))
     device = runtime.start()
     run = rundir.Run(Path(args.run, "pretrain"), args)
-    model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed)
-    train(args, run, device, model, tokenizer, {}, phases=[
-        ("1a", "captions", args.captions,
-         {"encoder": 0, "projector": args.projector_lr, "llm": 0},
-         args.projector_epochs, args.projector_max_steps),
-        ("1b", "conversations", args.instruct,
-         {**runtime.learning_rates(args), "projector": args.lr},
-         args.epochs, args.max_steps)])
+    model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
+    train(args, run, device, model, tokenizer, {}, phases(args))
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def vision_features(name, pairs, device):
 
     def keep(block, inputs, out):
         out = out[0] if isinstance(out, tuple) else out
+        out = out.flatten(2).transpose(1, 2) if encoder.family.read == "map" else out
         blocks.append(out[:, encoder.prefix:].mean(1))
 
     def step(batch):

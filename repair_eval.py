@@ -26,6 +26,7 @@ from runtime import print0
 import answer
 import encoders
 import model as m
+from plan import show_plan
 import pretrain
 import report
 import score
@@ -68,6 +69,16 @@ def get_args():
     if args.show_wrong < 0:
         raise SystemExit("error: --show-wrong must be at least 0")
     return args
+
+
+def phases(args):
+    """[(name, kind of data.Samples, file, rates per module, epochs, bound on steps), …]."""
+    frozen = {"encoder": 0}                       # the eye is judged, not trained
+    return [("projector", "captions", args.captions,
+             {**frozen, "projector": args.projector_lr, "llm": 0},
+             args.projector_epochs, args.projector_max_steps),
+            ("re-pair", "conversations", args.instruct,
+             {**frozen, "projector": args.lr, "llm": args.lr}, args.epochs, args.max_steps)]
 
 
 def repair_folder(args):
@@ -223,6 +234,8 @@ def main():
     if args.compare:
         print("\n".join(report.compare(args.compare)))
         return
+    if args.plan:
+        return show_plan(args, phases(args))
     device = runtime.start()
     suffix = "bench-wrong-image" if args.wrong_image else "bench"
     if args.mllm:
@@ -246,17 +259,11 @@ def main():
     else:
         read_files(args)                              # before the training, not after it
         run = rundir.Run(folder, args)
-        model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed)
+        model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
         if args.reuse_projector_layers:
             reuse_projector(model, args.encoder, args.reuse_projector_layers)
-        frozen = {"encoder": 0}                       # the eye is judged, not trained
         facts = {"encoder_digest": eye, "llm_digest": llm}
-        pretrain.train(args, run, device, model, tokenizer, facts, phases=[
-            ("projector", "captions", args.captions,
-             {**frozen, "projector": args.projector_lr, "llm": 0},
-             args.projector_epochs, args.projector_max_steps),
-            ("re-pair", "conversations", args.instruct,
-             {**frozen, "projector": args.lr, "llm": args.lr}, args.epochs, args.max_steps)])
+        pretrain.train(args, run, device, model, tokenizer, facts, phases(args))
     evaluate(args, folder / "final", device, folder / suffix)
 
 

@@ -19,6 +19,7 @@ from runtime import from_main, is_main, print0, reduce_sum, reshard, stop, world
 import encoders
 import model as m
 import torch
+from safetensors import safe_open
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
@@ -77,6 +78,23 @@ def sync_folder(folder):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def moved(folder, parent):
+    """‖w − w₀‖ / ‖w₀‖ of encoder, projector and LLM between two final/ folders, tensor by tensor:
+    ({part: change}, names of the tensors that are bit-equal)."""
+    places = [{key: file for path in sorted(Path(where).glob("*.safetensors"))
+               for file in [safe_open(path, "pt")] for key in file.keys()}
+              for where in (folder, parent)]
+    squares, still = {}, []
+    for key, file in places[0].items():
+        new, old = file.get_tensor(key), places[1][key].get_tensor(key)
+        change, size = squares.get(key.split(".")[0], (0.0, 0.0))
+        squares[key.split(".")[0]] = (change + (new - old).norm(dtype=torch.float64).item() ** 2,
+                                      size + old.norm(dtype=torch.float64).item() ** 2)
+        if torch.equal(new, old):
+            still.append(key)
+    return {part: (c / s) ** 0.5 if s else 0.0 for part, (c, s) in squares.items()}, still
 
 
 class Run:
@@ -247,6 +265,32 @@ class Run:
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
 
+    def card(self, folder):
+        """README.md of final/: where this model comes from, and what training moved."""
+        config, parent = self.config, self.folder.parent / "pretrain" / "final"
+        rows = {"stage": config["stage"], "encoder": config["arguments"]["encoder"],
+                "LLM": config["arguments"]["llm"]}
+        rows |= {k.replace("_", " "): v for k, v in config.items() if k.endswith("_digest")}
+        rows |= {"data": config.get("data"), "versions": config["versions"]}
+        if "parent_digest" in config:
+            parts, still = moved(folder, parent)
+            rows["moved since stage 1"] = ", ".join(f"{k} {v:.2e}" for k, v in parts.items()) + \
+                " (‖w − w₀‖ / ‖w₀‖)"
+            rows["bit-equal to stage 1"] = ", ".join(still) or "no tensor"
+        else:
+            rows["parents"] = "the published encoder and LLM above; `python extract.py --stage " \
+                f"{config['stage']}` says how far every block of the encoder moved"
+        rows["arguments"] = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in
+                                     config["arguments"].items() if k not in FREE | {"plan"}
+                                     and v is not None and v is not False)
+        return ("---\ntags: [vision, pivot]\nlibrary_name: transformers\n---\n"
+                f"# {rows['encoder']} + {rows['LLM']}, after {config['stage']}\n\n"
+                "An encoder, a projector and an LLM in the layout of LLaVA; the same folder is "
+                "what the next stage and `extract.py` read. Images: a bicubic squash, with the "
+                "saved processor's mean and standard deviation (`backend=\"pil\"`).\n\n"
+                "| provenance | |\n|---|---|\n"
+                + "".join(f"| {k} | {v} |\n" for k, v in rows.items()))
+
     def finish(self, model, tokenizer):
         """Write final/, the folder transformers opens; drop the checkpoints, which it replaces."""
         reshard(model)
@@ -257,6 +301,7 @@ class Run:
         dist.barrier()
         m.save_mllm(model, tokenizer, aside, is_main())
         if is_main():
+            (aside / "README.md").write_text(self.card(aside), encoding="utf-8")
             sync_folder(aside)
             os.replace(aside, self.folder / "final")
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)

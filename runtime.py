@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")     # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")     # workers fork after tokenising
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from safetensors import SafetensorError
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -123,8 +125,12 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bf16" else None,
                                   reduce_dtype=torch.float32)
     if activation_checkpointing:       # non-reentrant: it must also work on frozen inputs
-        for part in (model.encoder.vision, model.llm):
-            part.gradient_checkpointing_enable({"use_reentrant": False})
+        for part, blocks in ((model.encoder.vision, model.encoder.blocks), (model.llm, ())):
+            if part.supports_gradient_checkpointing:
+                part.gradient_checkpointing_enable({"use_reentrant": False})
+                continue
+            for block in blocks:           # ConvNeXt: transformers has no switch for it
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if attention == "flex":            # the LLM's alone: the encoder's patches all see each other
         model.llm.set_attn_implementation("flex_attention")
     for block in [*model.encoder.blocks, *model.llm.base_model.layers]:

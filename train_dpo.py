@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import flags
+from plan import show_plan
 import rundir
 import runtime
 from runtime import print0
@@ -24,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=1e-6,
-             beta=0.1, global_batch=256, micro_batch=8, warmup=0.03, num_samples=20_000, workers=4)
+             beta=0.1, global_batch=256, micro_batch=4, warmup=0.03, num_samples=20_000, workers=4)
 # In one pass at 0.1 no pair comes near to being settled: those long understood keep pulling as
 # hard as the others. At 0.5 the loss leaves them alone.
 TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=1, lr=5e-5, beta=0.5,
@@ -47,6 +48,12 @@ def get_args():
     heldout = Path(args.data, "preferences", "heldout.jsonl")
     args.heldout = args.heldout or (str(heldout) if heldout.exists() else None)
     return args
+
+
+def phases(args):
+    """What --plan plans: (name, kind of data, file, rates per module, epochs, bound on steps)."""
+    return [("dpo", "pairs", args.preferences, runtime.learning_rates(args), args.epochs,
+             args.max_steps)]
 
 
 def branch_logps(logps, branch):
@@ -117,6 +124,8 @@ def report_heldout(args, run, model, samples, plan, ref, clock, step):
 
 def main():
     args = get_args()
+    if args.plan:
+        return show_plan(args, phases(args))
     device = runtime.start()
     run = rundir.Run(Path(args.run, "dpo"), args)
 

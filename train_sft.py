@@ -12,6 +12,7 @@ Writes  runs/NAME/sft/: config.json, metrics.jsonl, timing.jsonl, checkpoints/, 
 from pathlib import Path
 
 import flags
+from plan import show_plan
 import rundir
 import runtime
 import data
@@ -32,8 +33,16 @@ def get_args():
     return args
 
 
+def phases(args):
+    """What --plan plans: (name, kind of data, file, rates per module, epochs, bound on steps)."""
+    return [("sft", "pairs", args.preferences, runtime.learning_rates(args), args.epochs,
+             args.max_steps)]
+
+
 def main():
     args = get_args()
+    if args.plan:
+        return show_plan(args, phases(args))
     device = runtime.start()
     run = rundir.Run(Path(args.run, "sft"), args)
 

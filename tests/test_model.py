@@ -8,7 +8,7 @@ import torch
 import data
 import encoders
 import model as m
-from conftest import tiny_model
+from conftest import TEXT, tiny_model
 
 IMAGE = 63
 
@@ -256,6 +256,49 @@ def test_every_gradient_path_is_visible():
             else:
                 assert p.grad.abs().max() > 0, name
         assert silent == frozen
+
+
+def other_llm(name):
+    import transformers as t
+    torch.manual_seed(0)
+    facts = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
+    return {
+        "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**TEXT, head_dim=8)),
+        "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**TEXT)),
+        "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**TEXT)),
+        "mamba": lambda: t.MambaForCausalLM(t.MambaConfig(hidden_size=32, num_hidden_layers=2,
+                                                          vocab_size=64)),
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(n_embd=32, n_layer=2, n_head=2,
+                                                       vocab_size=64)),
+        "gemma3_text": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(
+            **facts, num_key_value_heads=2, head_dim=8)),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "olmo2"])
+def test_other_llms_keep_the_two_answers_apart(name):
+    """Any causal LM of full attention: the rejected answer does not see the chosen one."""
+    llm = other_llm(name)
+    m.refuse_llm(llm, name)
+    model = m.MLLM(tiny_model().encoder, llm, IMAGE).eval()
+    pairs, pixels = random_pairs(model, 1)
+    batch = batch_of(pairs, pixels, "dpo")
+    before = model(**batch)
+    chosen = batch["labels"].gt(0) & (batch["branch"] == m.CHOSEN)
+    for key in ("input_ids", "labels"):
+        batch[key][chosen] = (batch[key][chosen] + 11) % 50 + 2
+    after = model(**batch)
+    rejected = batch["branch"] == m.REJECTED
+    assert torch.equal(before[rejected], after[rejected])
+    assert not torch.equal(before[~rejected], after[~rejected])
+    plain, twice = batch_of(pairs, pixels, "sft"), (before * (batch["branch"] == m.CHOSEN)).sum(1)
+    assert torch.allclose(model(**plain).sum(1), twice, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mamba", "gpt2", "gemma3_text"])
+def test_an_llm_that_cannot_hold_two_answers_is_refused(name):
+    with pytest.raises(SystemExit, match=f"--llm x is a {name}: only models whose layers are all"):
+        m.refuse_llm(other_llm(name), "x")
 
 
 @pytest.mark.parametrize("width", [1, 3])

@@ -166,21 +166,24 @@ def test_a_finished_stage_says_so(trained, world):
 # ------------------------------------------------------------------------- folders that others open
 
 def test_final_opens_in_transformers_with_the_same_logits(trained):
+    opens_in_transformers(trained[0] / "dpo/final", 48)
+
+
+def opens_in_transformers(folder, size):
     """The folder is a plain LLaVA: same logits, same greedy answer through its own processor."""
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    folder = trained[0] / "dpo/final"
     theirs = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     ours, tokenizer = m.load_mllm(folder)
-    image = Image.effect_mandelbrot((48, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    image = Image.effect_mandelbrot((size, size), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     messages = [{"role": "user", "content": [{"type": "image"},
                                              {"type": "text", "text": "What shape is it?"}]}]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = processor(images=image, text=text, return_tensors="pt")
     with torch.no_grad():
         want = theirs(**inputs).logits
-        pixels = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(48, 48, 3)
+        pixels = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
         pixels = pixels.permute(2, 0, 1)[None]
         hidden = ours.llm.model(inputs_embeds=ours.embed(pixels, inputs["input_ids"]))
         got = ours.llm.lm_head(hidden.last_hidden_state)
@@ -189,6 +192,27 @@ def test_final_opens_in_transformers_with_the_same_logits(trained):
     mine = ours.generate(pixels, inputs["input_ids"], inputs["attention_mask"], 8,
                          m.stop_ids(tokenizer))[0]
     assert [t for t in answer.tolist() if t not in m.stop_ids(tokenizer)] == mine
+
+
+def test_the_card_of_final_states_where_it_comes_from(trained):
+    """Parents, data digest, arguments, what moved: from the files, not from the code's memory."""
+    folder = trained[0] / "dpo"
+    config = json.loads((folder / "config.json").read_text())
+    card = (folder / "final/README.md").read_text()
+    for fact in (config["data_digest"], config["parent_digest"], "--lr 0.0001", "--seed 0",
+                 "| encoder | toy-vit"):
+        assert fact in card, fact
+    a, b = (load_file(trained[0] / s / "final/model.safetensors") for s in ("pretrain", "dpo"))
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        keys = [k for k in a if k.startswith(part)]
+        change = sum((a[k] - b[k]).double().square().sum() for k in keys).sqrt()
+        change /= sum(a[k].double().square().sum() for k in keys).sqrt()
+        stated = re.search(rf"{part} (\d\.\d+e[-+]\d+)", card)
+        assert change > 0 and float(stated[1]) == pytest.approx(change.item(), rel=0.01)
+    still = re.search(r"bit-equal to stage 1 \| (.*) \|", card)[1].split(", ")
+    assert sorted(still) == sorted(k for k in a if torch.equal(a[k], b[k]))
+    assert all("post_layernorm" in k for k in still)
+    assert "published encoder" in (trained[0] / "pretrain/final/README.md").read_text()
 
 
 def test_a_folder_in_several_shards_is_the_same_model(trained, tmp_path):

@@ -1,0 +1,251 @@
+"""Other people's layouts → a transformers class, key by key; another input size; nothing guessed.
+
+    timm       ViT (cls_token, blocks.i.attn.qkv, …) and ConvNeXt (stem, stages.i.blocks.j, …)
+    MoCo v3    the original .pth.tar: timm's ViT under module.base_encoder., the momentum twin and
+               both heads beside it
+    open_clip  `visual.`: its own ViT, or timm's trunk under visual.trunk.
+    MAE        transformers' own ViTMAE folder, opened as the ViT it holds
+
+Pickled files are read with weights_only=True, so no code runs from them. A key that has no place,
+or a place that has no key, refuses the file: a tower that is nearly the published one is worse
+than none.
+"""
+import re
+from pathlib import Path
+
+import encoders
+import torch
+from encoders import first_line, read_json, side
+from torch import nn
+
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
+           "pytorch_model.bin")
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}     # of timm's ViT-Ti/S/B/L/H, by width
+MOCO_HEADS = {**HEADS, 384: 12}                           # MoCo v3's ViT-S has twelve
+
+
+def find(path):
+    """The weight file of another layout at a path, in a folder or in a hub repository; None where
+    transformers opens it itself (its config.json has a model_type)."""
+    if Path(path).is_file():
+        return Path(path)
+    from transformers.utils import cached_file
+
+    def at(name):
+        if Path(path).is_dir():
+            return Path(path, name) if Path(path, name).is_file() else None
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False,
+                            _raise_exceptions_for_gated_repo=False,
+                            _raise_exceptions_for_connection_errors=False)
+        return found and Path(found)
+    config = at("config.json")
+    if config and "architecture" not in read_json(config):       # timm's names one there
+        return None
+    if not config and not at("open_clip_config.json"):
+        return None
+    return next((file for name in WEIGHTS if (file := at(name))), None)
+
+
+def read(file):
+    """A weight file → (tensors by name, {"arch": …} as far as it says); no code runs from it."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(file), {}
+        facts = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise SystemExit(f"error: cannot read {file}: {first_line(e)}")
+    state = next((facts[k] for k in ("state_dict", "model") if isinstance(facts, dict)
+                  and isinstance(facts.get(k), dict)), facts)
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise SystemExit(f"error: {file} holds no table of tensors")
+    return state, facts
+
+
+def under(state, prefix):
+    """The tensors whose names start with prefix, without it; all of them where none does."""
+    chosen = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return chosen or state
+
+
+def load(file):
+    """A weight file in another layout → (transformers model in fp32, mean, std)."""
+    raw, facts = read(file)
+    moco = any(k.startswith("module.base_encoder.") for k in raw)
+    state = under(under(under(raw, "module.base_encoder."), "visual."), "trunk.")
+    said = file.parent / "open_clip_config.json"
+    said = read_json(said, "model_cfg") if said.is_file() else {}
+    pixels = said.get("preprocess_cfg", {})
+    if "stem.0.weight" in state:
+        config, names = timm_convnext(state, said)
+    elif "cls_token" in state and "patch_embed.proj.weight" in state:
+        config, names = timm_vit(state, file, MOCO_HEADS if moco else HEADS)
+    elif "class_embedding" in state and said:
+        config, names = open_clip_vit(state, said["model_cfg"])
+    else:
+        raise SystemExit(f"error: {file} is in none of the layouts known here (timm's ViT with a "
+                         f"CLS token and ConvNeXt, MoCo v3, open_clip with its "
+                         f"open_clip_config.json beside it); first key: {next(iter(state))}")
+    mean, std = (encoders.CLIP_MEAN, encoders.CLIP_STD) if said else encoders.IMAGENET
+    return fill(config, state, names, file), pixels.get("mean", mean), pixels.get("std", std)
+
+
+def fill(config, state, names, file):
+    """Build the class and give it every tensor under its new name.
+
+    names: [(pattern, replacement), …]; the replacement None drops, a list splits a fused q, k, v.
+    raises SystemExit, one line, unless names and shapes match one to one.
+    """
+    from transformers import AutoModel
+    with torch.device("meta"):
+        vision = AutoModel.from_config(config, **encoders.class_options(config))
+    new = {}
+    for key, tensor in state.items():
+        pattern, to = next(((p, to) for p, to in names if re.fullmatch(p, key)), (None, key))
+        parts = [(to, tensor)] if not isinstance(to, list) else zip(to, tensor.chunk(len(to)))
+        for target, part in parts if to else ():
+            new[re.sub(pattern, target, key) if pattern else key] = part.float().contiguous()
+    wanted = {k: v.shape for k, v in vision.state_dict().items()}
+    for what, keys in (("lacks", wanted.keys() - new.keys()),
+                       ("has no place for", new.keys() - wanted.keys()),
+                       ("has another shape for",
+                        [k for k in wanted if k in new and new[k].shape != wanted[k]])):
+        if keys:
+            raise SystemExit(f"error: {file} does not fit {type(vision).__name__}: it {what} "
+                             f"{sorted(keys)[0]} ({len(keys)} such tensors)")
+    vision.load_state_dict(new, strict=True, assign=True)
+    for module in vision.modules():            # the one buffer that is not stored
+        if getattr(module, "position_ids", None) is not None:
+            module.position_ids = torch.arange(module.num_positions)[None]
+    return vision
+
+
+def timm_vit(state, file, heads):
+    """timm's VisionTransformer with CLS and final norm → ViTModel."""
+    from transformers import ViTConfig
+    _, n, width = state["pos_embed"].shape
+    patch = state["patch_embed.proj.weight"].shape[-1]
+    if width not in heads:
+        raise SystemExit(f"error: {file}: a ViT of width {width}: its number of heads is not "
+                         f"known here (widths: {', '.join(map(str, heads))})")
+    config = ViTConfig(
+        hidden_size=width, num_attention_heads=heads[width], patch_size=patch,
+        num_hidden_layers=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+        intermediate_size=len(state["blocks.0.mlp.fc1.weight"]), layer_norm_eps=1e-6,
+        image_size=patch * round((n - 1) ** 0.5), qkv_bias="blocks.0.attn.qkv.bias" in state)
+    block = r"blocks\.(\d+)\."
+    return config, [
+        (r"(pre_logits|head|fc)\..*", None),
+        (r"cls_token", "embeddings.cls_token"), (r"pos_embed", "embeddings.position_embeddings"),
+        (r"patch_embed\.proj\.(.*)", r"embeddings.patch_embeddings.projection.\1"),
+        (block + r"attn\.qkv\.(.*)", [rf"layers.\1.attention.{x}_proj.\2" for x in "qkv"]),
+        (block + r"attn\.proj\.(.*)", r"layers.\1.attention.o_proj.\2"),
+        (block + r"norm1\.(.*)", r"layers.\1.layernorm_before.\2"),
+        (block + r"norm2\.(.*)", r"layers.\1.layernorm_after.\2"),
+        (block + r"mlp\.(.*)", r"layers.\1.mlp.\2"), (r"norm\.(.*)", r"layernorm.\1")]
+
+
+def timm_convnext(state, said):
+    """timm's ConvNeXt → ConvNextModel. Its head norms the *pooled* map, as transformers' layernorm
+    does; our features are the map before it. The XXL's norms have eps 1e-5, which the class
+    cannot say: it is kept as `pivot_norm_eps` and set when the model is opened."""
+    from transformers import ConvNextConfig
+    depths, widths = {}, {}
+    for key, tensor in state.items():
+        if found := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.weight", key):
+            stage, block = map(int, found.groups())
+            depths[stage] = max(depths.get(stage, 0), block + 1)
+            widths[stage] = len(tensor)
+    widths, depths = ([table[i] for i in sorted(table)] for table in (widths, depths))
+    size = said.get("model_cfg", {}).get("vision_cfg", {}).get("image_size", 224)
+    xxl = {"pivot_norm_eps": 1e-5} if widths == [384, 768, 1536, 3072] else {}
+    config = ConvNextConfig(hidden_sizes=widths, depths=depths, image_size=size, **xxl,
+                            patch_size=state["stem.0.weight"].shape[-1])
+    block, ours = r"stages\.(\d+)\.blocks\.(\d+)\.", r"encoder.stages.\1.layers.\2."
+    return config, [
+        (r"head\.(proj|fc)\..*", None), (r"head\.norm\.(.*)", r"layernorm.\1"),
+        (r"stem\.0\.(.*)", r"embeddings.patch_embeddings.\1"),
+        (r"stem\.1\.(.*)", r"embeddings.layernorm.\1"),
+        (r"stages\.(\d+)\.downsample\.(.*)", r"encoder.stages.\1.downsampling_layer.\2"),
+        (block + r"conv_dw\.(.*)", ours + r"dwconv.\3"),
+        (block + r"norm\.(.*)", ours + r"layernorm.\3"),
+        (block + r"mlp\.fc1\.(.*)", ours + r"pwconv1.\3"),
+        (block + r"mlp\.fc2\.(.*)", ours + r"pwconv2.\3"),
+        (block + r"gamma", ours + r"layer_scale_parameter")]
+
+
+def open_clip_vit(state, said):
+    """open_clip's own VisionTransformer → CLIPVisionModel."""
+    from transformers import CLIPVisionConfig
+    facts = said["vision_cfg"]
+    config = CLIPVisionConfig(
+        hidden_size=facts["width"], num_hidden_layers=facts["layers"],
+        num_attention_heads=facts["width"] // facts.get("head_width", 64),
+        intermediate_size=int(facts["width"] * facts.get("mlp_ratio", 4)),
+        patch_size=facts["patch_size"], image_size=facts["image_size"],
+        hidden_act="quick_gelu" if said.get("quick_gelu") else "gelu")
+    block, ours = r"transformer\.resblocks\.(\d+)\.", r"encoder.layers.\1."
+    return config, [
+        (r"proj", None), (r"(?!conv1|class_emb|positional|ln_|transformer\.resblocks).*", None),
+        (r"class_embedding", "embeddings.class_embedding"),
+        (r"positional_embedding", "embeddings.position_embedding.weight"),
+        (r"conv1\.(.*)", r"embeddings.patch_embedding.\1"),
+        (r"ln_pre\.(.*)", r"pre_layrnorm.\1"), (r"ln_post\.(.*)", r"post_layernorm.\1"),
+        (block + r"attn\.in_proj_(.*)", [rf"{ours}self_attn.{x}_proj.\2" for x in "qkv"]),
+        (block + r"attn\.out_proj\.(.*)", ours + r"self_attn.out_proj.\2"),
+        (block + r"ln_([12])\.(.*)", ours + r"layer_norm\2.\3"),
+        (block + r"mlp\.c_fc\.(.*)", ours + r"mlp.fc1.\2"),
+        (block + r"mlp\.c_proj\.(.*)", ours + r"mlp.fc2.\2")]
+
+
+def as_vit(config):
+    """MAE's class shuffles the patches by random noise even where it masks none, which ruins the
+    grid. Its encoder is a ViT, name by name: it is opened, trained and saved as one."""
+    if config.model_type != "vit_mae":
+        return config
+    from transformers import ViTConfig
+    facts, known = config.to_dict(), ViTConfig().to_dict()
+    return ViTConfig(**{k: v for k, v in facts.items() if k in known and
+                        k not in ("model_type", "architectures", "transformers_version", "dtype")})
+
+
+@torch.no_grad()
+def resize_positions(vision, size):
+    """Another input size: the stored position table is resized once, in fp32, exactly as
+    transformers' interpolate_pos_encoding would at every step (bicubic, antialiased for DINOv2 with
+    registers alone), so that what is trained and saved is a plain model of the new size. In place;
+    ConvNeXt has no table.
+    """
+    config = vision.config
+    old, patch = side(config.image_size), side(config.patch_size)
+    if size == old:
+        return vision
+    stride = patch * (2 ** (len(config.depths) - 1) if config.model_type == "convnext" else 1)
+    if size % stride:
+        raise SystemExit(f"error: --image-size {size} is no multiple of the patch size {stride}; "
+                         f"the nearest is {max(1, round(size / stride)) * stride}")
+    before, after = (old // patch) ** 2, (size // patch) ** 2
+    for module in vision.modules():
+        for name in ("position_embedding", "position_embeddings"):
+            held = getattr(module, name, None)
+            table = held.weight[None] if isinstance(held, nn.Embedding) else held
+            if not isinstance(table, torch.Tensor):
+                continue
+            prefix = table.shape[1] - before                       # (1, prefix + N, D)
+            grid = table[:, prefix:].float().unflatten(1, (old // patch,) * 2)
+            grid = nn.functional.interpolate(grid.permute(0, 3, 1, 2), size=(size // patch,) * 2,
+                                             mode="bicubic", align_corners=False,
+                                             antialias=config.model_type == "dinov2_with_registers")
+            table = torch.cat([table[:, :prefix], grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+            if isinstance(held, nn.Embedding):
+                setattr(module, name, nn.Embedding.from_pretrained(table[0], freeze=False))
+                module.num_positions = prefix + after
+                module.position_ids = torch.arange(prefix + after, device=table.device)[None]
+            else:
+                setattr(module, name, nn.Parameter(table))
+        if isinstance(getattr(module, "num_patches", None), int):
+            module.num_patches = after
+        if hasattr(module, "image_size"):
+            module.image_size = (size, size) if isinstance(module.image_size, tuple) else size
+    config.image_size = size
+    return vision

@@ -1,0 +1,403 @@
+"""What a run will take: parameters, row lengths, FLOPs, memory a GPU, hours. Nothing is loaded.
+
+    python train_dpo.py --encoder siglip2-so400m --llm qwen2.5-7b --plan            # 8 × H100
+    python train_dpo.py --encoder siglip2-so400m --llm qwen2.5-7b --plan 4xa100
+    python plan.py                                                # the table of the README
+
+What can be counted is counted, not estimated: the real modules run forward and backward on torch's
+meta device, which has shapes but neither numbers nor memory. FLOPs are summed over the products
+that run; activations are the tensors autograd saves. Assumed are the kernels (fused attention: q,
+k, v, output and one number a row are kept, not the T × T scores), the utilisation, and, where there
+is no data yet, the lengths: all of them are printed. Not run on a GPU.
+"""
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import encoders
+import model as m
+from runtime import print0
+
+GPUS = {   # name: memory in bytes, dense bf16 FLOP/s (data sheets, SXM)
+    "h100": (80e9, 989e12), "h200": (141e9, 989e12), "a100": (80e9, 312e12),
+    "a100-40": (40e9, 312e12)}
+USABLE = 0.9          # the rest: CUDA context, NCCL's buffers, what the allocator cannot use
+UTILISATION = 0.35    # of those FLOP/s; an assumption
+SAMPLE = 1000         # records whose lengths are read
+FP32 = 4              # bytes of a master weight, of a reduced gradient, of each moment of AdamW
+# Where there is no data: records, and prompt, chosen, rejected in text tokens. Numbers of records
+# are the paper's; mean lengths are assumptions; the longest row is what the length rule admits.
+ASSUMED = {"captions": (558_000, (0, 20, 0), (0, 128, 0)),
+           "conversations": (3_200_000, (150, 150, 0), (736, 736, 0)),
+           "pairs": (20_000, (80, 200, 200), (100, 1372, 1372))}
+REPAIR = 737_000      # conversations of re-pairing's second step
+
+
+class Lengths(NamedTuple):
+    """records: usable ones; mean, longest: tokens of a row's prompt (image included), chosen and
+    rejected answer; source: where these come from, in words."""
+    records: int
+    mean: tuple
+    longest: tuple
+    source: str
+
+    def row(self, which, pairs):
+        """Tokens of one row: prompt + answer, or the pair layout of model.py."""
+        prompt, chosen, rejected = getattr(self, which)
+        return prompt + chosen + (rejected + 1 if pairs else 0)
+
+
+class Trace(NamedTuple):
+    """One row, forward and backward. FLOPs: forward, of that inside blocks, backward. Bytes that
+    autograd keeps: outside blocks; inside each block; each block's input. rows: of lm_head."""
+    forward: int
+    in_blocks: int
+    backward: int
+    outside: int
+    blocks: list
+    inputs: list
+    rows: int
+
+
+# ------------------------------------------------------------------------------------- counting
+
+class Fused(torch.autograd.Function):
+    """Attention as a fused kernel does it, shapes alone. q, k, v (B, H, T, d) → (B, H, T, d).
+    Two products forward, four backward (the kernels' own recomputation is not credited)."""
+    flops = 0
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.product = 2 * q.numel() * k.shape[2]
+        Fused.flops += 2 * ctx.product
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        Fused.flops += 4 * ctx.product
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def attention(module, query, key, value, attention_mask, **kwargs):
+    """transformers' hook for an attention kernel; with a mask it repeats the shared heads first."""
+    from transformers.integrations.sdpa_attention import repeat_kv
+    groups = query.shape[1] // key.shape[1]
+    if attention_mask is not None:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    return Fused.apply(query, key, value).transpose(1, 2), None
+
+
+def trace(model, prompt, chosen, rejected, pairs):
+    """Run one row of an MLLM on the meta device and write down what it takes. → Trace."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    ALL_ATTENTION_FUNCTIONS.register("plan", attention)
+    encoder, llm = model.encoder, model.llm
+    for part in (encoder.vision, llm):
+        if part._supports_sdpa:
+            part.config._attn_implementation = "plan"
+    counter, where, flops_in_blocks = FlopCounterMode(display=False), None, 0
+    blocks = [*encoder.blocks, *llm.base_model.layers]
+    kept, inputs = {None: 0, **dict.fromkeys(range(len(blocks)), 0)}, [0] * len(blocks)
+    seen = {p.untyped_storage()._cdata: p for p in model.parameters()}   # weights are no activation
+    Fused.flops = 0
+
+    def count():
+        return counter.get_total_flops() + Fused.flops
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage      # kept alive here: its address is not used again
+            kept[where] += storage.nbytes()
+        return x
+
+    def enter(i):
+        def hook(block, args, kwargs):
+            nonlocal where, flops_in_blocks
+            where, x = i, args[0] if args else kwargs["hidden_states"]
+            inputs[i] = x.nbytes if torch.is_grad_enabled() else 0
+            flops_in_blocks -= count()
+        return hook
+
+    def leave(*_):
+        nonlocal where, flops_in_blocks
+        where = None
+        flops_in_blocks += count()
+    hooks = [h for i, block in enumerate(blocks) for h in (
+        block.register_forward_pre_hook(enter(i), with_kwargs=True),
+        block.register_forward_hook(leave))]
+
+    length = prompt + chosen + (rejected + 1 if pairs else 0)
+    rows = chosen + (rejected if pairs else 0)
+    learns = any(p.requires_grad for p in encoder.parameters())
+    with counter, torch.device("meta"):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            pixels = torch.zeros(1, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
+            with torch.set_grad_enabled(learns):
+                features = encoder(pixels)
+            features = model.projector(features)
+            # Stands for masked_scatter, whose backward depends on data: the same bytes, no FLOPs.
+            words = llm.get_input_embeddings()(torch.zeros(1, length, dtype=torch.long))
+            embeds = torch.cat([features, words[:, encoder.num_tokens:]], 1)     # (1, T, d_llm)
+            mask = torch.zeros(1, 1, length, length, dtype=embeds.dtype) if pairs else None
+            positions = torch.zeros(1, length, dtype=torch.long)
+            hidden = llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
+                                    position_ids=positions).last_hidden_state
+            picked = hidden[:, :rows].flatten(0, 1).clone()                      # (R, d_llm)
+        # lm_head's own tensors are counted in memory(), by hand: they come in chunks
+        logps = m.token_logps(picked, llm.get_output_embeddings(),
+                              torch.zeros(rows, dtype=torch.long))
+        forward = count()
+        logps.sum().backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad()
+    extra = 0 if mask is None else mask.nbytes
+    return Trace(forward, flops_in_blocks, count() - forward, kept.pop(None) + extra,
+                 list(kept.values()), inputs, rows)
+
+
+# --------------------------------------------------------------------------------------- memory
+
+def shard_bytes(parameters, processes):
+    """Bytes of fp32 the first process holds: FSDP2 cuts each tensor along its first axis."""
+    return sum(-(-p.shape[0] // processes) * (p.numel() // p.shape[0]) * FP32 for p in parameters)
+
+
+def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpointing=False):
+    """Bytes a process needs at its worst moment, by component: {name: bytes}.
+
+    model: MLLM (meta or real) whose requires_grad says what is trained; row: its Trace in the
+    compute dtype, of `compute` bytes; processes: those that share one copy of the model.
+    """
+    every = list(model.parameters())
+    trained = [p for p in every if p.requires_grad]
+    units = [list(b.parameters()) for b in (*model.encoder.blocks, *model.llm.base_model.layers)]
+    inside = {id(p) for unit in units for p in unit}
+    largest = max(sum(p.numel() for p in unit) for unit in units)
+    busiest = max(sum(p.numel() for p in unit if p.requires_grad) for unit in units)
+    root = sum(p.numel() for p in every if id(p) not in inside)
+    root_trained = sum(p.numel() for p in trained if id(p) not in inside)
+    vocab = model.llm.get_output_embeddings().out_features
+    logits = min(micro_batch * row.rows, max(1, m.LOGITS // vocab)) * vocab
+    kept = row.inputs if checkpointing else row.blocks
+    again = row.blocks if checkpointing else [0] * len(row.blocks)       # recomputed, one at a time
+    accumulates = micro_steps > 1
+    held = {"weights": shard_bytes(every, processes),
+            "optimizer": 2 * shard_bytes(trained, processes),
+            "gradients": shard_bytes(trained, processes),
+            # Between micro-batches FSDP2 keeps whole fp32 gradients and reduces them at the last.
+            "accumulated gradients": FP32 * sum(p.numel() for p in trained) * accumulates,
+            "gathered: root": root * compute,           # embeddings, projector: whole all along
+            "gathered: blocks": 2 * largest * compute,  # the one that runs and the next one
+            "block's gradient": busiest * (compute + FP32),
+            "activations": micro_batch * (row.outside + sum(kept) + max(again)),
+            # log-softmax, its gradient, and the gradient of the loss, in fp32
+            "logits": (3 * FP32 + (compute if compute < FP32 else 0)) * logits}
+    states = held["weights"] + held["optimizer"] + held["gathered: root"]
+    running = states + held["accumulated gradients"] + held["gathered: blocks"]
+    # The worst of three moments. First: all activations are there, and the logits.
+    begin = running + micro_batch * (row.outside + sum(kept)) + held["logits"]
+    # Then block after block gives up its activations and leaves a gradient (which takes the place
+    # of an accumulated one); lm_head's is there from the start.
+    whole, between, reduced = root_trained * compute, 0, 0
+    for i in reversed(range(len(units))):
+        between = max(between, running + whole + held["block's gradient"] + reduced + micro_batch *
+                      (row.outside + sum(kept[:i + 1]) + again[i]))
+        reduced += 0 if accumulates else shard_bytes([p for p in units[i] if p.requires_grad],
+                                                     processes)
+    # Last the root's gradient is reduced: the embedding's own, the sum, and fp32 to send.
+    end = states + held["gradients"] + whole + FP32 * root_trained * (1 + accumulates)
+    return held, max(begin, between, end)
+
+
+def fitting(model, row, usable, limit, **options):
+    """The largest micro-batch, a power of two up to limit, that stays within usable bytes; 0."""
+    sizes = [b for b in (2 ** k for k in range(11)) if b <= limit]
+    fits = [b for b in sizes if memory(model, row, micro_batch=b, micro_steps=-(-limit // b),
+                                       **options)[1] <= usable]
+    return max(fits, default=0)
+
+
+# -------------------------------------------------------------------------------------- lengths
+
+def lengths(args, model, kind, file):
+    """Of a sample of the data where it is there, of the paper where not. → Lengths."""
+    n, why = model.encoder.num_tokens, f"no {file}"
+    if Path(file).is_file():
+        try:
+            tokenizer, why = m.open_tokenizer(encoders.resolve(args.llm)), None
+        except SystemExit:                   # a preset's, with no network to fetch it
+            why = f"the tokenizer of {args.llm} is not here"
+    if why:
+        records, mean, longest = ASSUMED[kind]
+        records = REPAIR if args.stage == "repair" and kind == "conversations" else records
+        records = min(records, args.num_samples or records)
+        cut = max(0, n + sum(longest[:2]) - data.MAX_LENGTH)
+        longest = (longest[0], max(1, longest[1] - cut), max(0, longest[2] - cut))
+        return Lengths(records, *((x[0] + n, *x[1:]) for x in (mean, longest)),
+                       f"{why}: the paper's number, assumed lengths, the rule's longest")
+    m.prepare_tokenizer(tokenizer, model.llm.config.vocab_size)
+    beside = Path(file).parent / "images"
+    root = args.images or (str(beside) if beside.is_dir() else f"{args.data}/images")
+    sources = [(f, r or root) for f, r in data.pair_sources(file)] if kind == "pairs" else \
+        [(file, args.images)]
+    samples = data.Samples(kind, sources, tokenizer, model.encoder,
+                           model.llm.config.max_position_embeddings, SAMPLE, args.seed,
+                           args.skip_bad)
+    rows = []
+    for i in range(len(samples)):
+        ids, roles = samples.tokens(i)
+        counts = np.bincount(roles, minlength=3)
+        counts[data.PROMPT] += (n - 1) * (ids == samples.image_id).sum()
+        rows.append(counts)
+    rows = np.array(rows)
+    usable = samples.read * len(samples) // (len(samples) + sum(samples.dropped.values()))
+    return Lengths(min(usable, args.num_samples or usable),
+                   tuple(int(round(x)) for x in rows.mean(0)),
+                   tuple(int(x) for x in rows[rows.sum(1).argmax()]),
+                   f"a sample of {len(samples)} records of {file}")
+
+
+# ---------------------------------------------------------------------------------------- plans
+
+def empty_mllm(encoder, llm, image_size=None, dtype="bf16"):
+    """The model without weights, on the meta device, in the dtype that it computes in."""
+    encoder, llm = encoders.empty_encoder(encoder, image_size), encoders.empty_llm(llm)
+    m.refuse_llm(llm, llm.config.model_type)
+    with torch.device("meta"):
+        model = m.MLLM(encoder, llm, image_token_id=0)
+    return m.no_dropout(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32))
+
+
+def freeze(model, rates):
+    """requires_grad as runtime.adamw sets it: a rate of 0 freezes a module."""
+    for name, rate in rates.items():
+        frozen = model.encoder.family.frozen if name == "encoder" else ()
+        for key, p in getattr(model, name).named_parameters():
+            p.requires_grad_(rate > 0 and not key.removeprefix("vision.").startswith(
+                frozen or "\0"))
+
+
+def machine(spec):
+    """"8xh100" → (8, "h100", bytes, FLOP/s)."""
+    count, _, name = spec.lower().rpartition("x")
+    if name not in GPUS or not (count or "1").isdigit() or count == "0":
+        raise SystemExit(f"error: --plan {spec} is no number of GPUs; write 8xh100, or another of "
+                         f"{', '.join(GPUS)}")
+    return int(count or 1), name, *GPUS[name]
+
+
+def phase_plan(args, model, phase):
+    """Everything about one phase: a dict of plain numbers. phase: as pretrain.train takes it."""
+    name, kind, file, rates, epochs, bound = phase
+    gpus, gpu, size, speed = machine(args.plan)
+    if args.global_batch % gpus or gpus % args.replicas:
+        raise SystemExit(f"error: --global-batch {args.global_batch} or --replicas "
+                         f"{args.replicas} does not fit {gpus} GPUs")
+    freeze(model, rates)
+    pairs = args.stage == "dpo"
+    long = lengths(args, model, kind, file)
+    mean, worst = (trace(model, *getattr(long, w), pairs) for w in ("mean", "longest"))
+    steps = epochs * (long.records // args.global_batch)
+    steps = steps if bound is None else min(steps, bound)
+    options = dict(processes=gpus // args.replicas, compute=2 if args.dtype == "bf16" else 4)
+    share = args.global_batch // gpus
+    fits = {c: fitting(model, worst, USABLE * size, share, checkpointing=c, **options)
+            for c in (False, True)}
+    micro = min(args.micro_batch, share)
+    held, total = memory(model, worst, micro_batch=micro, micro_steps=-(-share // micro),
+                         checkpointing=args.activation_checkpointing, **options)
+    per_row = mean.forward + mean.backward + mean.in_blocks * args.activation_checkpointing
+    reference = mean.forward * (args.global_batch * steps // epochs if pairs else 0)   # once
+    if pairs and getattr(args, "reference", "cached") == "live":
+        reference *= epochs
+    step = per_row * args.global_batch
+    run = step * steps + reference
+    return dict(name=name, rates=rates, lengths=long, pairs=pairs, steps=steps, fits=fits,
+                micro=micro, held=held, total=total, usable=USABLE * size, step=step, run=run,
+                plain=worst.outside + sum(worst.blocks), saved=worst.outside + sum(worst.inputs)
+                + max(worst.blocks), seconds=step / (gpus * speed * UTILISATION),
+                hours=run / (gpus * speed * UTILISATION) / 3600)
+
+
+def show_plan(args, phases):
+    """Print the plan of a stage: what `--plan` does, instead of training."""
+    gpus, gpu, size, speed = machine(args.plan)
+    model = empty_mllm(args.encoder, args.llm, args.image_size, args.dtype)
+    encoder = model.encoder
+    print0(f"{args.stage}: {args.encoder} + {args.llm} on {gpus} × {gpu.upper()} ({size / 1e9:.0f} "
+           f"GB, {speed / 1e12:.0f} TFLOP/s bf16); computed, nothing is loaded")
+    print0(f"  image {encoder.image_size} × {encoder.image_size} → {encoder.num_tokens} tokens of "
+           f"width {encoder.hidden_size}")
+    for name in ("encoder", "projector", "llm"):
+        part = getattr(model, name)
+        print0(f"  {name:<10} {sum(p.numel() for p in part.parameters()):>14,} parameters")
+    hours = 0
+    for phase in phases:
+        p = phase_plan(args, model, phase)
+        hours += p["hours"]
+        long, gb = p["lengths"], 1e9
+        print0(f"{p['name']}: " + ", ".join(f"{k} at {v:g}" if v else f"{k} frozen"
+                                            for k, v in p["rates"].items()))
+        print0(f"  rows of {long.row('mean', p['pairs'])} tokens, at most "
+               f"{long.row('longest', p['pairs'])} ({long.source})")
+        print0(f"  {p['steps']:,} steps of {args.global_batch}: {p['step'] / 1e15:.2f} PFLOP a "
+               f"step, {p['run'] / 1e18:.3f} EFLOP in all"
+               + (", the reference's one pass included" if p["pairs"] else ""))
+        print0(f"  {p['seconds']:.1f} s a step, {p['hours']:.1f} h, if {UTILISATION:.0%} of the "
+               f"GPUs' FLOP/s are reached")
+        print0(f"  memory a GPU at --micro-batch {p['micro']}, longest rows, "
+               f"{'with' if args.activation_checkpointing else 'without'} "
+               f"--activation-checkpointing:")
+        for part, size_ in p["held"].items():
+            print0(f"    {part:<22} {size_ / gb:8.2f} GB")
+        print0(f"    {'worst moment':<22} {p['total'] / gb:8.2f} GB of {p['usable'] / gb:.0f} "
+               f"usable: {'fits' if p['total'] <= p['usable'] else 'DOES NOT FIT'}")
+        print0(f"    activations of one row: {p['plain'] / gb:.2f} GB, {p['saved'] / gb:.2f} GB "
+               f"with --activation-checkpointing")
+        for checkpointing, b in p["fits"].items():
+            print0(f"    {'with' if checkpointing else 'without'} it "
+                   + (f"--micro-batch {b} fits" if b else "no micro-batch fits"))
+    print0(f"in all {hours:.1f} h")
+
+
+# --------------------------------------------------------------------------- the README's table
+
+def table():
+    """The paper's configurations in Markdown: So400m with four LLMs on 8 × H100."""
+    import pretrain
+    import train_dpo
+    lines = ["| head | parameters | weights, gradients, AdamW a GPU | `--micro-batch`, stage 1 / "
+             "DPO | without checkpointing | stage 1 | DPO | in all |", "|---" * 8 + "|"]
+    for llm in ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"):
+        plans = []
+        for stage in (pretrain, train_dpo):
+            sys.argv[1:] = ["--llm", llm, "--plan", "--activation-checkpointing",
+                            "--data", "nowhere", "--run-dir", "nowhere"]     # no data: the paper's
+            args = stage.get_args()
+            model = empty_mllm(args.encoder, args.llm)
+            plans += [phase_plan(args, model, p) for p in stage.phases(args)]
+        _, full, dpo = plans
+        states = sum(dpo["held"][k] for k in ("weights", "optimizer", "gradients",
+                                              "accumulated gradients"))
+        count = sum(p.numel() for p in model.parameters())
+        lines.append(f"| {llm} | {count / 1e9:.2f} B | {states / 1e9:.1f} GB | "
+                     f"{full['fits'][True]} / {dpo['fits'][True]} | "
+                     f"{full['fits'][False]} / {dpo['fits'][False]} | "
+                     f"{plans[0]['hours'] + full['hours']:.1f} h | {dpo['hours']:.2f} h | "
+                     f"{sum(p['hours'] for p in plans):.1f} h |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    print(table())

@@ -1,0 +1,171 @@
+"""--plan against truth: bytes and FLOPs exactly, peak memory closely, the README to the letter."""
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import encoders
+import model as m
+import plan
+import train_dpo
+from conftest import ROOT, TEXT, run, tiny_model
+from test_model import batch_of, random_pairs
+
+
+def measured(*arguments, processes=1):
+    """What tests/measured.py prints. Freed memory must go back to the kernel at once, or its
+    high-water mark would show the allocator's habits."""
+    command = [sys.executable, "tests/measured.py", *map(str, arguments)] if processes == 1 else \
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc_per_node={processes}", "tests/measured.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("{")))
+
+
+# ------------------------------------------------------------------------------------------ truth
+
+def real_flops(model, batch):
+    """One forward and backward of the real model, counted by torch, attention in plain products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = model(**batch).sum()
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward, counter.get_total_flops() - forward
+
+
+@pytest.mark.parametrize("layout", ["dpo", "sft"])
+@pytest.mark.parametrize("vision,llm,tie", [("siglip", "qwen2", True), ("clip", "llama", False),
+                                            ("dinov2", "qwen2", True)])
+@pytest.mark.parametrize("frozen", [(), ("encoder",), ("encoder", "llm")])
+def test_flops_are_those_torch_counts(layout, vision, llm, tie, frozen):
+    model = tiny_model(vision, llm, tie)
+    rates = {k: 0 if k in frozen else 1e-5 for k in ("encoder", "projector", "llm")}
+    pairs, pixels = random_pairs(model, 1)
+    batch = batch_of(pairs, pixels, layout)
+    empty = copy.deepcopy(model).to("meta")
+    for each in (model, empty):
+        plan.freeze(each, rates)
+    counts = [int((pairs[0][1] == role).sum()) for role in range(3)]
+    row = plan.trace(empty, *counts, layout == "dpo")
+    assert (row.forward, row.backward) == real_flops(model, batch)
+    assert row.rows == int((batch["labels"] != m.IGNORE).sum())
+
+
+def test_flops_by_hand():
+    """2 × weights × tokens, and attention's two products: nobody's counter, one row of SFT."""
+    model = tiny_model().to("meta")
+    row = plan.trace(model, 20, 5, 0, False)
+    d, mlp, n, t = 32, 48, 16, 25
+    eye = 2 * n * d * 3 * 64 + 2 * (n * 2 * (4 * d * d + 2 * d * mlp) + 4 * n * n * d)
+    bridge = 2 * n * (d * d + d * d)
+    kv = TEXT["num_key_value_heads"] * d // TEXT["num_attention_heads"]
+    llm = 2 * (t * 2 * (2 * d * d + 2 * d * kv + 3 * d * mlp) + 4 * t * t * d)
+    assert row.forward == eye + bridge + llm + 2 * 5 * d * 64
+    assert row.in_blocks == eye - 2 * n * d * 3 * 64 + llm
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_bytes_of_weights_gradients_and_optimizer_are_exact(processes):
+    """Three processes: no axis divides evenly. The LLM is frozen: it has neither."""
+    got = measured("bytes", processes=processes)
+    assert got["real"] == got["planned"] and got["real"]["gradients"] > 0
+    assert got["real"]["optimizer"] == 2 * got["real"]["gradients"] < got["real"]["weights"]
+
+
+@pytest.mark.parametrize("arguments", [(3, 1, 0, "DPO"), (4, 2, 1, "DPO"), (1, 2, 1, "SFT")])
+def test_peak_memory_of_a_real_run(arguments):
+    """Resident bytes at their highest, two real steps: within 10 % of the plan."""
+    got = measured(*arguments)
+    assert 0.9 < got["planned"] / got["measured"] < 1.1, got
+
+
+def test_the_fitting_micro_batch_is_the_largest_that_fits():
+    model = tiny_model().to("meta")
+    row = plan.trace(model, 20, 5, 5, True)
+
+    def total(b, limit=16):
+        return plan.memory(model, row, 1, b, -(-limit // b), 4)[1]
+    sizes = [total(b) for b in (1, 2, 4, 8, 16)]
+    assert plan.fitting(model, row, sizes[2], 16, processes=1, compute=4) in (4, 8, 16)
+    for b in (2, 4, 8):
+        fits = plan.fitting(model, row, total(b), 16, processes=1, compute=4)
+        assert total(fits) <= total(b) and (fits == 16 or total(2 * fits) > total(b))
+    assert plan.fitting(model, row, 1000, 16, processes=1, compute=4) == 0
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+ENCODERS = [n for n in encoders.ENCODERS if not n.startswith("toy")]
+LLMS = [n for n in encoders.LLMS if not n.startswith("toy")]
+
+
+@pytest.mark.parametrize("i", range(len(ENCODERS)))
+def test_every_preset_is_planned_in_seconds(i, tmp_path, monkeypatch, capsys):
+    """No network, no weights. Every encoder, and every LLM several times; processor time, so that
+    other work on the machine does not count."""
+    began = time.process_time()
+    monkeypatch.setattr(sys, "argv", [
+        "train_dpo.py", "--encoder", ENCODERS[i], "--llm", LLMS[i % 4], "--data", str(tmp_path),
+        "--run-dir", str(tmp_path / "r"), "--plan"])
+    train_dpo.main()
+    assert time.process_time() - began < 10
+    text = capsys.readouterr().out
+    count = sum(p.numel() for p in encoders.empty_encoder(ENCODERS[i]).parameters())
+    assert f"{count:,} parameters" in text and "usable" in text and "in all" in text
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_plan_of_every_stage_from_the_data(world, stage1, tmp_path):
+    """With data at hand its lengths are read; nothing is trained, nothing written."""
+    before = sorted(p for p in stage1.rglob("*"))
+    for script, words in (("pretrain.py", ["1a: encoder frozen, projector at 0.005", "1b: "]),
+                          ("train_sft.py", ["sft: encoder at 0.0001"]),
+                          ("train_dpo.py", ["dpo: encoder at 5e-05", "the reference's one pass"]),
+                          ("repair_eval.py", ["projector: encoder frozen", "re-pair: encoder"])):
+        text = run(script, "--run-dir", stage1, "--llm", "toy-lm", "--data", world, "--plan",
+                   "2xa100", "--encoder", "toy-vit", "--global-batch", 8).stdout
+        for word in [*words, "a sample of", "2 × A100", "36 tokens", "fits"]:
+            assert word in text, (script, word, text)
+    assert sorted(p for p in stage1.rglob("*")) == before
+
+
+def test_data_without_its_tokenizer_is_planned_all_the_same(world, tmp_path):
+    text = run("train_dpo.py", "--data", world, "--run-dir", tmp_path / "r", "--plan").stdout
+    assert "the tokenizer of qwen2.5-1.5b is not here: the paper's number" in text
+
+
+def test_lengths_are_those_of_the_batches(world, stage1):
+    """The planned mean row is the mean row that training sees, padding aside."""
+    text = run("train_dpo.py", "--run-dir", stage1, "--data", world, "--plan", "1xh100",
+               "--global-batch", 8).stdout
+    planned, longest = map(int, re.search(r"rows of (\d+) tokens, at most (\d+)", text).groups())
+    model, tokenizer = m.load_mllm(stage1 / "pretrain/final")
+    samples = data.Samples("pairs", data.pair_sources(world / "preferences/meta.json"), tokenizer,
+                           model.encoder, 10_000)
+    rows = [len(data.pair_row(s["ids"], s["roles"])["input_ids"]) for s in samples]
+    assert abs(planned - sum(rows) / len(rows)) <= 2 and longest == max(rows)
+
+
+@pytest.mark.parametrize("spec,words", [("8xh1000", "h100, h200"), ("0xh100", "no number of GPUs"),
+                                        ("7xh100", "does not fit 7 GPUs")])
+def test_a_machine_that_is_none(tmp_path, spec, words):
+    done = run("train_dpo.py", "--data", tmp_path, "--plan", spec, check=False)
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_readme_prints_what_plan_prints():
+    done = subprocess.run([sys.executable, "plan.py"], cwd=ROOT, capture_output=True, text=True)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    stated = re.search(r"<!-- plan -->\n(.*?)\n<!-- /plan -->", readme, re.S)[1]
+    assert done.stdout.strip() == stated.strip(), done.stdout + done.stderr[-500:]
