@@ -90,6 +90,7 @@ bench: .venv-bench/done data/toy
 	$(BENCHPY) benchmarks/savings.py $(BENCH)
 	$(BENCHPY) benchmarks/scaling.py $(BENCH)
 	$(BENCHPY) benchmarks/generate_vs_transformers.py $(BENCH)
+	$(BENCHPY) benchmarks/logistic_vs_sklearn.py $(BENCH)
 	$(BENCHPY) benchmarks/checkpoint.py data/toy
 
 clean:
