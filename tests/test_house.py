@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, run
 
 FILES = sorted(p for p in ROOT.glob("*.py"))
 STAGES = {"pretrain.py", "train_sft.py", "train_dpo.py", "extract.py", "repair_eval.py",
@@ -73,8 +73,7 @@ def test_readme_commands_exist():
     texts = {}
     for script, rest in found:
         if script not in texts:
-            texts[script] = subprocess.run([sys.executable, script, "--help"], cwd=ROOT,
-                                           capture_output=True, text=True).stdout
+            texts[script] = run(script, "--help").stdout
         for flag in re.findall(r"--[a-z-]+", rest):
             assert flag in texts[script], f"{script} {flag}"
 

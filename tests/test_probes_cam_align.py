@@ -449,7 +449,11 @@ def test_align_refuses_in_one_line(world, tmp_path):
     refuses(probe_align, *good, "--k", 3, match="pairs.jsonl:1: image .*cannot be read")
 
 
-def test_short_names_are_unique():
+def test_short_names_are_unique(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/a/sft/encoder", "runs/a/dpo/encoder", "runs/a/dpo/final",
+                 "runs/b/dpo/encoder"):
+        (tmp_path / name).mkdir(parents=True)
     assert probe_align.short_names(["toy-vit", "runs/a/sft/encoder", "runs/a/dpo/encoder/"]) == \
         ["toy-vit", "sft", "dpo"]
     assert probe_align.short_names(["runs/a/dpo/encoder", "runs/b/dpo/encoder"]) == \
