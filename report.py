@@ -165,8 +165,9 @@ def is_paper(results):
 
 def text(name, results):
     """report.txt: the table, what is to be known of each score, the prompts, the paper's rows."""
-    out = [*table({name: results}), "", "What was scored:"]
-    out += [f"  {b}: {r['note']}" for b, r in results["benchmarks"].items() if r["note"]]
+    out = table({name: results})
+    notes = [f"  {b}: {r['note']}" for b, r in results["benchmarks"].items() if r["note"]]
+    out += ["", "What was scored:", *notes] if notes else []
     out += ["", "The prompt of each benchmark, for its first question (after the image):"]
     for b, r in results["benchmarks"].items():
         out += [f"  {b}", *(f"    | {line}" for line in r["prompt"].splitlines())]
