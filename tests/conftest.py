@@ -27,7 +27,8 @@ import in_fork  # noqa: E402
 import model as m  # noqa: E402
 import runtime  # noqa: E402, F401  (sets the environment transformers reads)
 
-torch.set_num_threads(2)
+# Side by side (pytest -n 2) two threads each would wait for one another.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def run(*command, processes=1, check=True):

@@ -235,7 +235,8 @@ def test_gradcam_as_a_command(stage1, cam_world, tmp_path, capsys):
 
 
 def test_gradcam_refuses_in_one_line(stage1, cam_world, tmp_path):
-    common = ["--run", stage1, "--data", cam_world, "--out", tmp_path]
+    shutil.copytree(stage1 / "pretrain", tmp_path / "run/pretrain")   # others add stages to stage1
+    common = ["--run", tmp_path / "run", "--data", cam_world, "--out", tmp_path]
     refuses(gradcam, "--run", tmp_path / "none", match=r"no trained model.*pretrain\.py --run-dir")
     refuses(gradcam, *common, "--stage", "dpo", match=r"train_dpo\.py --run-dir")
     refuses(gradcam, *common, "--preferences", "nowhere.jsonl", match="jsonl does not exist")
