@@ -145,8 +145,7 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
             setattr(args, key, source.get(key))
             if source is inherited and source[key] is not None:
                 print0(f"  --{key.replace('_', '-')} {source[key]} (inherited from {parent})")
-    if args.attention == "flex" and not (args.plan or
-                                         torch.cuda.is_available()):
+    if args.attention == "flex" and not (args.plan or torch.cuda.is_available()):
         raise SystemExit("error: --attention flex needs CUDA: torch's FlexAttention has no "
                          "backward pass on a CPU; leave it out")
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() or args.plan else "fp32")

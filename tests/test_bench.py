@@ -295,7 +295,7 @@ def test_all_sixteen_through_the_whole_script(scored, sixteen):
     assert re.search(rf"\nAverage +\+{gain:.1f} \[", compared), compared
 
 
-@pytest.mark.parametrize("processes,batch", [(1, 1), (1, 64), (4, 2)])
+@pytest.mark.parametrize("processes,batch", [(1, 1), (1, 64), (2, 3), (4, 2)])
 def test_neither_batches_nor_processes_change_an_answer(scored, sixteen, tmp_path, processes,
                                                         batch):
     """Token for token as one by one: what is stored is the text of every token up to the stop."""

@@ -84,7 +84,8 @@ def same_weights(a, b, start):
 
 
 @pytest.mark.parametrize("stage,processes,micro_batch", [
-    ("sft", 1, 3), ("sft", 2, 3), ("dpo", 1, 3), ("dpo", 4, 2)])
+    ("sft", 1, 3), ("sft", 2, 3), ("dpo", 1, 3), ("dpo", 2, 3),
+    ("dpo", 4, 2)])
 def test_processes_and_micro_batches_count_the_same(trained, fresh, world, stage, processes,
                                                     micro_batch):
     """Invariant 4: all equal 1 process × micro-batch 8."""
@@ -107,9 +108,10 @@ def test_pretrain_on_any_number_of_processes_counts_the_same(world, tmp_path):
     start = m.build_mllm("toy-vit", "toy-lm", 0)[0].state_dict()
     start = {m.file_name_of(name): tensor for name, tensor in start.items()}
     one = folder(1, 8)
-    four = folder(4, 1)
-    close(metrics(four), metrics(one))
-    same_weights(four, one, start)
+    for processes, micro_batch in ((2, 2), (4, 1)):
+        other = folder(processes, micro_batch)
+        close(metrics(other), metrics(one))
+        same_weights(other, one, start)
 
 
 def test_bf16_and_activation_checkpointing_stay_close(trained, fresh, world):
