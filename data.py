@@ -216,7 +216,7 @@ class Samples(torch.utils.data.Dataset):
         self.kind, self.size, self.num_image_tokens = kind, encoder.image_size, encoder.num_tokens
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.max_length = min(MAX_LENGTH, max_length)
-        special = [t for t in tokenizer.all_special_tokens if t]
+        special = {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", IMAGE_TOKEN} - {""}
         raw = [(where, item, root) for file, root in sources for where, item in read_lines(file)
                if not (isinstance(item, bytes) and not item.strip())]
         if num_samples is not None:

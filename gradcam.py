@@ -217,7 +217,7 @@ def main():
 
     # ---- images and masks first: a bad file should not end an hour's work
     grid = int(encoder.num_tokens ** 0.5)
-    reach = grid * encoder.vision.config.patch_size / encoder.image_size
+    reach = grid * encoder.patch_size / encoder.image_size
     cover, shown = torch.full((n, grid * grid), float("nan"), dtype=torch.float64), []
     for i in runtime.progress(0, n, "images and masks"):
         if "error" in (pair := pairs[i]):

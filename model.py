@@ -369,7 +369,7 @@ def load_mllm(folder):
 
     raises SystemExit, one line, when the folder is not one or a tensor is missing or left over.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     folder = Path(folder)
@@ -393,23 +393,25 @@ def load_mllm(folder):
     if "second" in facts:
         encoder = encoders.TwoEncoders(encoder, eye(**facts["second"]))
     model = MLLM(encoder, llm, facts["image_token_index"])
-    stored = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        try:
-            stored.update(load_file(file))
-        except SafetensorError as e:
-            raise SystemExit(f"error: cannot read {file}: {encoders.first_line(e)}")
-    names = {file_name_of(n): n for n in model.state_dict()}
+    # Names and shapes first, then one file at a time: the model is never in memory twice.
+    own, stored = {file_name_of(n): t for n, t in model.state_dict().items()}, {}
     if llm.config.tie_word_embeddings:
-        names.pop("language_model.lm_head.weight", None)
-    shapes = {file_name_of(n): t.shape for n, t in model.state_dict().items()}
-    for what, keys in (("lacks", names.keys() - stored.keys()),
-                       ("has an unknown", stored.keys() - names.keys()),
+        own.pop("language_model.lm_head.weight", None)
+    files = sorted(folder.glob("model*.safetensors"))
+    try:
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                stored |= {k: tuple(tensors.get_slice(k).get_shape()) for k in tensors.keys()}
+    except SafetensorError as e:
+        raise SystemExit(f"error: cannot read {file}: {encoders.first_line(e)}")
+    for what, keys in (("lacks", own.keys() - stored.keys()),
+                       ("has an unknown", stored.keys() - own.keys()),
                        ("has, of another shape than its config.json says,",
-                        [k for k, v in stored.items() if shapes.get(k) != v.shape])):
+                        [k for k in own.keys() & stored.keys() if own[k].shape != stored[k]])):
         if keys:
             raise SystemExit(f"error: {folder} {what} tensor {sorted(keys)[0]} "
                              f"({len(keys)} in all)")
-    model.load_state_dict({names[k]: v for k, v in stored.items()}, strict=False)
-    llm.tie_weights()
+    for file in files:
+        for key, tensor in load_file(file).items():
+            own[key].copy_(tensor)
     return no_dropout(model), open_tokenizer(folder)

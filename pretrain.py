@@ -76,7 +76,7 @@ def train(args, run, device, model, tokenizer, facts, phases):
             first += steps                            # a checkpoint says this phase is behind us
             continue
         runtime.print0(f"stage {name}")
-        optimizer = runtime.adamw(model, rates)       # created before any forward
+        optimizer = runtime.adamw(model, rates)       # on the sharded fp32 masters
         if run.start > first:
             run.resume(model, optimizer)
         elif run.start:

@@ -5,7 +5,7 @@ Eight GPUs:      torchrun --nproc_per_node=8 probe_seg.py --encoder siglip2-so40
 
 The patch-seg protocol: a head, Linear – GELU – Linear, reads one frozen token and says which
 classes its patch holds, "other" only where it is alone. BCE, AdamW 1e-3, weight decay 0.01, batch
-32, 5 epochs; warm-up 500 steps, but never over a tenth of all, then cosine to 1e-4. Scores:
+32, 5 epochs; warm-up 500 steps, but never over a quarter of all, then cosine to 1e-4. Scores:
   recall  at probability 0.5 over all patches; mean over the classes that have a positive
   mIoU    each patch's likeliest class painted on its pixels, one summed confusion matrix, mean over
           classes that occur; no interpolation, by which a token would borrow from its neighbours
@@ -142,7 +142,7 @@ def train(args, name, encoder, pairs, classes, device):
     for _ in range(args.epochs):
         chunks += torch.randperm(len(pairs), generator=shuffle).split(CHUNK)
     steps, step = sum(math.ceil(len(c) / BATCH) for c in chunks), 0
-    warmup = min(500, steps // 10)
+    warmup = min(500, steps // 4)
     shares = encoded(args, encoder, [[pairs[i] for i in c[rank::world]] for c in chunks], classes,
                      device)
     for c in runtime.progress(0, len(chunks), f"{name}, {steps} steps"):

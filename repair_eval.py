@@ -62,6 +62,7 @@ def get_args():
     parser.add_argument("--compare", nargs="+", metavar="DIR",
                         help="print one table of models already scored, and each one's differences "
                         "to the first, with intervals; nothing is run")
+    parser.set_defaults(seed=1)      # not stage 1's: its projector began there, this one is new
     args = flags.settle_two_steps(flags.settle(parser, "repair", PAPER, TOY), "repair")
     args.bench = args.bench or f"{args.data}/bench"
     if args.encoder_lr:
@@ -249,13 +250,7 @@ def main():
                          for p in map(encoders.resolve, parts))
                 for parts in (encoders.parts_of(args.encoder), [args.llm]))
     if not args.overwrite and (folder / "final" / "config.json").exists():
-        old = encoders.read_json(folder / "config.json", "arguments", remedy="; --overwrite")
-        for what, then, now in (("encoder", old.get("encoder_digest"), eye),
-                                ("LLM", old["arguments"].get("llm"), args.llm),
-                                ("seed", old["arguments"].get("seed"), args.seed)):
-            if then != now:
-                raise SystemExit(f"error: {folder} was re-paired with another {what}: {then}, now "
-                                 f"{now}; name another --run-dir, or --overwrite")
+        rundir.refuse_changed(folder, vars(args), {"encoder_digest": eye, "llm_digest": llm})
     else:
         read_files(args)                              # before the training, not after it
         run = rundir.Run(folder, args)

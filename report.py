@@ -14,6 +14,7 @@ import answer
 import data
 import encoders
 import numpy as np
+import rundir
 import score
 from PIL import Image
 
@@ -143,20 +144,22 @@ def compare(folders):
 
 
 def alike(configs):
-    """A line on whether encoders were re-paired alike: the same LLM, data in the same order, seed.
+    """A line on whether encoders were re-paired alike: the same LLM, the same data in the same order
+    and the same arguments, but for those that name the encoder or say where files are.
     configs: {model: path of its run's config.json}; trained models that are no pair say nothing."""
+    free = rundir.FREE | {"encoder", "image_size", "data", "images", "captions", "instruct"}
     pairs = {n: encoders.read_json(p, "arguments") for n, p in configs.items() if p.exists()}
-    pairs = {n: {"LLM": c.get("llm_digest"), "data": c["data_digest"],
-                 "seed": c["arguments"].get("seed")}
-             for n, c in pairs.items() if "encoder_digest" in c}
+    pairs = {n: {"LLM": c["llm_digest"], "data": c["data_digest"],
+                 **{f"--{k.replace('_', '-')}": v for k, v in c["arguments"].items()
+                    if k not in free}} for n, c in pairs.items() if "encoder_digest" in c}
     if len(pairs) < 2:
         return []
     first, *others = pairs.values()
-    apart = [what for what in first if any(other[what] != first[what] for other in others)]
+    apart = [what for what in first if any(other.get(what) != first[what] for other in others)]
     if apart:
         return ["", f"NOT a controlled comparison: re-paired with another {' and '.join(apart)}"]
     return ["", f"Re-paired alike: LLM {first['LLM']}, data {' '.join(first['data'])}, "
-                f"seed {first['seed']}"]
+                f"seed {first['--seed']}"]
 
 
 def is_paper(results):

@@ -29,7 +29,8 @@ STOPPED = 75          # exit code of a run that was asked to stop and saved firs
 # Arguments that may differ on resume: they do not change the numbers.
 FREE = {"workers", "keep", "save_every", "log_every", "micro_batch", "overwrite", "replicas",
         "activation_checkpointing", "run", "run_typed", "bench", "limit", "eval_batch",
-        "max_new_tokens", "wrong_image", "mllm", "compare", "ocr_tokens", "rescore", "show_wrong"}
+        "max_new_tokens", "wrong_image", "mllm", "compare", "ocr_tokens", "rescore", "show_wrong",
+        "plan"}
 
 
 def sha256(*files):
@@ -97,6 +98,22 @@ def moved(folder, parent):
     return {part: (c / s) ** 0.5 if s else 0.0 for part, (c, s) in squares.items()}, still
 
 
+def refuse_changed(folder, arguments, facts={}):
+    """Raise SystemExit, one line, at the first argument or fact that differs from those under which
+    the run in this folder was begun, or when its parent has been trained anew since."""
+    old = encoders.read_json(folder / "config.json", "arguments", remedy="; --overwrite starts anew")
+    pairs = [(f"--{k.replace('_', '-')}", old["arguments"].get(k), v)
+             for k, v in json.loads(json.dumps(arguments, default=str)).items() if k not in FREE]
+    pairs += [(k, old.get(k), v) for k, v in facts.items()]
+    parent = folder.parent / "pretrain" / "final"
+    if "parent_digest" in old and "parent_digest" not in facts and parent.exists():
+        pairs += [("parent_digest", old["parent_digest"], file_digest(parent))]
+    for name, before, now in pairs:
+        if before != now:
+            raise SystemExit(f"error: {folder} was begun with {name} {before}, now {now}; go on as "
+                             f"before, name another --run-dir, or --overwrite")
+
+
 class Run:
     """config.json, metrics.jsonl, timing.jsonl, checkpoints/, final/ of one stage.
 
@@ -109,7 +126,10 @@ class Run:
         if world()[1] % args.replicas:
             raise SystemExit(f"error: {world()[1]} processes cannot hold --replicas "
                              f"{args.replicas}; take a number that divides them")
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            args.overwrite = False       # restarted by torchrun: what was old went the first time
         if (self.folder / "final" / "config.json").exists() and not args.overwrite:
+            refuse_changed(self.folder, vars(args))
             print0(f"{self.folder}/final is already there: nothing to do "
                    f"(--overwrite starts anew)")
             if is_main():                # the last run may have been killed on its last line
@@ -158,16 +178,11 @@ class Run:
             "python": sys.version.split()[0]}}
         self.config = config = json.loads(json.dumps({**config, **facts}, default=str))
         path = self.folder / "config.json"
+        if from_main(lambda: facts) != facts:
+            raise SystemExit(f"error: process {world()[0]} read other data than process 0 did (an "
+                             f"image that could not be read there?); start again")
         if self.start and path.exists():
-            old = encoders.read_json(path, "arguments", remedy="; --overwrite starts anew")
-            pairs = [(f"--{k.replace('_', '-')}", old["arguments"].get(k), v)
-                     for k, v in config["arguments"].items() if k not in FREE]
-            pairs += [(k, old.get(k), config[k]) for k in facts]
-            for name, before, now in pairs:
-                if before != now:
-                    raise SystemExit(f"error: {self.folder} was begun with {name} {before}, now "
-                                     f"{now}; go on as before, name another --run-dir, or "
-                                     f"--overwrite")
+            refuse_changed(self.folder, config["arguments"], {k: config[k] for k in facts})
         dist.barrier()
         if is_main():
             for old in self.folder.iterdir() if self.args.overwrite else ():
@@ -177,6 +192,7 @@ class Run:
             if not self.start:      # killed before its first checkpoint: its lines would double
                 for name in ("metrics.jsonl", "timing.jsonl"):
                     (self.folder / name).unlink(missing_ok=True)
+        dist.barrier()              # nobody looks for files that are about to go
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask_to_stop)
         for key, value in facts.items():
@@ -281,7 +297,7 @@ class Run:
             rows["parents"] = "the published encoder and LLM above; `python extract.py --stage " \
                 f"{config['stage']}` says how far every block of the encoder moved"
         rows["arguments"] = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in
-                                     config["arguments"].items() if k not in FREE | {"plan"}
+                                     config["arguments"].items() if k not in FREE
                                      and v is not None and v is not False)
         return ("---\ntags: [vision, pivot]\nlibrary_name: transformers\n---\n"
                 f"# {rows['encoder']} + {rows['LLM']}, after {config['stage']}\n\n"

@@ -30,7 +30,7 @@ MODULES = ("encoder", "projector", "llm")
 
 # --------------------------------------------------------------------------------------- processes
 
-def start(timeout_minutes=10):
+def start(timeout_minutes=30):
     """Join the processes torchrun started, or be a group of one. → torch.device."""
     cuda = torch.cuda.is_available()
     if "RANK" in os.environ:
@@ -100,7 +100,7 @@ def reduce_sum(values):
 
 
 def sum_tensor(tensor):
-    """Sum a CPU tensor over all processes."""
+    """Sum a tensor over all processes, in place; → the tensor."""
     dist.all_reduce(tensor)
     return tensor
 
@@ -277,6 +277,11 @@ def launch(main):
             print(" ".join(e.code.splitlines()), file=sys.stderr, flush=True)
             os._exit(1)      # not through a collective that the other processes may never enter
         raise
+    except torch.cuda.OutOfMemoryError as e:
+        print(f"error: out of GPU memory: {str(e).splitlines()[0][:90]}; lower --micro-batch, or add "
+              f"--activation-checkpointing (sums are the same); --plan says what fits; what was "
+              f"saved before is whole", file=sys.stderr, flush=True)
+        os._exit(1)
     except RuntimeError as e:
         if "gloo" not in str(e) and not isinstance(e, dist.DistBackendError):
             raise

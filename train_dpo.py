@@ -6,7 +6,7 @@ Eight GPUs:      torchrun --nproc_per_node=8 train_dpo.py --encoder siglip2-so40
 Reads   runs/NAME/pretrain/final (policy and reference both start there) and MMPR preference pairs.
 Writes  runs/NAME/dpo/: config.json, metrics.jsonl, timing.jsonl, checkpoints/,
         ref_logps.safetensors, final/ (opens as LlavaForConditionalGeneration).
-        Next: python extract.py --stage dpo
+        Next: python extract.py --run-dir runs/NAME --stage dpo
 
 `diff train_sft.py train_dpo.py` shows the method and nothing else: same items, same order.
 """
@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=1e-6,
              beta=0.1, global_batch=256, micro_batch=4, warmup=0.03, num_samples=20_000, workers=4)
-# In one pass at 0.1 no pair comes near to being settled: those long understood keep pulling as
-# hard as the others. At 0.5 the loss leaves them alone.
+# One pass over the toy is too short for β = 0.1: β × margin stays near 0, σ near ½, and pairs long
+# understood keep pulling as hard as the others. At 0.5 the loss leaves those alone.
 TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=1, lr=5e-5, beta=0.5,
            global_batch=32, micro_batch=32, workers=1)
 
@@ -37,7 +37,7 @@ def get_args():
     parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
                         "chosen, rejected; default DATA/preferences/meta.json")
     parser.add_argument("--beta", type=float, help="how strongly a change of the log-ratio counts; "
-                        "a smaller one lets the policy move further (default 0.1, the paper's)")
+                        "a smaller one lets the policy move further (default 0.1, the paper's; 0.5 with a toy LLM)")
     parser.add_argument("--reference", choices=["cached", "live"], default="cached",
                         help="reference log-probs from one pass before the first step (cached) or "
                         "from a frozen second model at every step (live: teaching, checking)")
@@ -82,11 +82,11 @@ def reference_logps(args, run, model, sets, key, clock):
     """METHOD: log π_ref of both answers, once, by the same code in the same layout, before step 0.
 
     The parent's weights are still in `model`. sets: {"pairs": (samples, plan), "heldout": …}
-    → {"pairs": (n, 2), …}. Later epochs, resumed runs and other betas reuse the file; a file made
-    from anything else is refused, never reused.
+    → {"pairs": (n, 2), …}. Later epochs and resumed runs reuse the file, and so does a run of
+    another beta or rate into whose folder it is copied; a file made from anything else is refused.
     """
     path, key = run.folder / "ref_logps.safetensors", json.dumps(key, sort_keys=True)
-    if path.exists():
+    if runtime.from_main(path.exists):
         try:
             with safe_open(path, "pt") as file:
                 made_from = json.loads(file.metadata()["key"])
@@ -140,7 +140,7 @@ def main():
     run.describe({"data": pairs.summary(), "data_digest": plan.digest(steps),
                   "parent_digest": rundir.file_digest(parent)})
 
-    # ---- shard; the optimizer is created before any forward, on sharded fp32 masters
+    # ---- shard; the optimizer works on the sharded fp32 masters, so no forward comes before it
     model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas,
                           args.attention)
     optimizer = runtime.adamw(model, runtime.learning_rates(args))

@@ -5,7 +5,7 @@ Eight GPUs:      torchrun --nproc_per_node=8 train_sft.py --encoder siglip2-so40
 
 Reads   runs/NAME/pretrain/final (the stage-1 model) and MMPR pairs, of which the chosen answers.
 Writes  runs/NAME/sft/: config.json, metrics.jsonl, timing.jsonl, checkpoints/, final/ (opens as
-        LlavaForConditionalGeneration). Next: python extract.py --stage sft
+        LlavaForConditionalGeneration). Next: python extract.py --run-dir runs/NAME --stage sft
 
 `diff train_sft.py train_dpo.py` shows the method and nothing else: same items, same order.
 """
@@ -57,7 +57,7 @@ def main():
     run.describe({"data": pairs.summary(), "data_digest": plan.digest(steps),
                   "parent_digest": rundir.file_digest(parent)})
 
-    # ---- shard; the optimizer is created before any forward, on sharded fp32 masters
+    # ---- shard; the optimizer works on the sharded fp32 masters, so no forward comes before it
     model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas,
                           args.attention)
     optimizer = runtime.adamw(model, runtime.learning_rates(args))

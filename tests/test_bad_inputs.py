@@ -309,6 +309,13 @@ ROWS = [Row(*row) for row in [
      ["fewer than one --global-batch of 4096"]),
     ("dpo", "--overwrite and a mistyped file", "--overwrite --preferences BOX/no.jsonl",
      ["BOX/no.jsonl does not exist"], lambda b: None, "dpo"),
+    ("dpo", "finished with another beta", "--beta 0.3", ["was begun with --beta 0.5, now 0.3"],
+     lambda b: [shutil.rmtree(b / "run/dpo/checkpoints"),
+                shutil.copytree(b / FINAL, b / "run/dpo/final")], "dpo"),
+    ("sft", "finished before stage 1 was made anew", "", ["RUN/sft was begun with parent_digest"],
+     lambda b: [shutil.copytree(b / FINAL, b / "run/sft/final"), tensors(
+         b / FINAL / "model.safetensors", lambda t: t[
+             "multi_modal_projector.linear_2.bias"].add_(1))], "sft"),
     ("dpo", "goes on with another beta", "--beta 0.3", ["was begun with --beta 0.5, now 0.3"],
      lambda b: None, "dpo"),
     ("dpo", "reference cut short", "", ["RUN/dpo/ref_logps.safetensors", "delete it"],
@@ -338,7 +345,7 @@ ROWS = [Row(*row) for row in [
      ["was begun with --encoder"], lambda b: [
          model_folder(b, "toy-vit"), shutil.move(b / "run/repair/toy-vit", b / "run/repair/eye")],
      "repair"),
-    ("repair", "re-paired with another seed", "--seed 3", ["was re-paired with another seed"],
+    ("repair", "re-paired with another seed", "--seed 3", ["was begun with --seed"],
      lambda b: [shutil.rmtree(b / "run/repair/toy-vit/checkpoints"), shutil.copytree(
          b / FINAL, b / "run/repair/toy-vit/final")], "repair"),
     ("repair", "re-paired, config lost its end", "", ["RUN/repair/toy-vit/config.json", "not JSON"],

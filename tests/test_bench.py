@@ -473,16 +473,17 @@ def test_mmbench_without_rotations_is_plain_accuracy_and_says_so():
 # ------------------------------------------------------------------------------ averages, intervals
 
 def test_compare_says_whether_encoders_were_repaired_alike(tmp_path):
-    """Same LLM, data order and seed, by their digests; a difference in one of them is named."""
+    """Same LLM and data order by their digests, same arguments; a difference is named."""
     def config(name, **facts):
         (tmp_path / name).write_text(json.dumps({
             "encoder_digest": name, "llm_digest": "l", "data_digest": ["d", "e"],
-            "arguments": {"seed": 0}, **facts}))
+            "arguments": {"seed": 0, "lr": 0, "encoder": name}, **facts}))
         return tmp_path / name
     a, b = config("a"), config("b")
     assert report.alike({"a": a, "b": b})[1] == "Re-paired alike: LLM l, data d e, seed 0"
     for what, facts in (("LLM", {"llm_digest": "m"}), ("data", {"data_digest": ["e", "d"]}),
-                        ("seed", {"arguments": {"seed": 1}})):
+                        ("--seed", {"arguments": {"seed": 1, "lr": 0}}),
+                        ("--lr", {"arguments": {"seed": 0, "lr": 1}})):
         assert report.alike({"a": a, "c": config("c", **facts)})[1] == \
             f"NOT a controlled comparison: re-paired with another {what}"
     assert report.alike({"a": a}) == [] == report.alike({"a": a, "x": tmp_path / "none"})
