@@ -54,7 +54,7 @@ def arguments(doc, paper):
                              "less memory")
     parser.add_argument("--attention", choices=["sdpa", "flex"], default="sdpa",
                         help="the LLM's kernel: sdpa runs everywhere; flex (FlexAttention) skips "
-                             "what a pair's mask hides, and trains on CUDA alone")
+                             "what a pair's mask hides, and trains on CUDA alone (not run there)")
     parser.add_argument("--replicas", type=int, default=1,
                         help="hybrid sharding: so many copies of the model, each sharded within "
                              "its group of processes (one a node)")
@@ -103,8 +103,9 @@ def settle_two_steps(args, second):
 def settle(parser, stage, paper, toy, parent=None, argv=None):
     """Parse, then fill every flag left open: parent stage → toy's values → paper's values.
 
-    parent: name of the stage whose final/ is trained on. Prints where each value came from when it
-    was not typed. raises SystemExit with the missing command when the parent is not there.
+    parent: name of the stage whose final/ is trained on. Prints what is inherited, and where a toy's
+    values differ from the paper's. raises SystemExit with the missing command when the parent is
+    not there.
     """
     args = parser.parse_args(argv)
     typed = {k for k, v in vars(args).items() if v is not None}
@@ -137,7 +138,7 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
                                  f"{getattr(args, key)}; leave --run-dir out or name another")
         if "data" in typed and args.data != inherited["data"]:
             print0(f"  --data {args.data} ({parent} had {inherited['data']})")
-    fallback = defaults()
+    fallback, toys = defaults(), []
     for key in vars(args):
         if getattr(args, key) is None:
             source = inherited if key in inherited and \
@@ -145,9 +146,15 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
             setattr(args, key, source.get(key))
             if source is inherited and source[key] is not None:
                 print0(f"  --{key.replace('_', '-')} {source[key]} (inherited from {parent})")
+            elif source is fallback and fallback.get(key) != paper.get(key):
+                toys.append(f"--{key.replace('_', '-')} {fallback[key]} ({paper.get(key)})")
+    if toys:
+        print0(f"  a toy's values, the paper's in brackets: {', '.join(toys)}")
     if args.attention == "flex" and not (args.plan or torch.cuda.is_available()):
         raise SystemExit("error: --attention flex needs CUDA: torch's FlexAttention has no "
                          "backward pass on a CPU; leave it out")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        args.overwrite = False           # restarted by torchrun: what was old went the first time
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() or args.plan else "fp32")
     for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas",
                 "log_every", "max_steps", "projector_max_steps", "num_samples", "limit",

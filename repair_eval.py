@@ -249,9 +249,8 @@ def main():
     eye, llm = ("+".join(rundir.file_digest(p) if Path(p).is_dir() else p
                          for p in map(encoders.resolve, parts))
                 for parts in (encoders.parts_of(args.encoder), [args.llm]))
-    if not args.overwrite and (folder / "final" / "config.json").exists():
-        rundir.refuse_changed(folder, vars(args), {"encoder_digest": eye, "llm_digest": llm})
-    else:
+    if args.overwrite or not rundir.finished(folder, args, {"encoder_digest": eye,
+                                                            "llm_digest": llm}):
         read_files(args)                              # before the training, not after it
         run = rundir.Run(folder, args)
         model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed, args.image_size)

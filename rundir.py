@@ -114,6 +114,16 @@ def refuse_changed(folder, arguments, facts={}):
                              f"before, name another --run-dir, or --overwrite")
 
 
+def finished(folder, args, facts={}):
+    """Is final/ there, made under these arguments and facts? Others are refused, as above."""
+    if not (folder / "final" / "config.json").exists():
+        return False
+    refuse_changed(folder, vars(args), facts)
+    if is_main():                        # the run may have been killed on its last line
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return True
+
+
 class Run:
     """config.json, metrics.jsonl, timing.jsonl, checkpoints/, final/ of one stage.
 
@@ -126,14 +136,9 @@ class Run:
         if world()[1] % args.replicas:
             raise SystemExit(f"error: {world()[1]} processes cannot hold --replicas "
                              f"{args.replicas}; take a number that divides them")
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            args.overwrite = False       # restarted by torchrun: what was old went the first time
-        if (self.folder / "final" / "config.json").exists() and not args.overwrite:
-            refuse_changed(self.folder, vars(args))
+        if not args.overwrite and finished(self.folder, args):
             print0(f"{self.folder}/final is already there: nothing to do "
                    f"(--overwrite starts anew)")
-            if is_main():                # the last run may have been killed on its last line
-                shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
             stop()
             raise SystemExit(0)
         refusal = from_main(self.claim)
