@@ -100,7 +100,7 @@ def trace(model, prompt, chosen, rejected, pairs):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     ALL_ATTENTION_FUNCTIONS.register("plan", attention)
     encoder, llm = model.encoder, model.llm
-    for part in (encoder.vision, llm):
+    for part in (*(p.vision for p in encoder.parts), llm):
         if part._supports_sdpa:
             part.config._attn_implementation = "plan"
     counter, where, flops_in_blocks = FlopCounterMode(display=False), None, 0
@@ -140,9 +140,11 @@ def trace(model, prompt, chosen, rejected, pairs):
     learns = any(p.requires_grad for p in encoder.parameters())
     with counter, torch.device("meta"):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            pixels = torch.zeros(1, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
-            with torch.set_grad_enabled(learns):
-                features = encoder(pixels)
+            pixels = [torch.zeros(1, 3, p.image_size, p.image_size, dtype=torch.uint8)
+                      for p in encoder.parts]
+            with torch.set_grad_enabled(learns):    # A+B: both pictures in one row, flat
+                features = encoder(pixels[0] if len(pixels) == 1 else
+                                   torch.cat([p.flatten(1) for p in pixels], 1))
             features = model.projector(features)
             # Stands for masked_scatter, whose backward depends on data: the same bytes, no FLOPs.
             words = llm.get_input_embeddings()(torch.zeros(1, length, dtype=torch.long))
@@ -238,12 +240,16 @@ def lengths(args, model, kind, file):
         except SystemExit:                   # a preset's, with no network to fetch it
             why = f"the tokenizer of {args.llm} is not here"
     if why:
-        records, mean, longest = ASSUMED[kind]
+        records, *rows = ASSUMED[kind]
         records = REPAIR if args.stage == "repair" and kind == "conversations" else records
-        records = min(records, args.num_samples or records)
-        cut = max(0, n + sum(longest[:2]) - data.MAX_LENGTH)
-        longest = (longest[0], max(1, longest[1] - cut), max(0, longest[2] - cut))
-        return Lengths(records, *((x[0] + n, *x[1:]) for x in (mean, longest)),
+        for i, text in enumerate(rows):
+            share = min(1, (data.MAX_LENGTH - n) / sum(text[:2]))       # what the image leaves
+            prompt, *answers = (int(share * x) for x in text)
+            rows[i] = (n + prompt, *answers)
+            if answers[0] < 1:
+                raise SystemExit(f"error: {n} image tokens leave no room for text in a row of at "
+                                 f"most {data.MAX_LENGTH} tokens; a smaller --image-size does")
+        return Lengths(min(records, args.num_samples or records), *rows,
                        f"{why}: the paper's number, assumed lengths, the rule's longest")
     m.prepare_tokenizer(tokenizer, model.llm.config.vocab_size)
     beside = Path(file).parent / "images"
@@ -336,8 +342,8 @@ def show_plan(args, phases):
     encoder = model.encoder
     print0(f"{args.stage}: {args.encoder} + {args.llm} on {gpus} × {gpu.upper()} ({size / 1e9:.0f} "
            f"GB, {speed / 1e12:.0f} TFLOP/s bf16); computed, nothing is loaded")
-    print0(f"  image {encoder.image_size} × {encoder.image_size} → {encoder.num_tokens} tokens of "
-           f"width {encoder.hidden_size}")
+    pictures = " and ".join(f"{p.image_size} × {p.image_size}" for p in encoder.parts)
+    print0(f"  image {pictures} → {encoder.num_tokens} tokens of width {encoder.hidden_size}")
     for name in ("encoder", "projector", "llm"):
         part = getattr(model, name)
         print0(f"  {name:<10} {sum(p.numel() for p in part.parameters()):>14,} parameters")

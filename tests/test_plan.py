@@ -16,6 +16,7 @@ import data
 import encoders
 import model as m
 import plan
+import repair_eval
 import train_dpo
 from conftest import ROOT, TEXT, run, tiny_model
 from test_model import batch_of, random_pairs
@@ -60,6 +61,23 @@ def test_flops_are_those_torch_counts(layout, vision, llm, tie, frozen):
     row = plan.trace(empty, *counts, layout == "dpo")
     assert (row.forward, row.backward) == real_flops(model, batch)
     assert row.rows == int((batch["labels"] != m.IGNORE).sum())
+
+
+def test_flops_and_bytes_of_two_encoders():
+    """A+B: both pictures, both towers, the second's grid resampled; as torch counts the real one.
+    What autograd keeps of frozen towers is what it keeps of nothing."""
+    model = tiny_model()
+    model.encoder = encoders.TwoEncoders(tiny_model("clip").encoder, tiny_model("dinov2").encoder)
+    model.projector = m.Projector(model.encoder.hidden_size, 32)
+    empty = copy.deepcopy(model).to("meta")
+    for each in (model, empty):
+        plan.freeze(each, {"encoder": 0, "projector": 1e-3, "llm": 1e-3})
+    pairs, _ = random_pairs(model, 1)
+    batch = batch_of(pairs, torch.zeros(1, 2 * 3 * 32 ** 2, dtype=torch.uint8), "sft")
+    counts = [int((pairs[0][1] == role).sum()) for role in range(3)]
+    row = plan.trace(empty, *counts, False)
+    assert (row.forward, row.backward) == real_flops(model, batch)
+    assert len(row.blocks) == 2 + 3 + 2 and not any(row.blocks[:5]) and all(row.blocks[5:])
 
 
 def test_flops_by_hand():
@@ -124,6 +142,41 @@ def test_every_preset_is_planned_in_seconds(i, tmp_path, monkeypatch, capsys):
     count = sum(p.numel() for p in encoders.empty_encoder(ENCODERS[i]).parameters())
     assert f"{count:,} parameters" in text and "usable" in text and "in all" in text
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("encoder,image,tokens", [
+    ("siglip1-so400m+convnext-xxl", "384 × 384 and 768 × 768", "729 tokens of width 4224"),
+    ("dinov2-giant+siglip2-giant", "518 × 518 and 384 × 384", "1369 tokens of width 3072")])
+def test_two_encoders_are_planned(encoder, image, tokens, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["repair_eval.py", "--encoder", encoder, "--plan", "--data",
+                                      str(tmp_path), "--run-dir", str(tmp_path / "r")])
+    repair_eval.main()
+    text = capsys.readouterr().out
+    count = sum(p.numel() for name in encoder.split("+")
+                for p in encoders.empty_encoder(name).parameters())
+    assert f"image {image} → {tokens}" in text and f"{count:,} parameters" in text
+    assert text.count("encoder frozen") == 2 and "in all" in text
+
+
+@pytest.mark.parametrize("size,longest", [(224, 256 + 100 + 2 * 1372 + 1), (616, None), (644, 0)])
+def test_a_larger_image_leaves_less_room_for_text(size, longest, tmp_path, monkeypatch, capsys):
+    """The length rule holds in a plan without data, too; and where the image alone breaks it, no
+    run could begin: one line."""
+    monkeypatch.setattr(sys, "argv", [
+        "train_dpo.py", "--encoder", "dinov2-small", "--image-size", str(size), "--data",
+        str(tmp_path), "--run-dir", str(tmp_path / "r"), "--plan", "--llm", "qwen2.5-0.5b"])
+    if longest == 0:
+        with pytest.raises(SystemExit, match="2116 image tokens leave no room for text"):
+            train_dpo.main()
+        return
+    train_dpo.main()
+    text = capsys.readouterr().out
+    mean, most = map(int, re.search(r"rows of (\d+) tokens, at most (\d+)", text).groups())
+    if longest:
+        assert most == longest
+    else:                               # 44² = 1936: prompt and one answer share 112 tokens
+        prompt, chosen, rejected = 1936 + 7, 104, 104
+        assert most == prompt + chosen + rejected + 1 and mean <= most
 
 
 def test_a_plan_of_every_stage_from_the_data(world, stage1, tmp_path):
