@@ -47,8 +47,8 @@ def find(path):
     for name in WEIGHTS:
         if file := at(name):
             return file
-    raise SystemExit(f"error: {path} is a timm or open_clip model without its weights, whose shapes "
-                     f"say what it is; none of {', '.join(WEIGHTS)} is there")
+    raise SystemExit(f"error: {path} is a timm or open_clip model without its weights, whose "
+                     f"shapes say what it is; none of {', '.join(WEIGHTS)} is there")
 
 
 def read(file, device):

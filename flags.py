@@ -79,8 +79,9 @@ def script_of(stage):
     return "pretrain.py" if stage == "pretrain" else f"train_{stage}.py"
 
 
-def add_two_step_flags(parser, second):
-    """What stage 1 and re-pairing share: a projector step on captions, then a step on `second`."""
+def settle_two_steps(parser, stage, second, paper, toy):
+    """`settle` for stage 1 and re-pairing, with the flags those two add: a projector step on
+    captions, then a step on DATA/<second>.jsonl."""
     parser.add_argument("--captions", help="LLaVA-Pretrain json for the projector step; default "
                         "DATA/captions.json")
     parser.add_argument("--instruct", help="LLaVA conversations for the second step, .json or "
@@ -88,10 +89,7 @@ def add_two_step_flags(parser, second):
     parser.add_argument("--projector-epochs", type=int, help="passes over the captions (default 1)")
     parser.add_argument("--projector-max-steps", type=int,
                         help="bound of the projector step; default: --max-steps")
-
-
-def settle_two_steps(args, second):
-    """Fill those flags where they were left open."""
+    args = settle(parser, stage, paper, toy)
     args.captions = args.captions or data.default_file(args.data, "captions")
     args.instruct = args.instruct or data.default_file(args.data, second)
     args.images = args.images or f"{args.data}/images"

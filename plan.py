@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import encoders
 import model as m
-from runtime import print0
+from runtime import freeze, print0
 
 GPUS = {   # name: memory in bytes, dense bf16 FLOP/s (data sheets, SXM)
     "h100": (80e9, 989e12), "h200": (141e9, 989e12), "a100": (80e9, 312e12),
@@ -47,11 +47,6 @@ class Lengths(NamedTuple):
     longest: tuple
     source: str
 
-    def row(self, which, pairs):
-        """Tokens of one row: prompt + answer, or the pair layout of model.py."""
-        prompt, chosen, rejected = getattr(self, which)
-        return prompt + chosen + (rejected + 1 if pairs else 0)
-
 
 class Trace(NamedTuple):
     """One row, forward and backward. FLOPs: forward, of that inside blocks, backward. Bytes that
@@ -66,6 +61,11 @@ class Trace(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------- counting
+
+def row_length(prompt, chosen, rejected, pairs):
+    """Tokens of one row: prompt + answer, or the pair layout of model.py."""
+    return prompt + chosen + (rejected + 1 if pairs else 0)
+
 
 class Fused(torch.autograd.Function):
     """Attention as a fused kernel does it, shapes alone. q, k, v (B, H, T, d) → (B, H, T, d).
@@ -135,7 +135,7 @@ def trace(model, prompt, chosen, rejected, pairs):
         block.register_forward_pre_hook(enter(i), with_kwargs=True),
         block.register_forward_hook(leave))]
 
-    length = prompt + chosen + (rejected + 1 if pairs else 0)
+    length = row_length(prompt, chosen, rejected, pairs)
     rows = chosen + (rejected if pairs else 0)
     learns = any(p.requires_grad for p in encoder.parameters())
     with counter, torch.device("meta"):
@@ -284,15 +284,6 @@ def empty_mllm(encoder, llm, image_size=None, dtype="bf16"):
     return m.no_dropout(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32))
 
 
-def freeze(model, rates):
-    """requires_grad as runtime.adamw sets it: a rate of 0 freezes a module."""
-    for name, rate in rates.items():
-        frozen = model.encoder.family.frozen if name == "encoder" else ()
-        for key, p in getattr(model, name).named_parameters():
-            p.requires_grad_(rate > 0 and not key.removeprefix("vision.").startswith(
-                frozen or "\0"))
-
-
 def machine(spec):
     """"8xh100" → (8, "h100", bytes, FLOP/s)."""
     count, _, name = spec.lower().rpartition("x")
@@ -305,7 +296,7 @@ def machine(spec):
 def phase_plan(args, model, phase):
     """Everything about one phase: a dict of plain numbers. phase: as pretrain.train takes it."""
     name, kind, file, rates, epochs, bound = phase
-    gpus, gpu, size, speed = machine(args.plan)
+    gpus, _, size, speed = machine(args.plan)
     if args.global_batch % gpus or gpus % args.replicas:
         raise SystemExit(f"error: --global-batch {args.global_batch} or --replicas "
                          f"{args.replicas} does not fit {gpus} GPUs")
@@ -354,8 +345,8 @@ def show_plan(args, phases):
         long, gb = p["lengths"], 1e9
         print0(f"{p['name']}: " + ", ".join(f"{k} at {v:g}" if v else f"{k} frozen"
                                             for k, v in p["rates"].items()))
-        print0(f"  rows of {long.row('mean', p['pairs'])} tokens, at most "
-               f"{long.row('longest', p['pairs'])} ({long.source})")
+        print0(f"  rows of {row_length(*long.mean, p['pairs'])} tokens, at most "
+               f"{row_length(*long.longest, p['pairs'])} ({long.source})")
         print0(f"  {p['steps']:,} steps of {args.global_batch}: {p['step'] / 1e15:.2f} PFLOP a "
                f"step, {p['run'] / 1e18:.3f} EFLOP in all"
                + (", the reference's one pass included" if p["pairs"] else ""))

@@ -41,7 +41,6 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=2,
 
 def get_args():
     parser = flags.arguments(__doc__, PAPER)
-    flags.add_two_step_flags(parser, "repair")
     parser.add_argument("--reuse-projector-layers", type=int, default=0, choices=[0, 1, 2],
                         help="start so many linear layers of the projector from the one the "
                         "extracted encoder was trained with (default 0: all fresh)")
@@ -62,7 +61,7 @@ def get_args():
     parser.add_argument("--compare", nargs="+", metavar="DIR",
                         help="print one table of models already scored, and each one's differences "
                         "to the first, with intervals; nothing is run")
-    args = flags.settle_two_steps(flags.settle(parser, "repair", PAPER, TOY), "repair")
+    args = flags.settle_two_steps(parser, "repair", "repair", PAPER, TOY)
     args.bench = args.bench or f"{args.data}/bench"
     if args.encoder_lr:
         raise SystemExit(f"error: --encoder-lr {args.encoder_lr:g}: the encoder is frozen here")

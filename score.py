@@ -349,12 +349,11 @@ def constant(name, rows):
 
 def notes(name, rows):
     """What a reader of this score must know: labels, pairs, what was left out."""
-    said, unit = [BENCHES[name].note], unit_of(name, rows)
-    sizes = Counter(unit(r) for r in rows)
+    said, sizes = [BENCHES[name].note], Counter(map(unit_of(name, rows), rows))
     left_out = sizes.pop(None, 0)
+    odd = sum(n != 2 for n in sizes.values())
     if name == "MME":
         missing = [c for c in PERCEPTION if c not in {c for c, _ in sizes}]
-        odd = sum(n != 2 for n in sizes.values())
         said += [f"{left_out} questions on cognition answered, left out"] * bool(left_out)
         said += [f"no questions on {', '.join(missing)}"] * bool(missing)
         said += [f"{odd} images without exactly two questions"] * bool(odd)
@@ -362,7 +361,6 @@ def notes(name, rows):
         said.append("circular: all rotations of a question right" if max(sizes.values()) > 1 else
                     "no rotations in the file: plain accuracy, not circular")
     if name == "MMVP":
-        odd = sum(n != 2 for n in sizes.values())
         said += [f"{odd} of {len(sizes)} pairs incomplete"] * bool(odd)
     if name == "CV-Bench-2D":
         said.append("sources: " + (", ".join(sorted({s for s, _ in sizes} - {""})) or "none named"))

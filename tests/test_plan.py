@@ -17,6 +17,7 @@ import encoders
 import model as m
 import plan
 import repair_eval
+import runtime
 import train_dpo
 from conftest import ROOT, TEXT, run, tiny_model
 from test_model import batch_of, random_pairs
@@ -56,7 +57,7 @@ def test_flops_are_those_torch_counts(layout, vision, llm, tie, frozen):
     batch = batch_of(pairs, pixels, layout)
     empty = copy.deepcopy(model).to("meta")
     for each in (model, empty):
-        plan.freeze(each, rates)
+        runtime.freeze(each, rates)
     counts = [int((pairs[0][1] == role).sum()) for role in range(3)]
     row = plan.trace(empty, *counts, layout == "dpo")
     assert (row.forward, row.backward) == real_flops(model, batch)
@@ -71,7 +72,7 @@ def test_flops_and_bytes_of_two_encoders():
     model.projector = m.Projector(model.encoder.hidden_size, 32)
     empty = copy.deepcopy(model).to("meta")
     for each in (model, empty):
-        plan.freeze(each, {"encoder": 0, "projector": 1e-3, "llm": 1e-3})
+        runtime.freeze(each, {"encoder": 0, "projector": 1e-3, "llm": 1e-3})
     pairs, _ = random_pairs(model, 1)
     batch = batch_of(pairs, torch.zeros(1, 2 * 3 * 32 ** 2, dtype=torch.uint8), "sft")
     counts = [int((pairs[0][1] == role).sum()) for role in range(3)]
