@@ -112,8 +112,7 @@ def read_tsv(path):
                 raise SystemExit(f"error: {row['where']}: image {row['same_as']!r} is neither "
                                  f"base64 nor the index of a row that has one")
             row.update(pictures[row["same_as"]])
-        if options := score.options_of(row):
-            score.gold_letter(row, options)
+        score.references(name, row)
         unit(row)
     return kept, dropped
 

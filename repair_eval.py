@@ -202,28 +202,22 @@ def evaluate(args, mllm, device, folder):
             raise SystemExit(f"error: {path}: none of its {len(rows)} questions counts"
                              f"{': MME scores perception' if name == 'MME' else ''}; a larger "
                              f"--limit?")
-        several = sum(bool(r.get("more_images")) for r in rows)
-        notes = [score.notes(name, rows), *(f"{n} rows {why} left out" for why, n in
-                                            dropped.items()),
-                 f"{several} questions have several images, the first was shown" * bool(several),
-                 "with OCR tokens" if args.ocr_tokens and name == "TextVQA_VAL" else
-                 "no OCR tokens" * (name == "TextVQA_VAL")]
         found[name] = {
             "score": score.score_of(units[name]), "ci95": score.half_width(units[name]),
             "n": len(rows), "units": len(units[name]),
             "chance": score.score_of(score.units(name, rows, score.constant(name, rows))),
-            "note": "; ".join(x for x in notes if x),
+            "note": score.notes(name, rows, dropped, args.ocr_tokens),
             "prompt": score.prompt_of(name, rows[0], args.ocr_tokens)}
         answered.append((path, rows, shown, done))
     results = {"mllm": str(mllm), **key, "limit": args.limit, "benchmarks": found,
                **score.summarise({n: r["score"] for n, r in found.items()})}
-    for file, make in (("units.json", lambda: json.dumps(units)),
-                       ("wrong.html", lambda: report.wrong_page(mllm, answered, args.show_wrong,
-                                                                args.ocr_tokens)),
-                       ("report.txt", lambda: report.text(folder.parent.name, results)),
-                       ("results.json", lambda: json.dumps(results, indent=1))):
-        rundir.write_whole(folder / file,
-                           lambda aside, make=make: aside.write_text(make(), encoding="utf-8"))
+
+    def write(file, text):
+        rundir.write_whole(folder / file, lambda aside: aside.write_text(text(), encoding="utf-8"))
+    write("units.json", lambda: json.dumps(units))
+    write("wrong.html", lambda: report.wrong_page(mllm, answered, args.show_wrong, args.ocr_tokens))
+    write("report.txt", lambda: report.text(folder.parent.name, results))
+    write("results.json", lambda: json.dumps(results, indent=1))       # last: all else is there
     print0("\n".join([*report.table({folder.parent.name: results}),
                       f"wrote {folder}: results.json, report.txt (prompts, labels), wrong.html"]))
 

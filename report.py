@@ -225,9 +225,8 @@ def wrong_page(model, answered, most, ocr_tokens=False):
         body.append(f"<h2>{html.escape(tsv.stem)}: {len(wrong)} of {len(rows)} not fully right"
                     + (f", the first {most}" if len(wrong) > most else "") + "</h2>")
         for i in wrong[:most]:
-            row, options = rows[i], score.options_of(rows[i])
-            gold = score.gold_letter(row, options) if options else \
-                json.dumps(score.references(tsv.stem, row), ensure_ascii=False)
+            row, right = rows[i], score.references(tsv.stem, rows[i])
+            gold = right[0] if score.options_of(row) else json.dumps(right, ensure_ascii=False)
             words = [f"index {row['index']}, worth {values[i]:.2f}",
                      score.prompt_of(tsv.stem, row, ocr_tokens), f"right: {gold}"]
             body.append(f"<div>{picture_tag(tsv, shown[i])}<pre>"

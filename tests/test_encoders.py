@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import convert
 import encoders
 import model as m
+import plan
 from conftest import COMMON, VISION, run
 from test_stages import opens_in_transformers
 
@@ -406,6 +407,8 @@ def test_other_layouts_are_planned_from_the_header_alone(tmp_path, monkeypatch):
         empty = encoders.empty_encoder(str(tmp_path / name), 48)
         assert shapes(empty) == real and {p.device.type for p in empty.parameters()} == {"meta"}
         assert empty(torch.zeros(1, 3, 48, 48, dtype=torch.uint8, device="meta")).shape[1] == 36
+        row = plan.trace(plan.empty_mllm(str(tmp_path / name), "toy-lm"), 40, 5, 0, False)
+        assert row.forward > 0 and len(row.blocks) == 2 + 6
     monkeypatch.setattr(encoders, "HERE", tmp_path)
     assert encoders.empty_encoder("moco-v3-base").num_tokens == 196
 

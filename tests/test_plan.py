@@ -145,39 +145,35 @@ def test_every_preset_is_planned_in_seconds(i, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("encoder,image,tokens", [
-    ("siglip1-so400m+convnext-xxl", "384 × 384 and 768 × 768", "729 tokens of width 4224"),
-    ("dinov2-giant+siglip2-giant", "518 × 518 and 384 × 384", "1369 tokens of width 3072")])
-def test_two_encoders_are_planned(encoder, image, tokens, tmp_path, monkeypatch, capsys):
+def test_two_encoders_are_planned(tmp_path, monkeypatch, capsys):
+    """The paper's pair: a grid of 27 × 27 and a map of 24 × 24."""
+    encoder = "siglip1-so400m+convnext-xxl"
     monkeypatch.setattr(sys, "argv", ["repair_eval.py", "--encoder", encoder, "--plan", "--data",
                                       str(tmp_path), "--run-dir", str(tmp_path / "r")])
     repair_eval.main()
     text = capsys.readouterr().out
     count = sum(p.numel() for name in encoder.split("+")
                 for p in encoders.empty_encoder(name).parameters())
-    assert f"image {image} → {tokens}" in text and f"{count:,} parameters" in text
+    assert "image 384 × 384 and 768 × 768 → 729 tokens of width 4224" in text
+    assert f"{count:,} parameters" in text
     assert text.count("encoder frozen") == 2 and "in all" in text
 
 
-@pytest.mark.parametrize("size,longest", [(224, 256 + 100 + 2 * 1372 + 1), (616, None), (644, 0)])
-def test_a_larger_image_leaves_less_room_for_text(size, longest, tmp_path, monkeypatch, capsys):
+def test_a_larger_image_leaves_less_room_for_text(tmp_path, monkeypatch, capsys):
     """The length rule holds in a plan without data, too; and where the image alone breaks it, no
     run could begin: one line."""
-    monkeypatch.setattr(sys, "argv", [
-        "train_dpo.py", "--encoder", "dinov2-small", "--image-size", str(size), "--data",
-        str(tmp_path), "--run-dir", str(tmp_path / "r"), "--plan", "--llm", "qwen2.5-0.5b"])
-    if longest == 0:
-        with pytest.raises(SystemExit, match="2116 image tokens leave no room for text"):
-            train_dpo.main()
-        return
-    train_dpo.main()
-    text = capsys.readouterr().out
+    def show(size):
+        monkeypatch.setattr(sys, "argv", [
+            "train_dpo.py", "--encoder", "dinov2-small", "--image-size", str(size), "--data",
+            str(tmp_path), "--run-dir", str(tmp_path / "r"), "--plan", "--llm", "qwen2.5-0.5b"])
+        train_dpo.main()
+        return capsys.readouterr().out
+    text = show(616)                    # 44² = 1936: prompt and one answer share 112 tokens
     mean, most = map(int, re.search(r"rows of (\d+) tokens, at most (\d+)", text).groups())
-    if longest:
-        assert most == longest
-    else:                               # 44² = 1936: prompt and one answer share 112 tokens
-        prompt, chosen, rejected = 1936 + 7, 104, 104
-        assert most == prompt + chosen + rejected + 1 and mean <= most
+    prompt, chosen, rejected = 1936 + 7, 104, 104
+    assert most == prompt + chosen + rejected + 1 and mean <= most
+    with pytest.raises(SystemExit, match="2116 image tokens leave no room for text"):
+        show(644)
 
 
 def test_a_plan_of_every_stage_from_the_data(world, stage1, tmp_path):
