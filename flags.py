@@ -116,16 +116,17 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
     if args.run is None:
         names = [getattr(args, k) or defaults()[k] for k in ("encoder", "llm")]
         args.run = f"runs/{encoders.short_name(names[0])}__{encoders.short_name(names[1])}"
-    if parent and not (args.plan and not Path(args.run, parent, "final", "config.json").exists()):
-        folder = Path(args.run, parent)
-        if not (folder / "final" / "config.json").exists():
-            wanted = " ".join(([f"--run-dir {args.run}"] if args.run_typed else []) +
-                              [f"--{k} {getattr(args, k)}" for k in ("encoder", "llm", "data")
-                               if getattr(args, k)])
-            n = os.environ.get("LOCAL_WORLD_SIZE", "8" if torch.cuda.is_available() else "1")
-            start = f"torchrun --nproc_per_node={n}" if int(n) > 1 else "python"
-            raise SystemExit(f"error: no stage-1 model at {folder}/final; make it with:  "
-                             f"{start} {parent}.py {wanted}")
+    folder = Path(args.run, parent or "")
+    there = parent and (folder / "final" / "config.json").exists()
+    if parent and not there and not args.plan:
+        wanted = " ".join(([f"--run-dir {args.run}"] if args.run_typed else []) +
+                          [f"--{k} {getattr(args, k)}" for k in ("encoder", "llm", "data")
+                           if getattr(args, k)])
+        n = os.environ.get("LOCAL_WORLD_SIZE", "8" if torch.cuda.is_available() else "1")
+        start = f"torchrun --nproc_per_node={n}" if int(n) > 1 else "python"
+        raise SystemExit(f"error: no stage-1 model at {folder}/final; make it with:  "
+                         f"{start} {parent}.py {wanted}")
+    if there:
         inherited = encoders.read_json(folder / "config.json", "arguments", remedy="; without it "
                                        f"{parent}.py --overwrite must run again")["arguments"]
         for key in ("encoder", "llm", "image_size"):
