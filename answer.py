@@ -102,18 +102,18 @@ def read_tsv(path):
             dropped["not of the validation split"] += 1
             continue
         kept.append(row)
-    for row in kept:
+    if not kept:
+        raise SystemExit(f"error: {path}: no question in it"
+                         + "".join(f"; {n} {why}" for why, n in dropped.items()))
+    unit = score.unit_of(name, kept)
+    for row in kept:                                    # refuse now, not after hours of answering
         if "same_as" in row:
             if row["same_as"] not in pictures:
                 raise SystemExit(f"error: {row['where']}: image {row['same_as']!r} is neither "
                                  f"base64 nor the index of a row that has one")
             row.update(pictures[row["same_as"]])
-        if options := score.options_of(row):
-            score.gold_letter(row, options)             # refuse now, not after hours of answering
-    if not kept:
-        raise SystemExit(f"error: {path}: no question in it"
-                         + "".join(f"; {n} {why}" for why, n in dropped.items()))
-    score.unit_of(name, kept)(kept[0])
+        score.references(name, row)
+        unit(row)
     return kept, dropped
 
 

@@ -26,7 +26,8 @@ MOCO_HEADS = {**HEADS, 384: 12}                           # MoCo v3's ViT-S has 
 
 def find(path):
     """The weight file of another layout at a path, in a folder or in a hub repository; None where
-    transformers opens it itself (its config.json has a model_type)."""
+    transformers opens it itself (its config.json has a model_type). raises SystemExit, one line,
+    where timm's or open_clip's config lies without it."""
     if Path(path).is_file():
         return Path(path)
     from transformers.utils import cached_file
@@ -43,23 +44,31 @@ def find(path):
         return None
     if not config and not at("open_clip_config.json"):
         return None
-    return next((file for name in WEIGHTS if (file := at(name))), None)
+    for name in WEIGHTS:
+        if file := at(name):
+            return file
+    raise SystemExit(f"error: {path} is a timm or open_clip model without its weights, whose "
+                     f"shapes say what it is; none of {', '.join(WEIGHTS)} is there")
 
 
-def read(file):
-    """A weight file → (tensors by name, {"arch": …} as far as it says); no code runs from it."""
+def read(file, device):
+    """A weight file → {name: tensor}; on "meta" shapes alone. No code runs from it."""
     try:
         if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(file), {}
-        facts = torch.load(file, map_location="cpu", weights_only=True)
+            from safetensors import safe_open
+            with safe_open(file, "pt") as tensors:
+                if device == "meta":
+                    return {k: torch.empty(tensors.get_slice(k).get_shape(), device=device)
+                            for k in tensors.keys()}
+                return {k: tensors.get_tensor(k) for k in tensors.keys()}
+        facts = torch.load(file, map_location=device, weights_only=True)
     except Exception as e:
         raise SystemExit(f"error: cannot read {file}: {first_line(e)}")
     state = next((facts[k] for k in ("state_dict", "model") if isinstance(facts, dict)
                   and isinstance(facts.get(k), dict)), facts)
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise SystemExit(f"error: {file} holds no table of tensors")
-    return state, facts
+    return state
 
 
 def under(state, prefix):
@@ -68,9 +77,10 @@ def under(state, prefix):
     return chosen or state
 
 
-def load(file):
-    """A weight file in another layout → (transformers model in fp32, mean, std)."""
-    raw, facts = read(file)
+def load(file, device="cpu"):
+    """A weight file in another layout → (transformers model in fp32, mean, std).
+    device: "cpu", or "meta" for the model without its numbers."""
+    raw = read(file, device)
     moco = any(k.startswith("module.base_encoder.") for k in raw)
     state = under(under(under(raw, "module.base_encoder."), "visual."), "trunk.")
     said = file.parent / "open_clip_config.json"
@@ -116,7 +126,7 @@ def fill(config, state, names, file):
     vision.load_state_dict(new, strict=True, assign=True)
     for module in vision.modules():            # the one buffer that is not stored
         if getattr(module, "position_ids", None) is not None:
-            module.position_ids = torch.arange(module.num_positions)[None]
+            module.position_ids = torch.arange(module.num_positions, device=vision.device)[None]
     return vision
 
 

@@ -184,6 +184,10 @@ class Encoder(nn.Module):
                 m.eps = config.pivot_norm_eps
 
     @property
+    def parts(self):
+        return (self,)
+
+    @property
     def blocks(self):
         return blocks_of(self.vision)
 
@@ -384,12 +388,16 @@ def own_statistics(path):
 
 
 def published(name):
-    """The published class of a preset or local folder, whole (but for a ViT's pooler, which MAE and
-    MoCo do not have), on the meta device."""
+    """The published class of a preset, folder or file, whole (but for a ViT's pooler, which MAE and
+    MoCo do not have), on the meta device. A timm, open_clip or MoCo file says its shapes itself: it
+    must be there, and its header alone is read."""
     import convert
     import transformers as t
     if name not in ENCODERS or ENCODERS[name].path.startswith("weights/toy"):
-        config = convert.as_vit(config_of(name, resolve(name)))
+        path = resolve(name)
+        if file := convert.find(path):
+            return convert.load(file, "meta")[0]
+        config = convert.as_vit(config_of(name, path))
     else:
         kind, hidden, depth, heads, mlp, patch, size = ENCODERS[name].geometry
         facts = dict(hidden_size=hidden, num_hidden_layers=depth, num_attention_heads=heads,
@@ -407,8 +415,10 @@ def published(name):
 
 
 def empty_encoder(name, image_size=None):
-    """The encoder as it would be trained, without weights, on the meta device."""
+    """The encoder as load_encoder would give it, without weights, on the meta device."""
     import convert
+    if len(parts := parts_of(name)) == 2:
+        return TwoEncoders(*(empty_encoder(part, image_size) for part in parts))
     vision = truncate(published(name))
     with torch.device("meta"):
         size = image_size or side(vision.config.image_size)
@@ -473,7 +483,7 @@ def image_processor(encoder):
     normalise. The Pillow backend is the definition; torchvision's resize differs in the last bit.
     """
     from transformers import SiglipImageProcessorPil
-    encoder = getattr(encoder, "parts", [encoder])[0]       # of A+B: the first's
+    encoder = encoder.parts[0]              # of A+B: the first's
     size = encoder.image_size
     return SiglipImageProcessorPil(size={"height": size, "width": size}, resample=3,
                                    image_mean=list(encoder.mean), image_std=list(encoder.std))

@@ -4,20 +4,22 @@
 
 Reads what repair_eval.py and the four instruments wrote in the run folder, and runs nothing itself;
 where one has not been run yet, its line is empty and the command that fills it is named. In percent
-but for the alignment. The difference is paired where the instrument pairs (by test image, by
-subset, by preference pair), with the interval it states; see each instrument for what it means.
+but for the alignment. The difference is paired (by question, by test image, by subset, by
+preference pair), with the interval its instrument states; see there for what it means.
 """
 import argparse
 from pathlib import Path
 
 import encoders
+import report
 import runtime
+import score
 
 COLUMNS = ("original", "SFT", "DPO", "DPO - SFT")
 
 
-def number(value, sign=""):
-    return "–" if value is None else f"{100 * value:{sign}.1f}"
+def number(value):
+    return f"{100 * value:.1f}"
 
 
 def interval(mean, low, high):
@@ -25,19 +27,19 @@ def interval(mean, low, high):
 
 
 def repaired(run, names):
-    """Scores of each frozen encoder under a new LLM: [(label, cells)], by group and in all."""
-    found = [run / "repair" / name / "bench" / "results.json" for name in names]
-    found = [encoders.read_json(p, "groups", "average") if p.exists() else None for p in found]
-    rows = []
-    for label in dict.fromkeys(g for r in found if r for g in r["groups"]):
-        rows.append((f"  {label}", [r and r["groups"].get(label) for r in found]))
-    if rows:
-        rows.append(("  average", [r and r["average"] for r in found]))
-    for _, cells in rows:
-        cells[:] = [None if c is None else c / 100 for c in cells]
-        sft, dpo = cells[1:]
-        cells[:] = [*map(number, cells), number(None if None in (sft, dpo) else dpo - sft, "+")]
-    return rows
+    """Scores of each frozen encoder under a new LLM: [(label, cells), …], by group and in all; the
+    difference as --compare prints it."""
+    paths = {name: run / "repair" / name / "bench" / "results.json" for name in names}
+    found = {n: encoders.read_json(p, "benchmarks", "groups", "average")
+             for n, p in paths.items() if p.exists()}
+    means = {n: report.means_of(r) for n, r in found.items()}
+    apart, two = {}, names[1:]
+    if found.keys() >= {*two}:
+        apart = dict(report.differences({n: found[n] for n in two},
+                                        {n: report.units_beside(paths[n]) for n in two}))
+    labels = [x for x in (*score.GROUPS, "Average") if any(x in m for m in means.values())]
+    return [(x, [*(f"{means[n][x]:.1f}" if x in means.get(n, {}) else "–" for n in names),
+                 apart.get(x, "–")]) for x in labels]
 
 
 def linear(facts, names):
@@ -102,24 +104,22 @@ def main():
     three = f"{made_with['encoder']} {run}/sft/encoder {run}/dpo/encoder"
     words = {"three": three, "run": run, "data": made_with["data"], "llm": made_with["llm"]}
 
-    table, pictures, missing = [], [], []
-    rows = repaired(run, names)
-    table += [("Re-paired with a new LLM", [""] * 4), *rows] if rows else []
-    missing += [f"python repair_eval.py --encoder {e} --llm {made_with['llm']} --data "
-                f"{made_with['data']}" for e, n in zip(three.split(), names)
-                if not (run / "repair" / n / "bench" / "results.json").exists()]
+    sections, pictures = [("Re-paired with a new LLM", repaired(run, names))], []
+    missing = [f"python repair_eval.py --encoder {e} --llm {made_with['llm']} --data "
+               f"{made_with['data']}" for e, n in zip(three.split(), names)
+               if not (run / "repair" / n / "bench" / "results.json").exists()]
     for heading, folder, read, picture, command in INSTRUMENTS:
         path = run / "probes" / folder / "results.json"
         if not path.exists():
             missing.append(command.format(**words))
             continue
-        table.append((heading, [""] * 4))
-        table += [(f"  {label}", cells) for label, cells in read(encoders.read_json(path), names)]
+        sections.append((heading, read(encoders.read_json(path), names)))
         pictures += [path.with_name(picture)] if picture else []
-    wide = [max(map(len, column)) for column in zip(*(cells for _, cells in table), COLUMNS)]
-    left = max((len(label) for label, _ in table), default=0)
-    for label, cells in [("", COLUMNS), *table]:
-        print((f"{label:<{left}}" + "".join(f"  {c:>{w}}" for c, w in zip(cells, wide))).rstrip())
+    rows = [["", *COLUMNS]]
+    for heading, lines in sections:
+        rows += [[heading, *[""] * 4]] if lines else []
+        rows += [[f"  {label}", *cells] for label, cells in lines]
+    print("\n".join(report.grid(rows)))
     for picture in pictures:
         print(f"picture: {picture}")
     for command in missing:

@@ -79,8 +79,9 @@ def script_of(stage):
     return "pretrain.py" if stage == "pretrain" else f"train_{stage}.py"
 
 
-def add_two_step_flags(parser, second):
-    """What stage 1 and re-pairing share: a projector step on captions, then a step on `second`."""
+def settle_two_steps(parser, stage, second, paper, toy):
+    """`settle` for stage 1 and re-pairing, with the flags those two add: a projector step on
+    captions, then a step on DATA/<second>.jsonl."""
     parser.add_argument("--captions", help="LLaVA-Pretrain json for the projector step; default "
                         "DATA/captions.json")
     parser.add_argument("--instruct", help="LLaVA conversations for the second step, .json or "
@@ -88,10 +89,7 @@ def add_two_step_flags(parser, second):
     parser.add_argument("--projector-epochs", type=int, help="passes over the captions (default 1)")
     parser.add_argument("--projector-max-steps", type=int,
                         help="bound of the projector step; default: --max-steps")
-
-
-def settle_two_steps(args, second):
-    """Fill those flags where they were left open."""
+    args = settle(parser, stage, paper, toy)
     args.captions = args.captions or data.default_file(args.data, "captions")
     args.instruct = args.instruct or data.default_file(args.data, second)
     args.images = args.images or f"{args.data}/images"
@@ -119,16 +117,17 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
     if args.run is None:
         names = [getattr(args, k) or defaults()[k] for k in ("encoder", "llm")]
         args.run = f"runs/{encoders.short_name(names[0])}__{encoders.short_name(names[1])}"
-    if parent and not (args.plan and not Path(args.run, parent, "final", "config.json").exists()):
-        folder = Path(args.run, parent)
-        if not (folder / "final" / "config.json").exists():
-            wanted = " ".join(([f"--run-dir {args.run}"] if args.run_typed else []) +
-                              [f"--{k} {getattr(args, k)}" for k in ("encoder", "llm", "data")
-                               if getattr(args, k)])
-            n = os.environ.get("LOCAL_WORLD_SIZE", "8" if torch.cuda.is_available() else "1")
-            start = f"torchrun --nproc_per_node={n}" if int(n) > 1 else "python"
-            raise SystemExit(f"error: no stage-1 model at {folder}/final; make it with:  "
-                             f"{start} {parent}.py {wanted}")
+    folder = Path(args.run, parent or "")
+    there = parent and (folder / "final" / "config.json").exists()
+    if parent and not there and not args.plan:
+        wanted = " ".join(([f"--run-dir {args.run}"] if args.run_typed else []) +
+                          [f"--{k} {getattr(args, k)}" for k in ("encoder", "llm", "data")
+                           if getattr(args, k)])
+        n = os.environ.get("LOCAL_WORLD_SIZE", "8" if torch.cuda.is_available() else "1")
+        start = f"torchrun --nproc_per_node={n}" if int(n) > 1 else "python"
+        raise SystemExit(f"error: no stage-1 model at {folder}/final; make it with:  "
+                         f"{start} {parent}.py {wanted}")
+    if there:
         inherited = encoders.read_json(folder / "config.json", "arguments", remedy="; without it "
                                        f"{parent}.py --overwrite must run again")["arguments"]
         for key in ("encoder", "llm", "image_size"):

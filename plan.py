@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import encoders
 import model as m
-from runtime import print0
+from runtime import freeze, print0
 
 GPUS = {   # name: memory in bytes, dense bf16 FLOP/s (data sheets, SXM)
     "h100": (80e9, 989e12), "h200": (141e9, 989e12), "a100": (80e9, 312e12),
@@ -47,11 +47,6 @@ class Lengths(NamedTuple):
     longest: tuple
     source: str
 
-    def row(self, which, pairs):
-        """Tokens of one row: prompt + answer, or the pair layout of model.py."""
-        prompt, chosen, rejected = getattr(self, which)
-        return prompt + chosen + (rejected + 1 if pairs else 0)
-
 
 class Trace(NamedTuple):
     """One row, forward and backward. FLOPs: forward, of that inside blocks, backward. Bytes that
@@ -66,6 +61,11 @@ class Trace(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------- counting
+
+def row_length(prompt, chosen, rejected, pairs):
+    """Tokens of one row: prompt + answer, or the pair layout of model.py."""
+    return prompt + chosen + (rejected + 1 if pairs else 0)
+
 
 class Fused(torch.autograd.Function):
     """Attention as a fused kernel does it, shapes alone. q, k, v (B, H, T, d) → (B, H, T, d).
@@ -100,7 +100,7 @@ def trace(model, prompt, chosen, rejected, pairs):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     ALL_ATTENTION_FUNCTIONS.register("plan", attention)
     encoder, llm = model.encoder, model.llm
-    for part in (encoder.vision, llm):
+    for part in (*(p.vision for p in encoder.parts), llm):
         if part._supports_sdpa:
             part.config._attn_implementation = "plan"
     counter, where, flops_in_blocks = FlopCounterMode(display=False), None, 0
@@ -135,14 +135,16 @@ def trace(model, prompt, chosen, rejected, pairs):
         block.register_forward_pre_hook(enter(i), with_kwargs=True),
         block.register_forward_hook(leave))]
 
-    length = prompt + chosen + (rejected + 1 if pairs else 0)
+    length = row_length(prompt, chosen, rejected, pairs)
     rows = chosen + (rejected if pairs else 0)
     learns = any(p.requires_grad for p in encoder.parameters())
     with counter, torch.device("meta"):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            pixels = torch.zeros(1, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
-            with torch.set_grad_enabled(learns):
-                features = encoder(pixels)
+            pixels = [torch.zeros(1, 3, p.image_size, p.image_size, dtype=torch.uint8)
+                      for p in encoder.parts]
+            with torch.set_grad_enabled(learns):    # A+B: both pictures in one row, flat
+                features = encoder(pixels[0] if len(pixels) == 1 else
+                                   torch.cat([p.flatten(1) for p in pixels], 1))
             features = model.projector(features)
             # Stands for masked_scatter, whose backward depends on data: the same bytes, no FLOPs.
             words = llm.get_input_embeddings()(torch.zeros(1, length, dtype=torch.long))
@@ -238,12 +240,16 @@ def lengths(args, model, kind, file):
         except SystemExit:                   # a preset's, with no network to fetch it
             why = f"the tokenizer of {args.llm} is not here"
     if why:
-        records, mean, longest = ASSUMED[kind]
+        records, *rows = ASSUMED[kind]
         records = REPAIR if args.stage == "repair" and kind == "conversations" else records
-        records = min(records, args.num_samples or records)
-        cut = max(0, n + sum(longest[:2]) - data.MAX_LENGTH)
-        longest = (longest[0], max(1, longest[1] - cut), max(0, longest[2] - cut))
-        return Lengths(records, *((x[0] + n, *x[1:]) for x in (mean, longest)),
+        for i, text in enumerate(rows):
+            share = min(1, (data.MAX_LENGTH - n) / sum(text[:2]))       # what the image leaves
+            prompt, *answers = (int(share * x) for x in text)
+            rows[i] = (n + prompt, *answers)
+            if answers[0] < 1:
+                raise SystemExit(f"error: {n} image tokens leave no room for text in a row of at "
+                                 f"most {data.MAX_LENGTH} tokens; a smaller --image-size does")
+        return Lengths(min(records, args.num_samples or records), *rows,
                        f"{why}: the paper's number, assumed lengths, the rule's longest")
     m.prepare_tokenizer(tokenizer, model.llm.config.vocab_size)
     beside = Path(file).parent / "images"
@@ -278,15 +284,6 @@ def empty_mllm(encoder, llm, image_size=None, dtype="bf16"):
     return m.no_dropout(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32))
 
 
-def freeze(model, rates):
-    """requires_grad as runtime.adamw sets it: a rate of 0 freezes a module."""
-    for name, rate in rates.items():
-        frozen = model.encoder.family.frozen if name == "encoder" else ()
-        for key, p in getattr(model, name).named_parameters():
-            p.requires_grad_(rate > 0 and not key.removeprefix("vision.").startswith(
-                frozen or "\0"))
-
-
 def machine(spec):
     """"8xh100" → (8, "h100", bytes, FLOP/s)."""
     count, _, name = spec.lower().rpartition("x")
@@ -299,7 +296,7 @@ def machine(spec):
 def phase_plan(args, model, phase):
     """Everything about one phase: a dict of plain numbers. phase: as pretrain.train takes it."""
     name, kind, file, rates, epochs, bound = phase
-    gpus, gpu, size, speed = machine(args.plan)
+    gpus, _, size, speed = machine(args.plan)
     if args.global_batch % gpus or gpus % args.replicas:
         raise SystemExit(f"error: --global-batch {args.global_batch} or --replicas "
                          f"{args.replicas} does not fit {gpus} GPUs")
@@ -336,8 +333,8 @@ def show_plan(args, phases):
     encoder = model.encoder
     print0(f"{args.stage}: {args.encoder} + {args.llm} on {gpus} × {gpu.upper()} ({size / 1e9:.0f} "
            f"GB, {speed / 1e12:.0f} TFLOP/s bf16); computed, nothing is loaded")
-    print0(f"  image {encoder.image_size} × {encoder.image_size} → {encoder.num_tokens} tokens of "
-           f"width {encoder.hidden_size}")
+    pictures = " and ".join(f"{p.image_size} × {p.image_size}" for p in encoder.parts)
+    print0(f"  image {pictures} → {encoder.num_tokens} tokens of width {encoder.hidden_size}")
     for name in ("encoder", "projector", "llm"):
         part = getattr(model, name)
         print0(f"  {name:<10} {sum(p.numel() for p in part.parameters()):>14,} parameters")
@@ -348,8 +345,8 @@ def show_plan(args, phases):
         long, gb = p["lengths"], 1e9
         print0(f"{p['name']}: " + ", ".join(f"{k} at {v:g}" if v else f"{k} frozen"
                                             for k, v in p["rates"].items()))
-        print0(f"  rows of {long.row('mean', p['pairs'])} tokens, at most "
-               f"{long.row('longest', p['pairs'])} ({long.source})")
+        print0(f"  rows of {row_length(*long.mean, p['pairs'])} tokens, at most "
+               f"{row_length(*long.longest, p['pairs'])} ({long.source})")
         print0(f"  {p['steps']:,} steps of {args.global_batch}: {p['step'] / 1e15:.2f} PFLOP a "
                f"step, {p['run'] / 1e18:.3f} EFLOP in all"
                + (", the reference's one pass included" if p["pairs"] else ""))

@@ -29,8 +29,7 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=2,
 
 def get_args():
     parser = flags.arguments(__doc__, PAPER)
-    flags.add_two_step_flags(parser, "instruct")
-    args = flags.settle_two_steps(flags.settle(parser, "pretrain", PAPER, TOY), "instruct")
+    args = flags.settle_two_steps(parser, "pretrain", "instruct", PAPER, TOY)
     if len(encoders.parts_of(args.encoder)) == 2:
         raise SystemExit(f"error: --encoder {args.encoder}: two encoders are judged together, by "
                          f"repair_eval.py, which keeps both frozen; each is trained by itself")

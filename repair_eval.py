@@ -41,7 +41,6 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=2,
 
 def get_args():
     parser = flags.arguments(__doc__, PAPER)
-    flags.add_two_step_flags(parser, "repair")
     parser.add_argument("--reuse-projector-layers", type=int, default=0, choices=[0, 1, 2],
                         help="start so many linear layers of the projector from the one the "
                         "extracted encoder was trained with (default 0: all fresh)")
@@ -63,7 +62,7 @@ def get_args():
                         help="print one table of models already scored, and each one's differences "
                         "to the first, with intervals; nothing is run")
     parser.set_defaults(seed=1)      # not stage 1's: its projector began there, this one is new
-    args = flags.settle_two_steps(flags.settle(parser, "repair", PAPER, TOY), "repair")
+    args = flags.settle_two_steps(parser, "repair", "repair", PAPER, TOY)
     args.bench = args.bench or f"{args.data}/bench"
     if args.encoder_lr:
         raise SystemExit(f"error: --encoder-lr {args.encoder_lr:g}: the encoder is frozen here")
@@ -204,28 +203,22 @@ def evaluate(args, mllm, device, folder):
             raise SystemExit(f"error: {path}: none of its {len(rows)} questions counts"
                              f"{': MME scores perception' if name == 'MME' else ''}; a larger "
                              f"--limit?")
-        several = sum(bool(r.get("more_images")) for r in rows)
-        notes = [score.notes(name, rows), *(f"{n} rows {why} left out" for why, n in
-                                            dropped.items()),
-                 f"{several} questions have several images, the first was shown" * bool(several),
-                 "with OCR tokens" if args.ocr_tokens and name == "TextVQA_VAL" else
-                 "no OCR tokens" * (name == "TextVQA_VAL")]
         found[name] = {
             "score": score.score_of(units[name]), "ci95": score.half_width(units[name]),
             "n": len(rows), "units": len(units[name]),
             "chance": score.score_of(score.units(name, rows, score.constant(name, rows))),
-            "note": "; ".join(x for x in notes if x),
+            "note": score.notes(name, rows, dropped, args.ocr_tokens),
             "prompt": score.prompt_of(name, rows[0], args.ocr_tokens)}
         answered.append((path, rows, shown, done))
     results = {"mllm": str(mllm), **key, "limit": args.limit, "benchmarks": found,
                **score.summarise({n: r["score"] for n, r in found.items()})}
-    for file, make in (("units.json", lambda: json.dumps(units)),
-                       ("wrong.html", lambda: report.wrong_page(mllm, answered, args.show_wrong,
-                                                                args.ocr_tokens)),
-                       ("report.txt", lambda: report.text(folder.parent.name, results)),
-                       ("results.json", lambda: json.dumps(results, indent=1))):
-        rundir.write_whole(folder / file,
-                           lambda aside, make=make: aside.write_text(make(), encoding="utf-8"))
+
+    def write(file, text):
+        rundir.write_whole(folder / file, lambda aside: aside.write_text(text(), encoding="utf-8"))
+    write("units.json", lambda: json.dumps(units))
+    write("wrong.html", lambda: report.wrong_page(mllm, answered, args.show_wrong, args.ocr_tokens))
+    write("report.txt", lambda: report.text(folder.parent.name, results))
+    write("results.json", lambda: json.dumps(results, indent=1))       # last: all else is there
     print0("\n".join([*report.table({folder.parent.name: results}),
                       f"wrote {folder}: results.json, report.txt (prompts, labels), wrong.html"]))
 

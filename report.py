@@ -41,26 +41,32 @@ MoCo-base               | 35.3 42.5 17.1 39.6 42.1
 MoCo-base + PIVOT       | 37.5 47.4 17.6 41.0 44.1
 ImageNet-Sup huge       | 35.5 44.6 17.2 38.2 42.1
 ImageNet-Sup huge+PIVOT | 37.7 47.3 18.1 40.3 45.1""".splitlines())}
-PAPER_TWO = ("SigLIP1-So400m + ConvNeXt-XXL, averages alone: 51.4; with PIVOT on SigLIP1: 53.6",)
+PAPER_TWO = "SigLIP1-So400m + ConvNeXt-XXL, averages alone: 51.4; with PIVOT on SigLIP1: 53.6"
 PAPER_ORDER = ("General", "OCR & Chart", "Vision-Centric", "Knowledge")
 
 
-def grid(header, rows):
-    """Lines of a table: the first column to the left, the others to the right."""
-    wide = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+def grid(rows):
+    """Rows of strings, the header first → lines: the first column to the left, others to the right.
+    """
+    wide = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, wide)))
-            .rstrip() for row in [header, *rows]]
+            .rstrip() for row in rows]
 
 
-def lines_of(columns, cell_of_group, cell_of_bench):
+def means_of(results):
+    """The mean of each group, and of all: {"General": 50.0, …, "Average": 50.0}."""
+    return {**results["groups"], "Average": results["average"]}
+
+
+def rows_of(columns, cells_of_group, cells_of_bench):
     """Rows in the order of the table: each group, its benchmarks, the average."""
     names = [n for n in score.BENCHES if any(n in r["benchmarks"] for r in columns.values())]
     rows = []
     for group in score.GROUPS:
         inside = [n for n in names if score.BENCHES[n].group == group]
-        rows += [[group, *cell_of_group(inside, group)]] if inside else []
-        rows += [[f"  {name}", *cell_of_bench(name)] for name in inside]
-    return rows + [["Average", *cell_of_group(names, None)]]
+        rows += [[group, *cells_of_group(inside, group)]] if inside else []
+        rows += [[f"  {name}", *cells_of_bench(name)] for name in inside]
+    return rows + [["Average", *cells_of_group(names, "Average")]]
 
 
 def table(columns):
@@ -70,15 +76,14 @@ def table(columns):
         return "–" if value is None else f"{value:.1f}" + (f" ±{interval:.1f}" if interval else "")
 
     def of_group(inside, group):
-        return ["", ""] + [cell(r["groups"].get(group) if group else r["average"])
-                           for r in columns.values()]
+        return ["", ""] + [cell(means_of(r).get(group)) for r in columns.values()]
 
     def of_bench(name):
         cells = [r["benchmarks"].get(name, {}) for r in columns.values()]
         some = next(c for c in cells if c)
         return [str(some["n"]), cell(some["chance"])] + [cell(c.get("score"), c.get("ci95"))
                                                          for c in cells]
-    out = grid(["", "n", "chance", *columns], lines_of(columns, of_group, of_bench))
+    out = grid([["", "n", "chance", *columns], *rows_of(columns, of_group, of_bench)])
     for name, r in columns.items():
         if r.get("missing"):
             out.append(f"{name}: not scored and left out of the means: {', '.join(r['missing'])}")
@@ -90,8 +95,8 @@ def table(columns):
 
 
 def differences(columns, units):
-    """{model: results}, {model: {bench: units}} → the lines of a table: every model minus the
-    first, with its interval; – where the two did not answer the same questions of the same file."""
+    """{model: results}, {model: {bench: units}} → the rows of a table: every model minus the first,
+    with its interval; – where the two did not answer the same questions of the same file."""
     first, *others = columns
     draws = {}
     for name in others:
@@ -109,15 +114,21 @@ def differences(columns, units):
             return "–"
         low, high = np.percentile(np.mean([d for _, d in pairs], 0), [2.5, 97.5])
         return f"{np.mean([p for p, _ in pairs]):+.1f} [{low:+.1f}, {high:+.1f}]"
-    return grid([f"minus {first}", *others], lines_of(
+    return [[f"minus {first}", *others], *rows_of(
         columns, lambda inside, _: [cell(n, inside) for n in others],
-        lambda bench: [cell(n, [bench]) for n in others]))
+        lambda bench: [cell(n, [bench]) for n in others])]
+
+
+def units_beside(path):
+    """The units.json beside a results.json: {bench: [[stratum, unit, value], …]}."""
+    return encoders.read_json(path.with_name("units.json"), remedy="; the command that answered, "
+                              "with --rescore, writes it")
 
 
 def paper_table():
     """The lines of the paper's table, to hold real benchmarks against."""
-    return grid(["the paper: frozen encoder + Qwen2.5-1.5B", "average", *PAPER_ORDER],
-                [[k, *(f"{x:.1f}" for x in v)] for k, v in PAPER.items()]) + [*PAPER_TWO]
+    return grid([["the paper: frozen encoder + Qwen2.5-1.5B", "average", *PAPER_ORDER],
+                 *([k, *(f"{x:.1f}" for x in v)] for k, v in PAPER.items())]) + [PAPER_TWO]
 
 
 def compare(folders):
@@ -133,10 +144,8 @@ def compare(folders):
                for n, p in found.items()}
     out = table(columns)
     if len(columns) > 1:
-        remedy = "; the command that answered, with --rescore, writes it"
-        units = {n: {b: [tuple(x) for x in u] for b, u in encoders.read_json(
-            p.with_name("units.json"), remedy=remedy).items()} for n, p in found.items()}
-        out += ["", *differences(columns, units)]
+        units = {n: units_beside(p) for n, p in found.items()}
+        out += ["", *grid(differences(columns, units))]
     out += alike({n: p.parent.parent / "config.json" for n, p in found.items()})
     if is_paper(columns.values()):
         out += ["", *paper_table()]
@@ -219,9 +228,8 @@ def wrong_page(model, answered, most, ocr_tokens=False):
         body.append(f"<h2>{html.escape(tsv.stem)}: {len(wrong)} of {len(rows)} not fully right"
                     + (f", the first {most}" if len(wrong) > most else "") + "</h2>")
         for i in wrong[:most]:
-            row, options = rows[i], score.options_of(rows[i])
-            gold = score.gold_letter(row, options) if options else \
-                json.dumps(score.references(tsv.stem, row), ensure_ascii=False)
+            row, right = rows[i], score.references(tsv.stem, rows[i])
+            gold = right[0] if score.options_of(row) else json.dumps(right, ensure_ascii=False)
             words = [f"index {row['index']}, worth {values[i]:.2f}",
                      score.prompt_of(tsv.stem, row, ocr_tokens), f"right: {gold}"]
             body.append(f"<div>{picture_tag(tsv, shown[i])}<pre>"

@@ -152,23 +152,29 @@ def reshard(model):
 
 # ------------------------------------------------------------------------------------ optimisation
 
+def freeze(model, rates):
+    """Set requires_grad: a rate of 0 freezes a module, and what the encoder's class keeps but no
+    gradient reaches is always frozen. → the names of the latter, within the encoder."""
+    frozen = tuple(f"vision.{x}" for x in model.encoder.family.frozen)
+    never = {k for k, _ in model.encoder.named_parameters() if k.startswith(frozen)}
+    for name in MODULES:
+        for key, p in getattr(model, name).named_parameters():
+            p.requires_grad_(rates[name] > 0 and not (name == "encoder" and key in never))
+    return sorted(never)
+
+
 def adamw(model, rates):
     """AdamW (0.9, 0.999), no weight decay, one group a module; a rate of 0 freezes the module.
 
     rates: {"encoder": lr, "projector": lr, "llm": lr}. Prints the table of what is trained at which
     rate: a rate silently ignored is the best hidden bug of public DPO scripts.
     """
-    groups = []
+    groups, frozen = [], {"encoder": freeze(model, rates)}
     for name in MODULES:
-        module, lr = getattr(model, name), rates[name]
-        frozen = model.encoder.family.frozen if name == "encoder" else ()
-        for key, p in module.named_parameters():
-            p.requires_grad_(lr > 0 and not key.removeprefix("vision.").startswith(frozen or "\0"))
-            p.grad = None
+        module, lr, never = getattr(model, name), rates[name], frozen.get(name)
+        module.zero_grad()
         trained = [p for p in module.parameters() if p.requires_grad]
         count = sum(p.numel() for p in module.parameters())
-        never = sorted({k for k, _ in module.named_parameters()
-                        if k.removeprefix("vision.").startswith(frozen or "\0")})
         print0(f"  {name:<10} {count:>13,} parameters, {sum(p.numel() for p in trained):>13,} "
                f"trained" + (f", lr {lr:g}" if trained else "")
                + (f"; frozen: {', '.join(never)}" if never else ""))

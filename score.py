@@ -63,7 +63,10 @@ def gold_letter(row, options):
 
 
 def references(name, row):
-    """All answers that count as right, of an open question."""
+    """All answers that count as right: one letter where there are options. raises SystemExit where
+    the answer is none of them."""
+    if options := options_of(row):
+        return [gold_letter(row, options)]
     many = BENCHES[name].many and listed(row["answer"].strip())
     return many or [row["answer"]]
 
@@ -256,11 +259,11 @@ BENCHES = {
 
 def value(name, row, prediction):
     """One answer's worth, in [0, 1]."""
-    options, rule = options_of(row), BENCHES[name].rule
+    options, rule, right = options_of(row), BENCHES[name].rule, references(name, row)
     if options:
-        return float(letter(prediction, gold_letter(row, options), options))
+        return float(letter(prediction, *right, options))
     more = {"maths": row.get("category") == HANDWRITTEN_MATHS} if rule is contains else {}
-    return float(rule(prediction, references(name, row), **more))
+    return float(rule(prediction, right, **more))
 
 
 def whole_number(row):
@@ -341,20 +344,18 @@ def constant(name, rows):
         return row.get("category"), bool(options_of(row))
     answers = defaultdict(Counter)
     for row in rows:
-        options = options_of(row)
-        answers[kind(row)][gold_letter(row, options) if options
-                           else plain(references(name, row)[0])] += 1
+        answers[kind(row)][plain(references(name, row)[0])] += 1
     return {row["index"]: answers[kind(row)].most_common(1)[0][0] for row in rows}
 
 
-def notes(name, rows):
-    """What a reader of this score must know: labels, pairs, what was left out."""
-    said, unit = [BENCHES[name].note], unit_of(name, rows)
-    sizes = Counter(unit(r) for r in rows)
+def notes(name, rows, dropped={}, ocr_tokens=False):
+    """What a reader of this score must know: labels, pairs, pictures, what was left out, here or
+    (dropped: {why: rows}) when the file was read."""
+    said, sizes = [BENCHES[name].note], Counter(map(unit_of(name, rows), rows))
     left_out = sizes.pop(None, 0)
+    odd = sum(n != 2 for n in sizes.values())
     if name == "MME":
         missing = [c for c in PERCEPTION if c not in {c for c, _ in sizes}]
-        odd = sum(n != 2 for n in sizes.values())
         said += [f"{left_out} questions on cognition answered, left out"] * bool(left_out)
         said += [f"no questions on {', '.join(missing)}"] * bool(missing)
         said += [f"{odd} images without exactly two questions"] * bool(odd)
@@ -362,10 +363,14 @@ def notes(name, rows):
         said.append("circular: all rotations of a question right" if max(sizes.values()) > 1 else
                     "no rotations in the file: plain accuracy, not circular")
     if name == "MMVP":
-        odd = sum(n != 2 for n in sizes.values())
         said += [f"{odd} of {len(sizes)} pairs incomplete"] * bool(odd)
     if name == "CV-Bench-2D":
         said.append("sources: " + (", ".join(sorted({s for s, _ in sizes} - {""})) or "none named"))
+    said += [f"{n} rows {why} left out" for why, n in dropped.items()]
+    if several := sum(bool(r.get("more_images")) for r in rows):
+        said.append(f"{several} questions have several images, the first was shown")
+    if name == "TextVQA_VAL":
+        said.append(f"{'with' if ocr_tokens else 'no'} OCR tokens")
     return "; ".join(x for x in said if x)
 
 
@@ -375,11 +380,8 @@ def summarise(scores):
     The average is the plain mean over benchmarks (= mean of group means, when all are in). What is
     missing is left out of its group's mean, and named.
     """
-    groups = {}
-    for group in GROUPS:
-        inside = [s for name, s in scores.items() if BENCHES[name].group == group]
-        if inside:
-            groups[group] = sum(inside) / len(inside)
+    inside = {g: [s for name, s in scores.items() if BENCHES[name].group == g] for g in GROUPS}
     suites = {BENCHES[name].suite for name in scores}
-    return {"groups": groups, "average": sum(scores.values()) / len(scores),
+    return {"groups": {g: sum(s) / len(s) for g, s in inside.items() if s},
+            "average": sum(scores.values()) / len(scores),
             "missing": [n for n, b in BENCHES.items() if b.suite in suites and n not in scores]}

@@ -78,7 +78,7 @@ def count_bytes():
             "optimizer": sum(s[k].to_local().nbytes for s in optimizer.state.values()
                              for k in ("exp_avg", "exp_avg_sq"))}
     empty = build("meta")
-    plan.freeze(empty, {"encoder": 1e-5, "projector": 1e-5, "llm": 0})
+    runtime.freeze(empty, {"encoder": 1e-5, "projector": 1e-5, "llm": 0})
     held, _ = plan.memory(empty, plan.trace(empty, 430, 60, 40, True), size, 1, 1, 4)
     if rank == 0:
         print(json.dumps({"real": real, "planned": {k: held[k] for k in real}}))
@@ -106,7 +106,7 @@ def main():
     measured = status("VmHWM") - before
 
     empty = build("meta")
-    plan.freeze(empty, rates)
+    runtime.freeze(empty, rates)
     held, total = plan.memory(empty, plan.trace(empty, *length, pairs), 1, rows, micro_steps, 4,
                               bool(checkpointing))
     print(json.dumps({"measured": measured, "planned": total, "held": held}))

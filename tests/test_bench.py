@@ -425,17 +425,18 @@ def test_image_path_alone(tmp_path):
         answer.read_tsv(tmp_path / "MME.tsv")
 
 
-@pytest.mark.parametrize("name,columns,row,words", [
-    ("AI2D_TEST", "index image question A B answer", [1, P[0], Q, "x", "y", "E"],
+@pytest.mark.parametrize("name,columns,rows,words", [
+    ("AI2D_TEST", "index image question A B answer", [[1, P[0], Q, "x", "y", "E"]],
      "AI2D_TEST.tsv:2: answer 'E' is not one of the options A, B"),
-    ("MMVP", "index image question A B answer", ["one", P[0], Q, "x", "y", "A"],
+    ("MMVP", "index image question A B answer", [["one", P[0], Q, "x", "y", "A"]],
      "MMVP.tsv:2: index 'one' is not a whole number"),
-    ("MMBench_DEV_EN", "index image question A B answer", ["1.5", P[0], Q, "x", "y", "A"],
-     "index '1.5' is not a whole number"),
-    ("OCRBench", "index image question answer", [1, "", Q, "['x']"],
+    ("MMBench_DEV_EN", "index image question A B answer",      # the second row counts, too
+     [[i, P[0], Q, "x", "y", "A"] for i in ("1", "1.5")],
+     "MMBench_DEV_EN.tsv:3: index '1.5' is not a whole number"),
+    ("OCRBench", "index image question answer", [[1, "", Q, "['x']"]],
      "OCRBench.tsv: no question in it; 1 without an image")])
-def test_what_cannot_be_scored_is_refused_before_it_is_asked(tmp_path, name, columns, row, words):
-    write_tsv(tmp_path / f"{name}.tsv", columns, [row])
+def test_what_cannot_be_scored_is_refused_before_it_is_asked(tmp_path, name, columns, rows, words):
+    write_tsv(tmp_path / f"{name}.tsv", columns, rows)
     with pytest.raises(SystemExit, match=re.escape(words)):
         answer.read_tsv(tmp_path / f"{name}.tsv")
 
@@ -487,6 +488,43 @@ def test_compare_says_whether_encoders_were_repaired_alike(tmp_path):
         assert report.alike({"a": a, "c": config("c", **facts)})[1] == \
             f"NOT a controlled comparison: re-paired with another {what}"
     assert report.alike({"a": a}) == [] == report.alike({"a": a, "x": tmp_path / "none"})
+
+
+def test_evidence_gives_the_interval_that_compare_gives(tmp_path):
+    """DPO − SFT of the re-paired encoders: paired by question, cell by cell as --compare prints it;
+    – while one of the two has not been scored."""
+    rng, run_dir = np.random.default_rng(0), tmp_path / "toy"
+    (run_dir / "pretrain").mkdir(parents=True)
+    (run_dir / "pretrain/config.json").write_text(json.dumps(
+        {"arguments": {"encoder": "toy-vit", "llm": "toy-lm", "data": "data/toy"}}))
+
+    def repaired(name):
+        units = {b: [["", str(i), float(v)] for i, v in enumerate(rng.integers(0, 2, 80))]
+                 for b in ("ToyGeneral", "ToyOCR")}
+        scores = {b: score.score_of(u) for b, u in units.items()}
+        bench = run_dir / "repair" / name / "bench"
+        bench.mkdir(parents=True)
+        (bench / "units.json").write_text(json.dumps(units))
+        (bench / "results.json").write_text(json.dumps({"benchmarks": {
+            b: {"score": s, "n": 80, "chance": 50.0, "ci95": 1.0} for b, s in scores.items()},
+            **score.summarise(scores)}))
+        return scores
+
+    def lines():
+        text = run("evidence.py", "--run", run_dir).stdout.splitlines()
+        return {x[:13].strip(): x[13:].strip() for x in text if re.match("  [A-Z]", x)}
+    sft = repaired("sft")
+    assert [re.split(" {2,}", x) for x in lines().values()] == \
+        [["–", f"{x:.1f}", "–", "–"] for x in (*sft.values(), sum(sft.values()) / 2)]
+    dpo = repaired("dpo")
+    out = report.compare([run_dir / "repair/sft", run_dir / "repair/dpo"])
+    apart = {x[:12].strip(): x[12:].strip() for x in out[out.index(""):] if "[" in x}
+    found = lines()
+    assert list(found) == ["General", "OCR & Chart", "Average"]
+    for label, line in found.items():
+        assert line.endswith(apart[label]) and "[" in apart[label]
+    change = (sum(dpo.values()) - sum(sft.values())) / 2
+    assert re.split(" {2,}", found["Average"])[-1].startswith(f"{change:+.1f} [")
 
 
 def test_our_averaging_gives_the_printed_averages():

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import convert
 import encoders
 import model as m
+import plan
 from conftest import COMMON, VISION, run
 from test_stages import opens_in_transformers
 
@@ -387,6 +388,31 @@ def test_a_timm_folder(tmp_path):
     assert (encoder(pixels) - want).abs().max() < 1e-5
 
 
+def shapes(encoder):
+    return {k: v.shape for k, v in encoder.state_dict().items()}, encoder.num_tokens
+
+
+def test_other_layouts_are_planned_from_the_header_alone(tmp_path, monkeypatch):
+    """timm and MoCo files: the same model on the meta device, without numbers, and it runs there;
+    the MoCo preset needs no file at all; a folder with no weights is refused in one line."""
+    state = timm_state()
+    torch.save(moco_checkpoint(state, state), tmp_path / "moco.pth.tar")
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm/config.json").write_text(json.dumps({"architecture": "vit_tiny_patch8_32"}))
+    with pytest.raises(SystemExit, match="without its weights, whose shapes say"):
+        encoders.empty_encoder(str(tmp_path / "timm"))
+    save_file(state, tmp_path / "timm/model.safetensors")
+    for name in ("moco.pth.tar", "timm"):
+        real = shapes(encoders.load_encoder(str(tmp_path / name), 48))
+        empty = encoders.empty_encoder(str(tmp_path / name), 48)
+        assert shapes(empty) == real and {p.device.type for p in empty.parameters()} == {"meta"}
+        assert empty(torch.zeros(1, 3, 48, 48, dtype=torch.uint8, device="meta")).shape[1] == 36
+        row = plan.trace(plan.empty_mllm(str(tmp_path / name), "toy-lm"), 40, 5, 0, False)
+        assert row.forward > 0 and len(row.blocks) == 2 + 6
+    monkeypatch.setattr(encoders, "HERE", tmp_path)
+    assert encoders.empty_encoder("moco-v3-base").num_tokens == 196
+
+
 @pytest.mark.parametrize("spoil,words", [
     (lambda s: s.pop("blocks.1.norm2.bias"), "lacks layers.1.layernorm_after.bias"),
     (lambda s: s.update({"blocks.0.ls1.gamma": torch.ones(192)}), "no place for blocks.0.ls1"),
@@ -438,6 +464,7 @@ def test_open_clip_convnext(tmp_path):
     pixels = pixels_for(encoder)
     assert torch.equal(encoder(pixels), theirs("convnext", vision, values_of(encoder, pixels)))
     assert encoders.load_encoder(str(tmp_path / "oc"), 160).num_tokens == 25
+    assert shapes(encoders.empty_encoder(str(tmp_path / "oc"))) == shapes(encoder)
 
 
 def test_convnext_xxl_norms_have_its_own_eps(tmp_path):
@@ -474,6 +501,7 @@ def test_open_clip_vit(tmp_path):
         "quick_gelu": False, "vision_cfg": {"image_size": 32, "layers": 3, "width": d,
                                             "patch_size": 8}}}))
     encoder = encoders.load_encoder(str(tmp_path)).eval()
+    assert shapes(encoders.empty_encoder(str(tmp_path))) == shapes(encoder)
     pixels = pixels_for(encoder)
     x = F.conv2d(values_of(encoder, pixels), state["conv1.weight"], stride=8).flatten(2).mT
     x = torch.cat([state["class_embedding"].expand(2, 1, -1), x], 1) + state["positional_embedding"]

@@ -16,6 +16,8 @@ import data
 import encoders
 import model as m
 import plan
+import repair_eval
+import runtime
 import train_dpo
 from conftest import ROOT, TEXT, run, tiny_model
 from test_model import batch_of, random_pairs
@@ -55,11 +57,28 @@ def test_flops_are_those_torch_counts(layout, vision, llm, tie, frozen):
     batch = batch_of(pairs, pixels, layout)
     empty = copy.deepcopy(model).to("meta")
     for each in (model, empty):
-        plan.freeze(each, rates)
+        runtime.freeze(each, rates)
     counts = [int((pairs[0][1] == role).sum()) for role in range(3)]
     row = plan.trace(empty, *counts, layout == "dpo")
     assert (row.forward, row.backward) == real_flops(model, batch)
     assert row.rows == int((batch["labels"] != m.IGNORE).sum())
+
+
+def test_flops_and_bytes_of_two_encoders():
+    """A+B: both pictures, both towers, the second's grid resampled; as torch counts the real one.
+    What autograd keeps of frozen towers is what it keeps of nothing."""
+    model = tiny_model()
+    model.encoder = encoders.TwoEncoders(tiny_model("clip").encoder, tiny_model("dinov2").encoder)
+    model.projector = m.Projector(model.encoder.hidden_size, 32)
+    empty = copy.deepcopy(model).to("meta")
+    for each in (model, empty):
+        runtime.freeze(each, {"encoder": 0, "projector": 1e-3, "llm": 1e-3})
+    pairs, _ = random_pairs(model, 1)
+    batch = batch_of(pairs, torch.zeros(1, 2 * 3 * 32 ** 2, dtype=torch.uint8), "sft")
+    counts = [int((pairs[0][1] == role).sum()) for role in range(3)]
+    row = plan.trace(empty, *counts, False)
+    assert (row.forward, row.backward) == real_flops(model, batch)
+    assert len(row.blocks) == 2 + 3 + 2 and not any(row.blocks[:5]) and all(row.blocks[5:])
 
 
 def test_flops_by_hand():
@@ -124,6 +143,37 @@ def test_every_preset_is_planned_in_seconds(i, tmp_path, monkeypatch, capsys):
     count = sum(p.numel() for p in encoders.empty_encoder(ENCODERS[i]).parameters())
     assert f"{count:,} parameters" in text and "usable" in text and "in all" in text
     assert not (tmp_path / "r").exists()
+
+
+def test_two_encoders_are_planned(tmp_path, monkeypatch, capsys):
+    """The paper's pair: a grid of 27 × 27 and a map of 24 × 24."""
+    encoder = "siglip1-so400m+convnext-xxl"
+    monkeypatch.setattr(sys, "argv", ["repair_eval.py", "--encoder", encoder, "--plan", "--data",
+                                      str(tmp_path), "--run-dir", str(tmp_path / "r")])
+    repair_eval.main()
+    text = capsys.readouterr().out
+    count = sum(p.numel() for name in encoder.split("+")
+                for p in encoders.empty_encoder(name).parameters())
+    assert "image 384 × 384 and 768 × 768 → 729 tokens of width 4224" in text
+    assert f"{count:,} parameters" in text
+    assert text.count("encoder frozen") == 2 and "in all" in text
+
+
+def test_a_larger_image_leaves_less_room_for_text(tmp_path, monkeypatch, capsys):
+    """The length rule holds in a plan without data, too; and where the image alone breaks it, no
+    run could begin: one line."""
+    def show(size):
+        monkeypatch.setattr(sys, "argv", [
+            "train_dpo.py", "--encoder", "dinov2-small", "--image-size", str(size), "--data",
+            str(tmp_path), "--run-dir", str(tmp_path / "r"), "--plan", "--llm", "qwen2.5-0.5b"])
+        train_dpo.main()
+        return capsys.readouterr().out
+    text = show(616)                    # 44² = 1936: prompt and one answer share 112 tokens
+    mean, most = map(int, re.search(r"rows of (\d+) tokens, at most (\d+)", text).groups())
+    prompt, chosen, rejected = 1936 + 7, 104, 104
+    assert most == prompt + chosen + rejected + 1 and mean <= most
+    with pytest.raises(SystemExit, match="2116 image tokens leave no room for text"):
+        show(644)
 
 
 def test_a_plan_of_every_stage_from_the_data(world, stage1, tmp_path):
