@@ -3,11 +3,11 @@
     python study_models.py toy-vit-supervised --out runs/study/weights     # class labels
     python study_models.py toy-vit-masked --out runs/study/weights         # filling masked patches
 
-The paper puts PIVOT on encoders that never saw text: ImageNet-supervised and MAE (its table of
-section 6). `supervised`: which of the twelve classes is the large thing, from the mean over patches.
-`masked`: three of five patches are hidden, their pixels guessed (after SimMIM: a learned token in
-the place of hidden patches, a linear read-out, L1). Neither sees a question or a word; toy-vit, by
-contrast, was taught what is in each patch. The same seed gives the same weights.
+The paper puts PIVOT on encoders that never saw text: ImageNet-supervised and MAE (its section 6).
+`supervised`: which of the twelve classes is the large thing, from the mean over patches. `masked`:
+three of five patches are hidden, their pixels guessed (after SimMIM: a learned token in the place
+of hidden patches, a linear read-out, L1). Neither sees a question or a word; toy-vit, by contrast,
+was taught what is in each patch. The same seed gives the same weights.
 """
 import argparse
 import os

@@ -1,13 +1,13 @@
 """results/*/*.json of the controlled study → a table of findings, figures, the README's section.
 
-    python study_report.py                        # results/: summary.json, summary.md, *.png, README
+    python study_report.py                        # results/summary.*, its figures, README.md
     python study_report.py --out results-quick --no-readme
 
 The unit is the seed. A finding is a difference taken inside each seed (the same world, the same
 stage-1 model), its mean over seeds, and Student's 95 % interval: mean ± t · sd / √n. It *holds* if
 the interval lies wholly on the paper's side of 0, *does not* if wholly on the other, else it is
-*undecided*. A tie holds if the whole interval lies within ±TIE points, and does not if it excludes 0
-and is not within. The list of findings was fixed before any test split was read, and is never
+*undecided*. A tie holds if the whole interval lies within ±TIE points, and does not if it excludes
+0 and is not within. The list of findings was fixed before any test split was read, and is never
 shortened: what was not run says so.
 """
 import argparse
@@ -17,7 +17,8 @@ import re
 from pathlib import Path
 from statistics import mean, stdev
 
-import study
+from study_pairs import write
+from study_plan import FULL, QUICK
 
 # Student's t for 1, 2, … degrees of freedom: the 97.5 % and the 80 % quantile.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -50,7 +51,7 @@ def verdict(values, side):
 
 
 def smallest_effect(seeds, questions, discordant=0.1):
-    """The smallest true difference, in points, that `seeds` seeds find 4 times in 5 (two-sided 95 %)
+    """The smallest true difference, in points, that `seeds` seeds find 4 times in 5 (at 95 %)
     where two models differ in `discordant` of the answers to `questions` questions and in nothing
     else: (t.975 + t.80) √(discordant / questions / seeds). Training luck comes on top."""
     if seeds < 2:
@@ -98,8 +99,8 @@ def main_of(condition, part="vqa"):
 def findings(plan):
     """[(part, the paper's finding, its number, side, terms), …] in the order of the README.
 
-    The numbers are the paper's tables (its largest common setting: So400m with a 1.5B head, where it
-    gives one); the sizes stand in its proportions 3 : 5 : 10 : 20 : 40."""
+    The numbers are from the paper's tables (So400m with a 1.5B head, where it gives that one);
+    the sizes stand in its proportions 3 : 5 : 10 : 20 : 40."""
     sizes = sorted([*plan["sizes"], plan["pairs"]])
 
     def at_size(n, condition):
@@ -190,7 +191,7 @@ def control_rows():
             ("DPO, easy items, one attribute swapped", other("easy"), "dpo")]
 
 
-def summarise(results, plan=study.FULL):
+def summarise(results, plan=FULL):
     """Everything the section and the figures show, as one JSON-able dict."""
     def cell(values, side=None):
         if not values:
@@ -236,7 +237,7 @@ def show(cell, sign="+"):
            f"{cell['mean'] + cell['half']:{sign}.1f}]"
 
 
-def section(summary, plan=study.FULL):
+def section(summary, plan=FULL):
     """The README's section: what was asked, what came out, what it cannot see. Markdown."""
     s, effect = summary, summary["smallest_effect"]
     out = ["`make reproduce` runs the paper's comparison at toy scale, with seeds; "
@@ -245,11 +246,11 @@ def section(summary, plan=study.FULL):
            "*holds*: the interval lies on the paper's side of 0.", ""]
     if s["seeds"]:
         counts = [c["sampled"] for c in s["wrong_answers"].values()]
-        out += [f"{s['seeds']} seeds, {s['hours_of_one_core']} hours of one CPU core in all. Rejected "
-                f"answers: the stage-1 model's own wrong ones ({min(counts):,} to {max(counts):,} of "
-                f"{plan['world']['preferences']:,} questions), {plan['pairs']:,} pairs, "
-                f"{plan['passes']} passes. Learning rates by validation: SFT "
-                f"{s['chosen']['sft']:g}, DPO {s['chosen']['dpo']:g}.", ""]
+        out += [f"{s['seeds']} seeds, {s['hours_of_one_core']} hours of one CPU core in all. "
+                f"Rejected answers: the stage-1 model's own wrong ones ({min(counts):,} to "
+                f"{max(counts):,} of {plan['world']['preferences']:,} questions), "
+                f"{plan['pairs']:,} pairs, {plan['passes']} passes. Learning rates by validation: "
+                f"SFT {s['chosen']['sft']:g}, DPO {s['chosen']['dpo']:g}.", ""]
     else:
         out += ["**The full study has not been run yet.**", ""]
     out += [f"With 5 seeds the smallest difference it can see (4 times in 5, where a tenth of the "
@@ -261,11 +262,13 @@ def section(summary, plan=study.FULL):
     if any(e["sft"] for e in s["each_minus_stage1"]):
         out += ["", "Each minus stage 1 (of a re-paired encoder: minus the original):", "",
                 "| | stage 1 | SFT | DPO |", "|---|---|---|---|"]
-        out += [f"| {e['measure']} | {show(e['stage1'], '')} | {show(e['sft'])} | {show(e['dpo'])} |"
-                for e in s["each_minus_stage1"] if e["stage1"]]
+        out += [f"| {e['measure']} | {show(e['stage1'], '')} | {show(e['sft'])} | "
+                f"{show(e['dpo'])} |" for e in s["each_minus_stage1"] if e["stage1"]]
     if any(c["linear"] for c in s["controls"][2:]):
-        out += ["", "Is it the contrast, or the rejected text? The same items, but for the easy ones:",
-                "", "| trained with | model, average | linear | segmentation | re-paired, average |",
+        out += ["", "Is it the contrast, or the rejected text? In all rows but the easy ones the "
+                "items are the same; points above stage 1, of a re-paired encoder above the "
+                "original:", "",
+                "| trained with | model, average | linear | segmentation | re-paired, average |",
                 "|---|---|---|---|---|"]
         out += [f"| {c['trained']} | " + " | ".join(show(c[m]) for m in (
             "vqa average", "linear", "seg", "repair average")) + " |" for c in s["controls"]]
@@ -384,10 +387,10 @@ def main():
                         "where summary.json, summary.md and the figures go (default results)")
     parser.add_argument("--no-readme", action="store_true", help="leave README.md as it is")
     args = parser.parse_args()
-    plan = study.QUICK if args.no_readme else study.FULL
+    plan = QUICK if args.no_readme else FULL
     summary = summarise(Results(args.out), plan)
     args.out.mkdir(parents=True, exist_ok=True)
-    study.write(args.out / "summary.json", summary)
+    write(args.out / "summary.json", summary)
     text = section(summary, plan)
     (args.out / "summary.md").write_text(text)
     draw_figures(summary, args.out)
