@@ -26,6 +26,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -235,6 +236,8 @@ def main():
         failed = go(study, parts, args.jobs, args.quick, 60 * args.minutes)
     subprocess.run([sys.executable, "study_report.py", "--out", study.out,
                     *(["--no-readme"] if args.quick else [])])
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{clock(used.ru_utime + used.ru_stime)} of CPU time in this call")
     if failed:
         raise SystemExit("error: " + "; ".join(f"{k}: {v}" for k, v in failed.items()))
 

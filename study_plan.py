@@ -306,12 +306,12 @@ class Study:
         eyes = {**({"original": original} if original else {}),
                 **{"stage1" if s == "pretrain" else s: run / s / "encoder" for s in stages}}
         which = {"linear": "imagenet", "seg": "ade20k", **({"align": "align"} if align else {})}
+        own = {"align": ["--llm", "toy-lm"], "seg": ["--workers", 0], "linear": [
+            "--workers", 0, "--per-class", min(50, self.plan["world"]["imagenet_train"])]}
 
         def steps():
             return [[f"probe_{k}.py", "--encoder", *eyes.values(), "--data", data / where,
-                     "--out", run / "probes" / k,
-                     *(["--llm", "toy-lm"] if k == "align" else ["--workers", 0])]
-                    for k, where in which.items()]
+                     "--out", run / "probes" / k, *own[k]] for k, where in which.items()]
 
         def gather():
             found = {k: json.loads((run / "probes" / k / "results.json").read_text())

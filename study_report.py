@@ -176,19 +176,23 @@ def against_stage1():
 
 
 def control_rows():
-    """[(label, (part, run) by measure, condition)]: what of the signal trains the eye."""
+    """What of the signal trains the eye: [(label, {measure: (part, run)}, condition, kind)]; minus
+    stage 1 or, where a kind is named, minus its DPO."""
     main = {"vqa average": ("vqa", ""), "linear": ("eye", ""), "seg": ("eye", ""),
             "repair average": ("repair", "")}
 
     def other(kind):
         return {measure: ("controls", kind) for measure in main}
-    return [("SFT, no rejected answer", main, "sft"), ("DPO, the model's own wrong answer", main,
-                                                       "dpo"),
-            ("DPO, one attribute swapped", other("swapped"), "dpo"),
-            ("DPO, the right answer to another question", other("shuffled"), "dpo"),
-            ("DPO, the model's wrong answer, another image", other("images"), "dpo"),
-            ("SFT, easy items", other("easy"), "sft"),
-            ("DPO, easy items, one attribute swapped", other("easy"), "dpo")]
+    return [("SFT, no rejected answer", main, "sft", None),
+            ("DPO, the model's own wrong answer", main, "dpo", None),
+            ("DPO, one attribute swapped", other("swapped"), "dpo", None),
+            ("DPO, the right answer to another question", other("shuffled"), "dpo", None),
+            ("DPO, the model's wrong answer, another image", other("images"), "dpo", None),
+            ("SFT, easy items", other("easy"), "sft", None),
+            ("DPO, easy items, one attribute swapped", other("easy"), "dpo", None),
+            ("*DPO, own wrong answer, minus* one attribute swapped", main, "dpo", "swapped"),
+            ("*DPO, own wrong answer, minus* another question's", main, "dpo", "shuffled"),
+            ("*DPO, own wrong answer, minus* another image", main, "dpo", "images")]
 
 
 def summarise(results, plan=FULL):
@@ -209,8 +213,8 @@ def summarise(results, plan=FULL):
                      **{c: cell(results.combined(minus(measure, main_of(c, part), before)))
                         for c in ("sft", "dpo")}})
     controls = [{"trained": label, **{m: cell(results.combined(
-        minus(m, (*where, condition), baseline(m)))) for m, where in runs.items()}}
-        for label, runs, condition in control_rows()]
+        minus(m, (*where, condition), ("controls", kind, "dpo") if kind else baseline(m))))
+        for m, where in runs.items()}} for label, runs, condition, kind in control_rows()]
     chosen = results.values.get(("lr", "chosen"), {}).get(0)
     kinds = results.values.get(("made", "pairs"), {})
     rates = {m: [{"rate": rate, **(cell(results.combined([(1, (
@@ -246,11 +250,12 @@ def section(summary, plan=FULL):
            "*holds*: the interval lies on the paper's side of 0.", ""]
     if s["seeds"]:
         counts = [c["sampled"] for c in s["wrong_answers"].values()]
-        out += [f"{s['seeds']} seeds, {s['hours_of_one_core']} hours of one CPU core in all. "
+        out += [f"{s['seeds']} seeds, {s['hours_of_one_core']} hours of runs, each on one core. "
                 f"Rejected answers: the stage-1 model's own wrong ones ({min(counts):,} to "
                 f"{max(counts):,} of {plan['world']['preferences']:,} questions), "
                 f"{plan['pairs']:,} pairs, {plan['passes']} passes. Learning rates by validation: "
-                f"SFT {s['chosen']['sft']:g}, DPO {s['chosen']['dpo']:g}.", ""]
+                f"SFT {s['chosen']['sft']:g}, DPO {s['chosen']['dpo']:g} (the paper's: 5e-6 and "
+                f"1e-6; the grid: {plan['rates'][0]:g} to {plan['rates'][-1]:g}).", ""]
     else:
         out += ["**The full study has not been run yet.**", ""]
     out += [f"With 5 seeds the smallest difference it can see (4 times in 5, where a tenth of the "
@@ -331,7 +336,8 @@ def draw_size(axis, s):
 def draw_controls(axis, s):
     names = {"vqa average": "the model", "linear": "linear probe", "seg": "segmentation",
              "repair average": "re-paired"}
-    bars(axis, list(names.values()), {c["trained"]: [c[m] for m in names] for c in s["controls"]})
+    bars(axis, list(names.values()), {c["trained"]: [c[m] for m in names] for c in s["controls"]
+                                      if not c["trained"].startswith("*")})
     axis.legend(fontsize=6)
     axis.set_ylabel("points above stage 1")
 

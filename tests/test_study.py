@@ -325,7 +325,7 @@ def test_section_from_full_results(tmp_path):
     text = report.section(summary, plan)
     assert "| +2.2 [+2.0, +2.4] | holds |" in text and "5 seeds" in text
     assert "4,000 to 4,000 of 42,000" in text and "lr.png" in text
-    assert text.count("\n| DPO, ") == 5
+    assert text.count("\n| DPO, ") == 5 and text.count("\n| *DPO, ") == 3
 
 
 def test_findings_stay_listed_when_nothing_was_run(tmp_path):
