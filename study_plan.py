@@ -77,16 +77,20 @@ class Study:
     # ------------------------------------------------------------------------------- folders
 
     def data(self, seed):
+        """The folder of a seed's world."""
         return self.work / "data" / f"seed-{seed}"
 
     def run(self, seed, name):
+        """A run folder of the stages."""
         return self.work / "runs" / f"seed-{seed}" / name
 
     def add(self, name, part, done, needs, cost, steps, gather=None):
+        """A task; → its name."""
         self.tasks[name] = Task(name, part, done, needs, cost, steps, gather)
         return name
 
     def result(self, part, name, needs, cost, steps, gather):
+        """A task that leaves OUT/part/name.json; → its name."""
         world = [f"seed-{name.split('-')[1]}/world"] if name.startswith("seed-") else []
         return self.add(f"{part}/{name}", part, self.out / part / f"{name}.json",
                         [*world, *needs], cost, steps, gather)
@@ -179,9 +183,11 @@ class Study:
                 for m, by_rate in scores.items()}
 
     def chosen(self):
+        """{method: learning rate}."""
         return {m: v["rate"] for m, v in self.read("lr", "chosen")["values"].items()}
 
     def read(self, part, name):
+        """A result of an earlier run, as written."""
         return json.loads((self.out / part / f"{name}.json").read_text())
 
     def vqa(self, seed):
@@ -280,6 +286,7 @@ class Study:
     # --------------------------------------------------------------------------- the judges
 
     def finals(self, seed, name):
+        """{condition: final/} of a run folder's three stages."""
         return {stage: self.run(seed, name) / folder / "final" for stage, folder in
                 (("stage1", "pretrain"), ("sft", "sft"), ("dpo", "dpo"))}
 
@@ -347,6 +354,7 @@ class Study:
 # ----------------------------------------------------------------------------- commands, values
 
 def flat(options):
+    """{flag: value} → [flag, value, …]."""
     return [x for pair in options.items() for x in pair]
 
 
@@ -357,6 +365,7 @@ def evaluate(final, data, *more):
 
 
 def extract(run, stage):
+    """The command that detaches a stage's encoder into RUN/STAGE/encoder."""
     return ["extract.py", "--run", run, "--stage", stage, "--overwrite"]
 
 
@@ -378,6 +387,7 @@ def facts_of(stage):
 
 
 def mean(values):
+    """The plain mean."""
     return sum(values) / len(values)
 
 

@@ -2,6 +2,7 @@
 
     python study_report.py                        # results/summary.*, its figures, README.md
     python study_report.py --out results-quick --no-readme
+    python study_report.py --against DIR          # did a seed that was run again give the same?
 
 The unit is the seed. A finding is a difference taken inside each seed (the same world, the same
 stage-1 model), its mean over seeds, and Student's 95 % interval: mean ± t · sd / √n. It *holds* if
@@ -93,6 +94,7 @@ def minus(measure, a, b):
 
 
 def main_of(condition, part="vqa"):
+    """Where the main comparison keeps a condition's values."""
     return (part, "", condition)
 
 
@@ -233,6 +235,7 @@ def summarise(results, plan=FULL):
 # ------------------------------------------------------------------------------------ the section
 
 def show(cell, sign="+"):
+    """A cell as text: its mean and interval in points, or a dash."""
     if not cell or cell.get("mean") is None:
         return "–"
     if cell["half"] is None:
@@ -250,10 +253,11 @@ def section(summary, plan=FULL):
            "*holds*: the interval lies on the paper's side of 0.", ""]
     if s["seeds"]:
         counts = [c["sampled"] for c in s["wrong_answers"].values()]
+        found = f" ({min(counts):,} to {max(counts):,} of {plan['world']['preferences']:,} " \
+                "questions)" if counts else ""
         out += [f"{s['seeds']} seeds, {s['hours_of_one_core']} hours of runs, each on one core. "
-                f"Rejected answers: the stage-1 model's own wrong ones ({min(counts):,} to "
-                f"{max(counts):,} of {plan['world']['preferences']:,} questions), "
-                f"{plan['pairs']:,} pairs, {plan['passes']} passes. Learning rates by validation: "
+                f"Rejected answers: the stage-1 model's own wrong ones{found}; {plan['pairs']:,} "
+                f"pairs, {plan['passes']} passes. Learning rates by validation: "
                 f"SFT {s['chosen']['sft']:g}, DPO {s['chosen']['dpo']:g} (the paper's: 5e-6 and "
                 f"1e-6; the grid: {plan['rates'][0]:g} to {plan['rates'][-1]:g}).", ""]
     else:
@@ -305,12 +309,14 @@ def lines(axis, groups):
 
 
 def draw_lr(axis, s):
+    """The paper's App. B.2."""
     lines(axis, {m.upper(): [(r["rate"], r) for r in rates] for m, rates in s["rates"].items()})
     axis.set_xlabel("learning rate")
     axis.set_ylabel("validation average, %")
 
 
 def draw_each(axis, s, wanted):
+    """The rows of "each minus stage 1" that say `wanted`, SFT beside DPO, in points."""
     rows = [e for e in s["each_minus_stage1"] if wanted in e["measure"] and e["sft"]]
     labels = [e["measure"].split(", ")[-1].split(" (")[0] for e in rows]
     bars(axis, labels, {m.upper(): [e[m] for e in rows] for m in ("sft", "dpo")})
@@ -318,6 +324,7 @@ def draw_each(axis, s, wanted):
 
 
 def draw_eye(axis, s):
+    """The same for the three probes of the detached encoder."""
     rows = [e for e in s["each_minus_stage1"] if "," not in e["measure"] and e["sft"]]
     bars(axis, [e["measure"] for e in rows], {m.upper(): [e[m] for e in rows]
                                               for m in ("sft", "dpo")})
@@ -325,6 +332,7 @@ def draw_eye(axis, s):
 
 
 def draw_size(axis, s):
+    """DPO minus SFT by number of pairs (the paper's data-size figure, as a difference)."""
     rows = [f for f in s["findings"] if f["part"] == "size" and "pairs: " in f["finding"]
             and "mean" in f]
     lines(axis, {"DPO − SFT": [(int(f["finding"].split()[0].replace(",", "")), f) for f in rows]})
@@ -334,6 +342,7 @@ def draw_size(axis, s):
 
 
 def draw_controls(axis, s):
+    """Every kind of pair, in points above stage 1."""
     names = {"vqa average": "the model", "linear": "linear probe", "seg": "segmentation",
              "repair average": "re-paired"}
     bars(axis, list(names.values()), {c["trained"]: [c[m] for m in names] for c in s["controls"]
@@ -386,13 +395,29 @@ def put_section(readme, text):
     return readme[:readme.index(BEGIN) + len(BEGIN)] + "\n" + text + readme[readme.index(END):]
 
 
+def differing(one, other):
+    """Results that both folders hold, and those whose values differ: ([path, …], [path, …]).
+    A seed that is run again must give the same to the last bit (on the same kind of processor)."""
+    both = sorted(str(p.relative_to(one)) for p in one.glob("*/*.json")
+                  if (other / p.relative_to(one)).exists())
+    return both, [p for p in both if json.loads((one / p).read_text())["values"]
+                  != json.loads((other / p).read_text())["values"]]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results, and "
                         "where summary.json, summary.md and the figures go (default results)")
     parser.add_argument("--no-readme", action="store_true", help="leave README.md as it is")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="write nothing; compare with "
+                        "the results in DIR, of another call of study.py, value by value")
     args = parser.parse_args()
+    if args.against:
+        both, apart = differing(args.out, args.against)
+        print("\n".join([*(f"differs: {p}" for p in apart),
+                         f"{len(both) - len(apart)} of {len(both)} results are the same"]))
+        raise SystemExit(1 if apart or not both else 0)
     plan = QUICK if args.no_readme else FULL
     summary = summarise(Results(args.out), plan)
     args.out.mkdir(parents=True, exist_ok=True)

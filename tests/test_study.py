@@ -360,6 +360,91 @@ def test_figures_are_drawn(tmp_path):
     assert {p.stem for p in out.glob("*.png")} == {name for name, *_ in report.FIGURES}
 
 
+def test_a_seed_run_again_is_compared_value_by_value(tmp_path, capsys):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out in (one, two):
+        fake_results(out, study_plan.QUICK, seeds=1)
+    both, apart = report.differing(one, two)
+    assert len(both) > 20 and not apart
+    changed = json.loads((two / "vqa/seed-0.json").read_text())
+    changed["values"]["dpo"]["vqa average"] += 1e-12
+    study_pairs.write(two / "vqa/seed-0.json", {**changed, "seconds": 1})
+    assert report.differing(one, two)[1] == ["vqa/seed-0.json"]
+
+
+# ------------------------------------------------------------- commands and what is read of them
+
+SCORES = {"groups": dict.fromkeys(report.GROUPS, 50.0), "average": 50.0}
+
+
+def pretend(command):
+    """Write what a stage's command would have written, where it would have."""
+    import repair_eval
+    script, flags, name = command[0], {}, None
+    for word in command[1:]:
+        name = word if word.startswith("--") else name
+        flags.setdefault(name, []).extend([] if word.startswith("--") else [word])
+    one = {k.strip("-"): v[0] for k, v in flags.items() if k and v}
+
+    def put(path, value):
+        study_pairs.write(study_pairs.Path(path), value)
+    if script in ("pretrain.py", "train_sft.py", "train_dpo.py"):
+        stage = f"{one['run']}/{script[:-3].removeprefix('train_')}"
+        put(f"{stage}/config.json", {"data_digest": "d", "data": "x", "arguments": {
+            "lr": float(one.get("lr", 0))}})
+        put(f"{stage}/metrics.jsonl", 0)
+        study_pairs.Path(stage, "metrics.jsonl").write_text(
+            '{"step": 2, "loss": 1}\n{"step": 3, "heldout_margin": 0, "heldout_accuracy": 0.5}\n')
+        put(f"{stage}/final/config.json", {})
+    elif script == "extract.py":
+        put(f"{one['run']}/{one['stage']}/encoder/config.json", {})
+    elif script == "repair_eval.py" and "mllm" in one:
+        put(study_pairs.Path(one["mllm"]).parent / "bench" / "results.json", SCORES)
+    elif script == "repair_eval.py":
+        folder = repair_eval.repair_folder(study.argparse.Namespace(
+            encoder=one["encoder"], run=one["run"], run_typed=True, reuse_projector_layers=0))
+        put(folder / "bench" / "results.json", SCORES)
+    elif script == "gradcam.py":
+        put(f"{one['run']}/probes/gradcam/results.json", {"share_inside": {
+            k: {"mean": 0.5} for k in ("SFT", "DPO", "chance")}})
+    elif script.startswith("probe_"):
+        eyes = flags["--encoder"]
+        assert len(eyes) == len(set(eyes)) and all(
+            e == "toy-vit" or (study_pairs.Path(e) / "config.json").exists() for e in eyes)
+        put(f"{one['out']}/results.json", {
+            "encoders": {e: {"top1": {"mean": 0.5}, "recall": [0.4, 0.6]} for e in eyes},
+            "scores": [{"mean": 0.5} for e in eyes]})
+    else:                                                    # weights: toy.py, study_models.py
+        put(f"{one['out']}/{[w for w in command if w.startswith('toy-')][0]}/config.json", {})
+
+
+def test_every_run_reads_what_its_commands_write_and_every_finding_is_fed(tmp_path):
+    """The whole plan with stages that only pretend: names of files, conditions and measures fit
+    from the first command to the last finding; every flag is one its script knows."""
+    plan = study_plan.QUICK
+    s = study_plan.Study(plan, 2, tmp_path / "work", tmp_path / "out")
+    known = (ROOT / "flags.py").read_text()
+    for task in study.pending(s, list(study_plan.PARTS)):
+        if task.name.endswith(("/world", "/pairs")):
+            study_pairs.write(task.done, {})
+            continue
+        commands = [[str(w) for w in c] for c in task.steps()]
+        for command in commands:
+            source = known + (ROOT / command[0]).read_text()
+            assert all(f'"{w}"' in source for w in command if w.startswith("--")), command
+            pretend(command)
+        values = task.gather() if task.gather else None
+        if task.part:
+            study_pairs.write(task.done, {"values": values, "seconds": 1})
+        assert task.done.exists(), task.name
+    assert study.pending(s, list(study_plan.PARTS)) == []
+    summary = report.summarise(report.Results(s.out), plan)
+    assert {f["verdict"] for f in summary["findings"]} <= {"undecided", "holds", "does not"}
+    cells = [c for row in summary["each_minus_stage1"] + summary["controls"] for c in row.values()]
+    assert None not in cells
+    assert s.chosen() == dict.fromkeys(("sft", "dpo"), plan["rates"][0])     # all equal: the lowest
+
+
 # --------------------------------------------------------------------------------- the two eyes
 
 @pytest.mark.parametrize("name", ["toy-vit-supervised", "toy-vit-masked"])
