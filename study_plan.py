@@ -29,6 +29,7 @@ VARIANTS = {"head": {"head-l": ("toy-vit", "{}/toy-lm-l")},
                            "masked": ("{}/toy-vit-masked", "toy-lm")}}
 # The plan. Fixed before any test split was read; results/README.md says why each is as it is.
 FULL = dict(
+    first_world=100,             # seeds of the worlds: 100, 101, …; `make demo` has drawn world 0
     world=dict(captions=3200, instruct=10000, repair=2000, preferences=42000, heldout=600,
                bench=600, imagenet_train=60, imagenet_val=50, ade20k_training=600,
                ade20k_validation=400, align=2048),
@@ -36,6 +37,7 @@ FULL = dict(
     sizes=[240, 400, 800, 3200], heat=300, stage={},
     weights={"toy-lm-l": {"--steps": 9000}})       # toy-lm had 12,000; the others as usual
 QUICK = dict(
+    first_world=200,
     world=dict(captions=160, instruct=160, repair=64, preferences=900, heldout=60, bench=36,
                imagenet_train=10, imagenet_val=4, ade20k_training=32, ade20k_validation=16,
                align=64),
@@ -101,8 +103,8 @@ class Study:
         """World, stage-1 model and hard pairs of a seed."""
         data, pool = self.data(seed), self.run(seed, "pool")
         self.add(f"seed-{seed}/world", None, data / "world.json", [], {"world": 1}, lambda: [
-            [sys.executable, "-c", f"import study_pairs; study_pairs.draw({str(data)!r}, {seed}, "
-             f"{self.plan['world']!r}, {self.plan['validation']})"]])
+            [sys.executable, "-c", f"import study_pairs; study_pairs.draw({str(data)!r}, "
+             f"{self.plan['first_world'] + seed}, {self.plan['world']!r}, {self.plan['validation']})"]])
         self.stage1(seed, "stage1", "toy-vit", "toy-lm", [])
 
         def ask():
