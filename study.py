@@ -63,9 +63,15 @@ def execute(task, out, log, live, plan):
             live.discard(process)
         if code:
             said = [x for x in log.read_text(errors="replace").splitlines() if x.strip()]
-            raise Failed("stopped" if live.stopping else
-                         next((x for x in reversed(said[-20:]) if "rror" in x), said[-1]))
-    values, seconds = task.gather() if task.gather else None, time.time() - start
+            said = "stopped" if live.stopping else \
+                next((x for x in reversed(said[-20:]) if "rror" in x), said[-1])
+            if task.part != "lr" or "nothing was updated" not in said:
+                raise Failed(said)
+            values = {"diverged": said}           # too high a rate: a result, too
+            break
+    else:
+        values = task.gather() if task.gather else None
+    seconds = time.time() - start
     made = out / "made" / (task.name.replace("/", "-") + ".json")
     write(task.done if task.part else made, {
         "run": task.name, "plan": digest(plan), "versions": versions(),

@@ -102,9 +102,11 @@ class Study:
     def prepare(self, seed):
         """World, stage-1 model and hard pairs of a seed."""
         data, pool = self.data(seed), self.run(seed, "pool")
-        self.add(f"seed-{seed}/world", None, data / "world.json", [], {"world": 1}, lambda: [
-            [sys.executable, "-c", f"import study_pairs; study_pairs.draw({str(data)!r}, "
-             f"{self.plan['first_world'] + seed}, {self.plan['world']!r}, {self.plan['validation']})"]])
+        drawing = f"import study_pairs; study_pairs.draw({str(data)!r}, " \
+                  f"{self.plan['first_world'] + seed}, {self.plan['world']!r}, " \
+                  f"{self.plan['validation']})"
+        self.add(f"seed-{seed}/world", None, data / "world.json", [], {"world": 1},
+                 lambda: [[sys.executable, "-c", drawing]])
         self.stage1(seed, "stage1", "toy-vit", "toy-lm", [])
 
         def ask():
@@ -127,27 +129,26 @@ class Study:
                  self.data(seed), "--seed", seed, "--workers", 0, *flat(self.plan["stage"])],
                 extract(run, "pretrain")], lambda: facts_of(run / "pretrain"))
 
-    def trained(self, seed, name, method, kind="sampled", n=None, rate=None, base="stage1",
-                times=1):
-        """A run folder `name` that goes on from `base` with one method, and its encoder; → the
-        task's name."""
+    def training(self, seed, name, method, kind="sampled", n=None, rate=None, base="stage1"):
+        """The commands that take a run folder `name` on from `base` with one method, and detach its
+        encoder. n: pairs; kind: which; rate: the chosen one if None."""
         folder = self.run(seed, name)
+        if base != name:
+            link(folder / "pretrain", self.run(seed, base) / "pretrain")
+        return [[f"train_{method}.py", "--run", folder, "--preferences",
+                 self.data(seed) / "preferences" / f"{kind}.jsonl", "--num-samples",
+                 n or self.plan["pairs"], "--epochs", self.plan["passes"], "--lr",
+                 rate or self.chosen()[method], "--seed", seed, "--workers", 0],
+                extract(folder, method)]
 
-        def steps():
-            if base != name:
-                link(folder / "pretrain", self.run(seed, base) / "pretrain")
-            return [[f"train_{method}.py", "--run", folder, "--preferences",
-                     self.data(seed) / "preferences" / f"{kind}.jsonl", "--num-samples",
-                     n or self.plan["pairs"], "--epochs", self.plan["passes"], "--lr",
-                     rate or self.chosen()[method], "--seed", seed, "--workers", 0],
-                    extract(folder, method)]
-        return self.add(f"seed-{seed}/{name}/{method}", None,
-                        folder / method / "encoder" / "config.json",
-                        [f"seed-{seed}/{base}", f"seed-{seed}/pairs",
-                         *([] if rate else ["lr/chosen"])], {
-                            method: times * (n or self.plan["pairs"]) / self.plan["pairs"],
-                            "extract": 1}, steps,
-                        lambda: facts_of(folder / method))
+    def trained(self, seed, name, method, kind="sampled", n=None, base="stage1", times=1):
+        """The task of that training, with the chosen rate; → its name."""
+        stage = self.run(seed, name) / method
+        cost = {method: times * (n or self.plan["pairs"]) / self.plan["pairs"], "extract": 1}
+        return self.add(f"seed-{seed}/{name}/{method}", None, stage / "encoder" / "config.json",
+                        [f"seed-{seed}/{base}", f"seed-{seed}/pairs", "lr/chosen"], cost,
+                        lambda: self.training(seed, name, method, kind, n, base=base),
+                        lambda: facts_of(stage))
 
     # ---------------------------------------------------------------------------- the parts
 
@@ -161,16 +162,17 @@ class Study:
             return [evaluate(before, self.data(seed), *val)]
         names = [self.result("lr", f"seed-{seed}-stage1", [f"seed-{seed}/stage1"], {"val": 1},
                              start, lambda: {"stage1": vqa_of(before)})]
-        for rate in self.plan["rates"]:
+        for rate, method in [(r, m) for r in self.plan["rates"] for m in ("sft", "dpo")]:
             name = f"lr-{rate:g}"
-            final = {m: self.run(seed, name) / m / "final" for m in ("sft", "dpo")}
+            final = self.run(seed, name) / method / "final"
             names.append(self.result(
-                "lr", f"seed-{seed}-{rate:g}",
-                [self.trained(seed, name, m, rate=rate) for m in final], {"val": 2},
-                lambda final=final: [evaluate(f, self.data(seed), *val) for f in final.values()],
-                lambda final=final: {m: {"rate": json.loads(
-                    (f.parent / "config.json").read_text())["arguments"]["lr"], **vqa_of(f)}
-                    for m, f in final.items()}))
+                "lr", f"seed-{seed}-{method}-{rate:g}",
+                [f"seed-{seed}/stage1", f"seed-{seed}/pairs"], {method: 1, "extract": 1, "val": 1},
+                lambda name=name, method=method, rate=rate, final=final: [
+                    *self.training(seed, name, method, rate=rate),
+                    evaluate(final, self.data(seed), *val)],
+                lambda method=method, final=final: {method: {**vqa_of(final), **facts_of(
+                    final.parent)}}))
         if seed:
             names += self.tasks["lr/chosen"].needs
         self.result("lr", "chosen", names, {}, list, self.choose)
@@ -178,11 +180,13 @@ class Study:
     def choose(self):
         """The rate of the best validation average over the tuning seeds; of equals the lowest."""
         tuning = range(self.plan["tuning_seeds"])
-        scores = {m: {rate: sum(self.read("lr", f"seed-{s}-{rate:g}")["values"][m]["vqa average"]
-                                for s in tuning) / len(tuning)
-                      for rate in self.plan["rates"]} for m in ("sft", "dpo")}
-        return {m: {"rate": max(by_rate, key=by_rate.get), "vqa average": max(by_rate.values())}
-                for m, by_rate in scores.items()}
+
+        def score(method, rate):             # a run that diverged has no average: never chosen
+            found = [self.read("lr", f"seed-{s}-{method}-{rate:g}")["values"].get(method, {}).get(
+                "vqa average", float("-inf")) for s in tuning]
+            return sum(found) / len(found)
+        return {m: {"rate": max(self.plan["rates"], key=lambda rate: score(m, rate))}
+                for m in ("sft", "dpo")}
 
     def chosen(self):
         """{method: learning rate}."""

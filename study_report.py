@@ -220,8 +220,8 @@ def summarise(results, plan=FULL):
     chosen = results.values.get(("lr", "chosen"), {}).get(0)
     kinds = results.values.get(("made", "pairs"), {})
     rates = {m: [{"rate": rate, **(cell(results.combined([(1, (
-        "vqa average", "lr", f"{rate:g}", m))])) or {"mean": None})} for rate in plan["rates"]]
-        for m in ("sft", "dpo")}
+        "vqa average", "lr", f"{m}-{rate:g}", m))])) or {"mean": None})}
+                 for rate in plan["rates"]] for m in ("sft", "dpo")}
     return {"seeds": len(results.values.get(("vqa", ""), {})), "findings": found,
             "each_minus_stage1": each, "controls": controls,
             "chosen": chosen and {m: v["rate"] for m, v in chosen.items()}, "rates": rates,

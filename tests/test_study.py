@@ -233,6 +233,41 @@ def test_a_killed_driver_goes_on(toy_study, monkeypatch):
     assert study.go(s, ["vqa"], 1, True) == {} and s.marks.read_text() == "abb"
 
 
+def test_a_rate_too_high_is_a_result_and_never_chosen(toy_study):
+    s = toy_study
+    words = "print('error: step 3: loss nan; nothing was updated. The batch: x'); exit(1)"
+    for part in ("lr", "size"):                # elsewhere it is a failure
+        s.result(part, "seed-0-sft-1", [], {"sft": 1}, lambda: [[sys.executable, "-c", words]],
+                 lambda: {"sft": {"vqa average": 99.0}})
+    s.add("seed-0/world", None, s.work, [], {}, list)
+    s.work.mkdir()
+    assert set(study.go(s, ["lr", "size"], 1, True)) == {"size/seed-0-sft-1"}
+    assert "loss nan" in s.read("lr", "seed-0-sft-1")["values"]["diverged"]
+    s.plan = {"tuning_seeds": 1, "rates": [1, 2]}
+    for name in ("sft-2", "dpo-1", "dpo-2"):
+        study_pairs.write(s.out / "lr" / f"seed-0-{name}.json",
+                          {"values": {name[:3]: {"vqa average": 50.0}}})
+    assert s.choose() == {"sft": {"rate": 2}, "dpo": {"rate": 1}}
+
+
+def test_asked_to_stop_it_stops_and_goes_on(toy_study):
+    """The signal comes from the running command itself, so that no clock is in the test."""
+    s = toy_study
+    stop = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
+    s.result("vqa", "b", ["a"], {"vqa": 1}, lambda: [[sys.executable, "-c", stop]] * 2, lambda: {})
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        study.go(s, ["vqa", "eye"], 1, True)
+    assert s.marks.read_text() == "a" and not (s.out / "vqa" / "b.json").exists()
+    s.result("vqa", "b", ["a"], {"vqa": 1}, s.steps("b"), lambda: {})
+    assert study.go(s, ["vqa", "eye"], 1, True) == {} and s.marks.read_text() == "abc"
+
+
+def test_nothing_is_started_that_would_not_end_in_time(toy_study, capsys):
+    s = toy_study
+    assert study.go(s, ["vqa", "eye"], 1, True, limit=study.START / 2) == {}
+    assert s.marks.read_text() == "" and "3 runs are left" in capsys.readouterr().out
+
+
 def test_two_at_a_time_and_no_more(toy_study):
     s = toy_study
     stamp = ("import time, os; t = time.time(); time.sleep(0.3); open({0!r}, 'a').write("
@@ -256,10 +291,10 @@ def test_the_plan_names_every_need_and_command(tmp_path):
         assert all(c in study_plan.COST for c in task.cost)
         assert task.part is None or task.part in study_plan.PARTS
     counts = {p: sum(t.part == p for t in s.tasks.values()) for p in study_plan.PARTS}
-    assert counts == {"lr": 2 * 6 + 1, "vqa": 5, "eye": 5, "repair": 5, "controls": 20, "size": 20,
+    assert counts == {"lr": 2 * 11 + 1, "vqa": 5, "eye": 5, "repair": 5, "controls": 20, "size": 20,
                       "head": 5, "encoder": 5, "pretrained": 10}
     trains = [t for t in s.tasks.values() if {"sft", "dpo"} & set(t.cost)]
-    # a seed: main 2, controls 5, sizes 8, four variants 8; and 2 × 5 on the two tuning seeds
+    # a seed: main 2, controls 5, sizes 8, four variants 8; and 2 × 5 on each of two tuning seeds
     assert len(trains) == 5 * 23 + 20
 
 
