@@ -208,6 +208,13 @@ def summarise(results, plan=FULL):
     found = [{"part": part, "finding": text, "paper": paper, "side": side,
               **(cell(results.combined(terms), side) or {"verdict": "not run yet"})}
              for part, text, paper, side, terms in findings(plan)]
+    chosen = results.values.get(("lr", "chosen"), {}).get(0, {})
+    rate = {method: v["rate"] for method, v in chosen.items()}
+    found.append({"part": "lr", "finding": "best learning rate: DPO's below SFT's (no interval)",
+                  "paper": "1e-6, 5e-6", "verdict": "not run yet", **({
+                      "text": f"{rate['dpo']:g}, {rate['sft']:g}",
+                      "verdict": "holds" if rate["dpo"] < rate["sft"] else
+                      "does not" if rate["dpo"] > rate["sft"] else "undecided"} if rate else {})})
     each = []
     for label, measure, part in against_stage1():
         before = baseline(measure)
@@ -217,14 +224,13 @@ def summarise(results, plan=FULL):
     controls = [{"trained": label, **{m: cell(results.combined(
         minus(m, (*where, condition), ("controls", kind, "dpo") if kind else baseline(m))))
         for m, where in runs.items()}} for label, runs, condition, kind in control_rows()]
-    chosen = results.values.get(("lr", "chosen"), {}).get(0)
     kinds = results.values.get(("made", "pairs"), {})
     rates = {m: [{"rate": rate, **(cell(results.combined([(1, (
         "vqa average", "lr", f"{m}-{rate:g}", m))])) or {"mean": None})}
                  for rate in plan["rates"]] for m in ("sft", "dpo")}
     return {"seeds": len(results.values.get(("vqa", ""), {})), "findings": found,
             "each_minus_stage1": each, "controls": controls,
-            "chosen": chosen and {m: v["rate"] for m, v in chosen.items()}, "rates": rates,
+            "chosen": rate, "rates": rates,
             "hours_of_one_core": round(results.seconds / 3600, 1),
             "wrong_answers": {str(s): v["counts"] for s, v in kinds.items()},
             "smallest_effect": {"group": smallest_effect(5, plan["world"]["bench"]),
@@ -237,7 +243,7 @@ def summarise(results, plan=FULL):
 def show(cell, sign="+"):
     """A cell as text: its mean and interval in points, or a dash."""
     if not cell or cell.get("mean") is None:
-        return "–"
+        return (cell or {}).get("text", "–")
     if cell["half"] is None:
         return f"{cell['mean']:{sign}.1f}"
     return f"{cell['mean']:{sign}.1f} [{cell['mean'] - cell['half']:{sign}.1f}, " \
