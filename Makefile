@@ -1,5 +1,6 @@
 # Two commands: `make demo` (the whole recipe on a toy world, CPU) and `make test`. For more time:
-# `make real` (data nobody here drew), `make kill` (crashes), `make bench` (speed and memory).
+# `make reproduce` (the controlled study), `make real` (data nobody here drew), `make kill` (crashes),
+# `make bench` (speed and memory).
 PYTHON ?= python3
 PY := .venv/bin/python
 TOY := --encoder toy-vit --llm toy-lm --data data/toy
@@ -7,7 +8,7 @@ SCORE := --llm toy-lm --data data/toy
 RUN := runs/toy-vit__toy-lm
 EYES := toy-vit $(RUN)/sft/encoder $(RUN)/dpo/encoder
 
-.PHONY: demo test real bench kill clean
+.PHONY: demo test real reproduce bench kill clean
 # torchrun and DataLoader workers each start processes: threads are for one process alone.
 
 .venv/done: requirements-dev.txt requirements.txt
@@ -76,6 +77,13 @@ test: .venv/done
 kill: .venv/done
 	PIVOT_KILLS=long $(PY) -m pytest -v tests/test_survive.py
 
+# The controlled study: hours, resumable; SEEDS=1 QUICK=1 says in minutes whether it all works;
+# MINUTES=140 is a slice of it, PARTS="lr vqa" the parts to run. The plan: results/README.md.
+SEEDS ?= 5
+reproduce: .venv/done
+	$(PY) study.py --seeds $(SEEDS) $(if $(QUICK),--quick) $(if $(PARTS),--parts $(PARTS)) \
+	    $(if $(MINUTES),--minutes $(MINUTES))
+
 # Figures of speed and memory, on an idle machine; `make bench BENCH=--quick` checks that they run.
 BENCHPY := .venv-bench/bin/python
 .venv-bench/done: requirements-bench.txt requirements.txt
@@ -94,4 +102,4 @@ bench: .venv-bench/done data/toy
 	$(BENCHPY) benchmarks/checkpoint.py data/toy
 
 clean:
-	rm -rf .venv .venv-bench data/toy runs
+	rm -rf .venv .venv-bench data/toy runs results-quick

@@ -212,12 +212,12 @@ COUNTS = {"captions": 3200, "instruct": 10000, "repair": 2000, "preferences": 72
           "ade20k_training": 600, "ade20k_validation": 200, "align": 2048}
 
 
-def draw_world(out, seed, scale):
+def draw_world(out, seed, scale, counts=COUNTS):
     """Draws into OUT.tmp and renames, so that half a world never looks whole."""
     aside = out.with_name(out.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     world = World(aside, seed, scale)
-    n = {name: world.count(c) for name, c in COUNTS.items()}
+    n = {name: world.count(c) for name, c in counts.items()}
     with world.bar:
         world.captions(n["captions"])
         world.instructions("instruct", n["instruct"])

@@ -26,8 +26,9 @@ def test_files_stay_readable():
         assert len(text) <= (300 if path.name in STAGES else 510)
         assert not [i for i, x in enumerate(text, 1) if len(x) > 100], path.name
         assert ast.get_docstring(ast.parse("\n".join(text))), path.name
-    # The recipe and its judging; the toy's own world is not a part of it.
-    assert sum(len(lines(p)) for p in FILES if not p.name.startswith("toy")) <= 6000
+    # The recipe and its judging; the toy's own world and the study are not a part of it.
+    assert sum(len(lines(p)) for p in FILES if not p.name.startswith(("toy", "study"))) <= 6000
+    assert sum(len(lines(p)) for p in FILES if p.name.startswith("study")) <= 1400
 
 
 def test_run_time_imports_are_the_six():
@@ -36,6 +37,8 @@ def test_run_time_imports_are_the_six():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
                 [node.module] if isinstance(node, ast.ImportFrom) else []
+            if path.name == "study_report.py":               # figures; lazily, and not without
+                names = [name for name in names if not name.startswith("matplotlib")]
             for name in names:
                 assert name.split(".")[0] in ALLOWED | ours | set(sys.stdlib_module_names), \
                     f"{path.name} imports {name}"

@@ -1,0 +1,252 @@
+"""Does RL see better than SFT? The paper's controlled comparison at toy scale, with seeds.
+
+    python study.py --plan                  # what it would run and how long; runs nothing
+    python study.py                         # everything, 5 seeds, two runs at a time (hours)
+    python study.py --parts lr vqa eye      # the most important parts first; later the others
+    python study.py --minutes 140           # a slice: call it again, and it goes on
+    python study.py --quick --seeds 1       # every command once, tiny sizes: does it all work?
+
+A seed is a world of its own: other images, questions, pairs and test sets, another order, another
+projector; toy-vit and toy-lm are the same. Of each seed there is one stage-1 model; SFT and DPO go
+on from it with the same items in the same order for the same number of passes (equal data digests
+are checked). Each method's learning rate is the best of one grid on validation images.
+
+The pairs are hard for this very model: it answers a pool of questions, and what it gets wrong
+becomes the rejected answer (`sampled`, as in MMPR). The controls change the rejected text alone:
+`swapped` (the toy's: one attribute changed at random), `shuffled` (the right answer to another
+question), or the picture alone, `images` (another item's); `easy` are random items of the pool.
+
+Everything goes through the stages' public commands. Writes OUT/<part>/<run>.json, a file a run,
+whole or not at all: stopped at any moment and started again, it goes on; what is there is never
+done again. Then study_report.py writes the table, the figures and the README's section.
+OUT/README.md of the full study, results/README.md, fixes beforehand what counts as a finding.
+"""
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from importlib.metadata import version
+
+from study_pairs import write
+from study_plan import COST, FULL, PARTS, QUICK, START, Study
+
+
+class Failed(Exception):
+    """A command that did not end well: what it said last."""
+
+
+def execute(task, out, log, live, plan):
+    """Run a task's commands, one after the other, on one thread; write its result or, of what only
+    others need, a note in OUT/made/: what it was made of and what it cost. `live`: the processes
+    that run now, for a stop to end them. → seconds it took."""
+    start, commands = time.time(), [[str(x) for x in c] for c in task.steps()]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # One thread, whatever the machine: with another number sums are rounded otherwise.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    for command in commands:
+        if live.stopping:
+            raise Failed("stopped")
+        words = command if command[0] == sys.executable else [sys.executable, *command]
+        with open(log, "a") as said:
+            said.write(f"\n$ {' '.join(command)}\n")
+            said.flush()
+            process = subprocess.Popen(words, stdout=said, stderr=said, env=env)
+            live.add(process)
+            code = process.wait()
+            live.discard(process)
+        if code:
+            said = [x for x in log.read_text(errors="replace").splitlines() if x.strip()]
+            said = "stopped" if live.stopping else \
+                next((x for x in reversed(said[-20:]) if "rror" in x), said[-1])
+            if task.part != "lr" or "nothing was updated" not in said:
+                raise Failed(said)
+            values = {"diverged": said}           # too high a rate: a result, too
+            break
+    else:
+        values = task.gather() if task.gather else None
+    seconds = time.time() - start
+    made = out / "made" / (task.name.replace("/", "-") + ".json")
+    write(task.done if task.part else made, {
+        "run": task.name, "plan": digest(plan), "versions": versions(),
+        "commands": [" ".join(c) for c in commands], "values": values,
+        "seconds": round(seconds, 1)})
+    if not task.done.exists():
+        raise Failed(f"{task.done} was not made; see {log}")
+    return seconds
+
+
+class Live(set):
+    """Processes that run now, and whether they were asked to stop."""
+    stopping = False
+
+    def stop(self):
+        self.stopping = True
+        for process in list(self):
+            process.terminate()           # a stage saves first; the same command goes on there
+
+
+def digest(plan):
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def versions():
+    return {name: version(name) for name in ("torch", "transformers", "numpy", "pillow")}
+
+
+def pending(study, parts):
+    """Tasks to run for these parts, what others need before them: [Task, …]."""
+    queue = {}
+
+    def visit(name):
+        task = study.tasks[name]
+        if name not in queue and not task.done.exists():
+            for need in task.needs:
+                visit(need)
+            queue[name] = task
+    for task in study.tasks.values():
+        if task.part in parts:
+            visit(task.name)
+    return list(queue.values())
+
+
+def seconds_of(task, quick=False):
+    """Estimate of a task on one thread. A quick one spends its time on starting."""
+    return sum(START * max(1, n) if quick else COST[c] * n for c, n in task.cost.items())
+
+
+def clock(seconds):
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def show_plan(study, parts, jobs, quick):
+    """What is still to be run and what it costs, part by part; what parts share is counted where
+    it comes first."""
+    seen, total = set(), 0
+    print(f"{study.seeds} seeds, {jobs} runs at a time, one thread each; estimates of one AMD EPYC "
+          f"core a run\n{'part':<12}{'runs':>6}{'to do':>7}{'time':>10}  what")
+    for part in parts:
+        todo = [t for t in pending(study, [part]) if t.name not in seen]
+        seen |= {t.name for t in todo}
+        cost = sum(seconds_of(t, quick) for t in todo) / jobs
+        runs = [t for t in study.tasks.values() if t.part == part]
+        total += cost
+        print(f"{part:<12}{len(runs):>6}{sum(t.part == part for t in todo):>7}{clock(cost):>10}  "
+              f"{PARTS[part]}")
+    print(f"{'in all':<25}{clock(total):>10}")
+
+
+def go(study, parts, jobs, quick, limit=float("inf")):
+    """Run all that is pending, but start nothing that would not end within `limit` seconds;
+    → {task that failed: why}."""
+    queue, failed, live, spent, planned = pending(study, parts), {}, Live(), 0.0, 0.0
+    count, done = len(queue), 0
+    running, start, pace = {}, time.time(), 1.0
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while queue or running:
+                for task in list(queue):
+                    lost = [n for n in task.needs if n in failed]
+                    if lost:
+                        queue.remove(task)
+                        failed[task.name] = f"needs {lost[0]}"
+                    elif len(running) < jobs and all(
+                            study.tasks[n].done.exists() for n in task.needs) and \
+                            time.time() - start + seconds_of(task, quick) * pace < limit:
+                        queue.remove(task)
+                        log = study.work / "logs" / (task.name.replace("/", "-") + ".log")
+                        running[pool.submit(execute, task, study.out, log, live,
+                                            study.plan)] = task
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    task = running.pop(future)
+                    done += 1
+                    try:
+                        spent += future.result()
+                        planned += seconds_of(task, quick)
+                    except (Failed, SystemExit, OSError, KeyError, ValueError) as e:
+                        failed[task.name] = str(e)
+                        print(f"FAILED {task.name}: {e}", flush=True)
+                        continue
+                    pace = spent / planned if planned else 1.0      # this machine's, of estimates
+                    rest = sum(seconds_of(t, quick) for t in [*queue, *running.values()])
+                    print(f"[{done}/{count}] {task.name}, {clock(time.time() - start)} gone, about "
+                          f"{clock(rest * pace / jobs)} left", flush=True)
+        except KeyboardInterrupt:
+            live.stop()
+            raise SystemExit("stopped; the same command goes on from here")
+    if queue and not failed:
+        print(f"{len(queue)} runs are left: the time is up; the same command goes on from here")
+    return failed
+
+
+def refuse_other_plans(study):
+    """Results of another plan are not mixed with these; raises SystemExit."""
+    for path in sorted(study.out.glob("*/*.json")):
+        found = json.loads(path.read_text()).get("plan")
+        if found != digest(study.plan):
+            raise SystemExit(f"error: {path} belongs to another plan ({found}, now "
+                             f"{digest(study.plan)}); name another --out, or delete it")
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+        help="; ".join(f"{k}: {v}" for k, v in PARTS.items()) + "; default: all, in this order")
+    add("--seeds", type=int, default=5, help="how many (default 5, as registered)")
+    add("--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)")
+    add("--quick", action="store_true", help="tiny sizes, into results-quick/: says whether "
+        "everything works, and nothing else")
+    add("--minutes", type=float, default=float("inf"), help="start nothing that would not end "
+        "within so many; the same command goes on later (default: no limit)")
+    add("--out", help="folder of results (default results, or results-quick)")
+    add("--work", help="folder of worlds, models and logs (default runs/study, or "
+        "runs/study-quick)")
+    add("--plan", action="store_true", help="print what is to be run and its cost; run nothing")
+    args = parser.parse_args()
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"error: --{name} must be at least 1")
+    if args.seeds > 10:
+        raise SystemExit("error: --seeds must be at most 10: the table of Student's t ends there")
+    tail = "-quick" if args.quick else ""
+    args.out, args.work = args.out or f"results{tail}", args.work or f"runs/study{tail}"
+    return args
+
+
+def main():
+    args = get_args()
+    study = Study(QUICK if args.quick else FULL, args.seeds, args.work, args.out)
+    refuse_other_plans(study)
+    parts = [p for p in PARTS if p in args.parts]
+    show_plan(study, parts, args.jobs, args.quick)
+    if args.plan:
+        return
+    study.work.mkdir(parents=True, exist_ok=True)
+    with open(study.work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"error: another study runs in {study.work}")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        failed = go(study, parts, args.jobs, args.quick, 60 * args.minutes)
+    subprocess.run([sys.executable, "study_report.py", "--out", study.out,
+                    *(["--no-readme"] if args.quick else [])])
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{clock(used.ru_utime + used.ru_stime)} of CPU time in this call")
+    if failed:
+        raise SystemExit("error: " + "; ".join(f"{k}: {v}" for k, v in failed.items()))
+
+
+if __name__ == "__main__":
+    main()

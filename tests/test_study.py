@@ -1,0 +1,493 @@
+"""The study's arithmetic, its pairs, its resumption, the README's section; no stage is run."""
+import json
+import os
+import random
+import sys
+
+import pytest
+
+import data as data_module
+import study
+import study_pairs
+import study_plan
+import study_report as report
+from conftest import ROOT, run
+from score import plain
+
+RESULTS = ROOT / "results"
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+def test_interval_is_students_by_hand():
+    # 1, 2, 3, 4, 5: mean 3, sd √2.5 = 1.58114, standard error 0.70711, t(4) = 2.776 → 1.96293
+    middle, half = report.interval([1, 2, 3, 4, 5])
+    assert middle == 3 and half == pytest.approx(1.96293, abs=1e-5)
+    assert report.interval([2.0, 4.0]) == (3, pytest.approx(12.706))     # sd √2, ÷ √2
+    assert report.interval([7.0]) == (7, None)
+
+
+def test_quantiles_agree_with_scipy():
+    stats = pytest.importorskip("scipy.stats")          # comes with scikit-learn
+    for df, (t975, t80) in enumerate(zip(report.T975, report.T80), 1):
+        assert t975 == pytest.approx(stats.t.ppf(0.975, df), abs=6e-4)
+        assert t80 == pytest.approx(stats.t.ppf(0.80, df), abs=6e-4)
+
+
+@pytest.mark.parametrize("values, side, said", [
+    ([1, 2, 3, 4, 5], "+", "holds"),                    # 1.04 … 4.96
+    ([-1, -2, -3, -4, -5], "+", "does not"),
+    ([-1, 2, 3, 4, -5], "+", "undecided"),
+    ([9.0], "+", "undecided"),                          # one seed has no interval
+    ([0.1, 0.2, -0.1, 0.0, -0.2], "=", "holds"),        # within ±2
+    ([3.0, 3.1, 2.9, 3.0, 3.0], "=", "does not"),
+    ([0.9, 1.0, 1.1, 1.0, 1.0], "=", "holds"),          # not 0, but a tie of the stated width
+    ([5, -5, 5, -5, 0], "=", "undecided")])
+def test_verdicts(values, side, said):
+    assert report.verdict(values, side) == said
+
+
+def test_smallest_effect_is_the_one_registered():
+    text = (RESULTS / "README.md").read_text()
+    assert report.smallest_effect(1, 600) is None
+    # (2.776 + 0.941) · √(0.1 / 600 / 5) = 3.717 · 0.0057735 = 2.146 points
+    assert report.smallest_effect(5, 600) == pytest.approx(2.146, abs=1e-3)
+    bench, val = study_plan.FULL["world"]["bench"], study_plan.FULL["world"]["imagenet_val"]
+    for label, questions in (("a group", bench), ("the average of four groups", 4 * bench),
+                             ("the linear probe", 12 * val)):
+        assert f"| {label} | {questions:,} | {report.smallest_effect(5, questions):.1f} |" in text
+
+
+def test_registration_states_the_plan():
+    """Seeds, sizes, grid, passes and margin of results/README.md are those the code uses."""
+    text, plan = " ".join((RESULTS / "README.md").read_text().split()), study_plan.FULL
+    assert f"{plan['pairs']:,} pairs, {plan['passes']} passes" in text
+    sizes = sorted([*plan["sizes"], plan["pairs"]])
+    assert ", ".join(f"{n:,}" for n in sizes) + " pairs" in text
+    assert [n / sizes[0] for n in sizes] == pytest.approx([1, 5 / 3, 10 / 3, 20 / 3, 40 / 3])
+    assert f"answers {plan['world']['preferences']:,} questions" in text
+    assert "the grid " + ", ".join(f"{r:.0e}".replace("e-0", "e-") for r in plan["rates"]) in text
+    assert f"{plan['validation']} a group" in text and f"±{report.TIE}" in text
+    assert "t = 2.776" in text and "β = 0.5" in text
+    import train_dpo
+    assert train_dpo.TOY["beta"] == 0.5 and train_dpo.TOY["global_batch"] == 32
+
+
+# ------------------------------------------------------------------------------------ hard pairs
+
+@pytest.mark.parametrize("said, right, fit", [
+    ("3", "2", True), ("2", "2", False), ("The circle is red", "The circle is red.", False),
+    ("RED", "red", False), ("red", "The circle is red.", False), ("", "2", False),
+    ("The circle is blue.", "The circle is red.", True)])
+def test_wrong_in_words_not_in_form(said, right, fit):
+    assert study_pairs.wrong(said, right) is fit
+
+
+def a_pool(n):
+    rng = random.Random(0)
+    return [{"id": f"q{i}", "image": f"{i % (n - 3)}.png", "question": f"Question {i}?",
+             "chosen": rng.choice("12345"), "rejected": "9"} for i in range(n)]
+
+
+def test_kinds_differ_in_one_thing_each():
+    pool = a_pool(80)
+    said = {r["id"]: (r["chosen"] if i % 4 == 0 else "7 8" if i % 4 == 1 else " 6")
+            for i, r in enumerate(pool)}
+    kinds = study_pairs.kinds_of(pool, said, seed=3, n=30)
+    assert kinds == study_pairs.kinds_of(pool, said, seed=3, n=30)          # deterministic
+    assert kinds != study_pairs.kinds_of(pool, said, seed=4, n=30)
+    known = {r["id"]: r for r in pool}
+    hard = ("sampled", "swapped", "shuffled", "images")
+    assert len({tuple(r["id"] for r in kinds[k]) for k in hard}) == 1       # items and order
+    assert len(kinds["sampled"]) == 40 and len(kinds["easy"]) == 30
+    for rows in zip(*(kinds[k] for k in hard)):
+        own, sampled, swapped, shuffled, images = known[rows[0]["id"]], *rows
+        for r in rows:
+            assert plain(r["rejected"]) != plain(r["chosen"]) == plain(own["chosen"])
+            assert r["question"] == own["question"]
+        assert swapped == own and sampled == {**own, "rejected": "6"}
+        assert {**shuffled, "rejected": own["rejected"]} == own and shuffled["rejected"] in "12345"
+        assert {**images, "image": own["image"]} == sampled and images["image"] != own["image"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A seed's world, drawn small, its pool written and answered wrongly in every second place."""
+    out = tmp_path_factory.mktemp("study") / "seed-0"
+    study_pairs.draw(out, 0, {**study_plan.QUICK["world"], "captions": 4, "instruct": 4,
+                              "repair": 4, "preferences": 120}, 12)
+    study_pairs.write_pool(out)
+    bench = out.parent / "bench"
+    bench.mkdir()
+    pool = study_pairs.pool_of(out)
+    (bench / "ToyGeneral.0.jsonl").write_text("".join(
+        json.dumps({"index": r["id"], "prediction": r[("chosen", "rejected")[i % 2]]}) + "\n"
+        for i, r in enumerate(pool)))
+    return out, bench, pool
+
+
+def test_pool_is_a_benchmark_of_the_pairs(small):
+    import answer
+    out, _, pool = small
+    rows, dropped = answer.read_tsv(out / "pool" / "ToyGeneral.tsv")
+    assert not dropped and [r["answer"] for r in rows] == [r["chosen"] for r in pool]
+    images = os.path.realpath(out / "preferences" / "images")
+    assert all(r["image_id"].startswith(images) for r in rows)
+    assert not any("<image>" in r["question"] for r in rows)
+
+
+def test_validation_shows_other_images_than_the_test(small):
+    import answer
+    shown = []
+    for folder in ("bench", "validation"):
+        files = sorted((small[0] / folder).glob("*.tsv"))
+        assert len(files) == 4
+        shown.append({r["image_id"] for f in files for r in answer.read_tsv(f)[0]})
+    assert not shown[0] & shown[1]
+
+
+def test_hard_pairs_can_be_trained_on(small):
+    """Images stay within their root, are there, and no pair is refused; unused ones are gone."""
+    out, bench, pool = small
+    plan = {"pairs": 32, "sizes": [40]}
+    said = study_pairs.hard_pairs(out, bench, 0, plan)["counts"]
+    folder = out / "preferences"
+    assert said == json.loads((folder / "kinds.json").read_text())
+    assert said["pool"] == 120 and 32 <= said["sampled"] <= 60
+    used = set()
+    for kind in study_pairs.KINDS:
+        records = list(data_module.read_lines(folder / f"{kind}.jsonl"))
+        assert len(records) == said[kind]
+        for where, raw in records:
+            item = data_module.parse(where, raw)
+            image = data_module.image_of(item, str(folder / "images"), where)
+            data_module.pair_record(where, item, image)
+            used.add(item["image"])
+    kept = {p.name for p in (folder / "images").iterdir() if not p.name.startswith("heldout")}
+    assert kept == used and len(used) < 120
+    again = {k: (folder / f"{k}.jsonl").read_bytes() for k in study_pairs.KINDS}
+    study_pairs.hard_pairs(out, bench, 0, plan)
+    assert again == {k: (folder / f"{k}.jsonl").read_bytes() for k in study_pairs.KINDS}
+
+
+def test_too_few_wrong_answers_are_refused(small):
+    with pytest.raises(SystemExit, match="usably wrong, 999 are needed"):
+        study_pairs.hard_pairs(small[0], small[1], 0, {"pairs": 999, "sizes": [1]})
+
+
+# ------------------------------------------------------------------------- the plan, resumption
+
+@pytest.fixture
+def toy_study(tmp_path):
+    """Three tasks that leave a mark each time they run: c needs b, b needs a."""
+    s = study_plan.Study.__new__(study_plan.Study)
+    s.plan, s.seeds, s.work, s.out, s.tasks = {"x": 1}, 1, tmp_path / "work", tmp_path / "out", {}
+    s.marks = tmp_path / "marks"
+    s.marks.write_text("")
+
+    def steps(name, code=0):
+        mark = f"open({str(s.marks)!r}, 'a').write({name!r})"
+        made = tmp_path / "a"
+        return lambda: [[sys.executable, "-c", f"{mark}; open({str(made)!r}, 'w'); exit({code})"]]
+    s.steps = steps
+    s.add("a", None, tmp_path / "a", [], {"sft": 1}, steps("a"))
+    s.result("vqa", "b", ["a"], {"vqa": 1}, steps("b"), lambda: {"dpo": {"m": 1.5}})
+    s.result("eye", "c", ["vqa/b"], {"vqa": 1}, steps("c"), lambda: {"dpo": {"m": 2.5}})
+    return s
+
+
+def test_finished_runs_are_not_redone_and_lost_ones_are(toy_study):
+    s = toy_study
+    assert study.go(s, ["vqa", "eye"], 2, True) == {} and s.marks.read_text() == "abc"
+    assert study.go(s, ["vqa", "eye"], 2, True) == {} and s.marks.read_text() == "abc"
+    found = json.loads((s.out / "vqa" / "b.json").read_text())
+    assert found["values"] == {"dpo": {"m": 1.5}} and found["plan"] == study.digest(s.plan)
+    (s.out / "vqa" / "b.json").unlink()                        # its parent's files are still there
+    assert study.go(s, ["vqa"], 2, True) == {} and s.marks.read_text() == "abcb"
+    s.tasks["a"].done.unlink()                                 # nobody needs it: not made again
+    assert study.go(s, ["vqa"], 2, True) == {} and s.marks.read_text() == "abcb"
+    (s.out / "vqa" / "b.json").unlink()                        # now somebody does
+    assert study.go(s, ["vqa"], 2, True) == {} and s.marks.read_text() == "abcbab"
+
+
+def test_a_failed_run_leaves_no_result_and_stops_only_what_needs_it(toy_study, capsys):
+    s = toy_study
+    s.result("vqa", "b", ["a"], {"vqa": 1}, s.steps("b", code=3), lambda: {})
+    s.result("size", "d", ["a"], {"vqa": 1}, s.steps("d"), lambda: {})
+    failed = study.go(s, ["vqa", "eye", "size"], 1, True)
+    assert set(failed) == {"vqa/b", "eye/c"} and "needs vqa/b" in failed["eye/c"]
+    assert not (s.out / "vqa" / "b.json").exists() and (s.out / "size" / "d.json").exists()
+    s.result("vqa", "b", ["a"], {"vqa": 1}, s.steps("b"), lambda: {})
+    assert study.go(s, ["vqa", "eye", "size"], 1, True) == {}
+    assert s.marks.read_text() == "abdbc"
+
+
+def test_a_killed_driver_goes_on(toy_study, monkeypatch):
+    """Killed between the last command and the result: half a file is never seen as a result."""
+    s = toy_study
+    monkeypatch.setattr(study, "write", lambda path, value: (_ for _ in ()).throw(OSError("full"))
+                        if path.parent.name == "vqa" else study_pairs.write(path, value))
+    assert "full" in study.go(s, ["vqa"], 1, True)["vqa/b"]
+    assert not list((s.out).glob("vqa/*.json"))
+    monkeypatch.setattr(study, "write", study_pairs.write)
+    assert study.go(s, ["vqa"], 1, True) == {} and s.marks.read_text() == "abb"
+
+
+def test_a_rate_too_high_is_a_result_and_never_chosen(toy_study):
+    s = toy_study
+    words = "print('error: step 3: loss nan; nothing was updated. The batch: x'); exit(1)"
+    for part in ("lr", "size"):                # elsewhere it is a failure
+        s.result(part, "seed-0-sft-1", [], {"sft": 1}, lambda: [[sys.executable, "-c", words]],
+                 lambda: {"sft": {"vqa average": 99.0}})
+    s.add("seed-0/world", None, s.work, [], {}, list)
+    s.work.mkdir()
+    assert set(study.go(s, ["lr", "size"], 1, True)) == {"size/seed-0-sft-1"}
+    assert "loss nan" in s.read("lr", "seed-0-sft-1")["values"]["diverged"]
+    s.plan = {"tuning_seeds": 1, "rates": [1, 2]}
+    for name in ("sft-2", "dpo-1", "dpo-2"):
+        study_pairs.write(s.out / "lr" / f"seed-0-{name}.json",
+                          {"values": {name[:3]: {"vqa average": 50.0}}})
+    assert s.choose() == {"sft": {"rate": 2}, "dpo": {"rate": 1}}
+
+
+def test_asked_to_stop_it_stops_and_goes_on(toy_study):
+    """The signal comes from the running command itself, so that no clock is in the test."""
+    s = toy_study
+    stop = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
+    s.result("vqa", "b", ["a"], {"vqa": 1}, lambda: [[sys.executable, "-c", stop]] * 2, lambda: {})
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        study.go(s, ["vqa", "eye"], 1, True)
+    assert s.marks.read_text() == "a" and not (s.out / "vqa" / "b.json").exists()
+    s.result("vqa", "b", ["a"], {"vqa": 1}, s.steps("b"), lambda: {})
+    assert study.go(s, ["vqa", "eye"], 1, True) == {} and s.marks.read_text() == "abc"
+
+
+def test_nothing_is_started_that_would_not_end_in_time(toy_study, capsys):
+    s = toy_study
+    assert study.go(s, ["vqa", "eye"], 1, True, limit=study.START / 2) == {}
+    assert s.marks.read_text() == "" and "3 runs are left" in capsys.readouterr().out
+
+
+def test_two_at_a_time_and_no_more(toy_study):
+    s = toy_study
+    stamp = ("import time, os; t = time.time(); time.sleep(0.3); open({0!r}, 'a').write("
+             "f'{{t}} {{time.time()}}\\n')")
+    for i in range(4):
+        s.result("lr", f"t{i}", [], {"val": 1}, lambda: [[sys.executable, "-c", stamp.format(
+            str(s.marks))]], lambda: {})
+    study.go(s, ["lr"], 2, True)
+    spans = [tuple(map(float, x.split())) for x in s.marks.read_text().splitlines()]
+    assert len(spans) == 4
+    assert max(sum(a <= t < b for a, b in spans) for t, _ in spans) <= 2
+
+
+def test_the_plan_names_every_need_and_command(tmp_path):
+    """All tasks of the full plan: needs exist, none is circular, every script is one of ours."""
+    s = study_plan.Study(study_plan.FULL, 5, tmp_path / "w", tmp_path / "o")
+    order = [t.name for t in study.pending(s, list(study_plan.PARTS))]
+    assert set(order) == set(s.tasks)
+    for name, task in s.tasks.items():
+        assert all(order.index(n) < order.index(name) for n in task.needs)
+        assert all(c in study_plan.COST for c in task.cost)
+        assert task.part is None or task.part in study_plan.PARTS
+    counts = {p: sum(t.part == p for t in s.tasks.values()) for p in study_plan.PARTS}
+    assert counts == {"lr": 2 * 11 + 1, "vqa": 5, "eye": 5, "repair": 5, "controls": 20, "size": 20,
+                      "head": 5, "encoder": 5, "pretrained": 10}
+    trains = [t for t in s.tasks.values() if {"sft", "dpo"} & set(t.cost)]
+    # a seed: main 2, controls 5, sizes 8, four variants 8; and 2 × 5 on each of two tuning seeds
+    assert len(trains) == 5 * 23 + 20
+
+
+def test_plan_totals_add_up(tmp_path, capsys):
+    s = study_plan.Study(study_plan.FULL, 5, tmp_path / "w", tmp_path / "o")
+    study.show_plan(s, list(study_plan.PARTS), 2, False)
+    said = capsys.readouterr().out
+    hours = sum(study.seconds_of(t) for t in s.tasks.values()) / 2 / 3600
+    assert f"{hours:.1f} h" in said.splitlines()[-1]
+    done = s.tasks["vqa/seed-0"].done
+    study_pairs.write(done, {})
+    study.show_plan(s, ["vqa"], 2, False)
+    assert capsys.readouterr().out.splitlines()[2].split()[1:3] == ["5", "4"]
+
+
+def test_results_of_another_plan_are_refused(toy_study):
+    s = toy_study
+    study.go(s, ["vqa"], 1, True)
+    s.plan = {"x": 2}
+    with pytest.raises(SystemExit, match="belongs to another plan"):
+        study.refuse_other_plans(s)
+
+
+def test_clear_words_for_bad_input(tmp_path):
+    for words, said in ((["--seeds", "0"], "--seeds must be at least 1"),
+                        (["--seeds", "11"], "--seeds must be at most 10"),
+                        (["--parts", "nose"], "invalid choice: 'nose'")):
+        done = run("study.py", *words, "--out", tmp_path, "--plan", check=False)
+        assert done.returncode and said in done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------- the section
+
+def fake_results(out, plan, seeds=5):
+    """Results with every value: DPO 2 points above SFT, SFT 1 above stage 1, ±0.1 by seed."""
+    s = study_plan.Study(plan, seeds, out.parent / "w", out)
+    level = {"original": 50, "stage1": 60, "sft": 61, "dpo": 63, "chance": 5}
+    measures = [f"{p} {g}" for p in ("vqa", "repair") for g in (*report.GROUPS, "average")]
+    for task in s.tasks.values():
+        name = task.name.split("/")[-1]
+        bump = 0.1 * int(name.split("-")[1]) if name.startswith("seed") else 0
+        values = {c: {m: v + bump * (c == "dpo") for m in [*measures, "linear", "seg", "align",
+                                                           "heat"]} for c, v in level.items()}
+        if name == "chosen":
+            values = {m: {"rate": 1e-4} for m in ("sft", "dpo")}
+        if name == "pairs":
+            values = {"counts": {"sampled": 4000}}
+        where = task.done if task.part else out / "made" / f"{task.name.replace('/', '-')}.json"
+        study_pairs.write(where, {"values": values, "seconds": 36.0, "plan": study.digest(plan)})
+    return report.Results(out)
+
+
+def test_section_from_full_results(tmp_path):
+    plan = study_plan.FULL
+    summary = report.summarise(fake_results(tmp_path / "results", plan), plan)
+    found = {f["finding"]: f for f in summary["findings"]}
+    one = found["the model, average: DPO above SFT"]
+    assert one["by_seed"] == pytest.approx([2.0, 2.1, 2.2, 2.3, 2.4]) and one["verdict"] == "holds"
+    assert found["the model, Knowledge: a tie"]["verdict"] == "does not"
+    gap = found["the gap is larger with the fewest pairs than with the most"]
+    assert gap["by_seed"] == pytest.approx([0] * 5) and gap["verdict"] == "undecided"
+    assert not [f for f in summary["findings"] if f["verdict"] == "not run yet"]
+    text = report.section(summary, plan)
+    assert "| +2.2 [+2.0, +2.4] | holds |" in text and "5 seeds" in text
+    assert "4,000 to 4,000 of 42,000" in text and "lr.png" in text
+    assert text.count("\n| DPO, ") == 5 and text.count("\n| *DPO, ") == 3
+
+
+def test_findings_stay_listed_when_nothing_was_run(tmp_path):
+    summary = report.summarise(report.Results(tmp_path))
+    assert {f["verdict"] for f in summary["findings"]} == {"not run yet"}
+    text = report.section(summary)
+    assert "has not been run yet" in text and ".png" not in text
+    assert text.count("not run yet |") == len(summary["findings"]) >= 30
+
+
+def test_one_seed_decides_nothing(tmp_path):
+    summary = report.summarise(fake_results(tmp_path / "results", study_plan.FULL, seeds=1))
+    assert {f["verdict"] for f in summary["findings"]} == {"undecided"}       # the rates: equal
+
+
+def test_readme_section_is_the_committed_jsons():
+    """What the README says of the study, to the letter, is what results/*/*.json give."""
+    text = report.section(report.summarise(report.Results(RESULTS)))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.put_section(readme, text) == readme, "run: python study_report.py"
+    assert sum(f.stat().st_size for f in RESULTS.rglob("*") if f.is_file()) < 5e6
+
+
+def test_committed_results_are_of_the_registered_plan():
+    study.refuse_other_plans(study_plan.Study(study_plan.FULL, 1, "runs/none", RESULTS))
+
+
+def test_figures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "results"
+    report.draw_figures(report.summarise(fake_results(out, study_plan.FULL)), out)
+    assert {p.stem for p in out.glob("*.png")} == {name for name, *_ in report.FIGURES}
+
+
+def test_a_seed_run_again_is_compared_value_by_value(tmp_path, capsys):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out in (one, two):
+        fake_results(out, study_plan.QUICK, seeds=1)
+    both, apart = report.differing(one, two)
+    assert len(both) > 20 and not apart
+    changed = json.loads((two / "vqa/seed-0.json").read_text())
+    changed["values"]["dpo"]["vqa average"] += 1e-12
+    study_pairs.write(two / "vqa/seed-0.json", {**changed, "seconds": 1})
+    assert report.differing(one, two)[1] == ["vqa/seed-0.json"]
+
+
+# ------------------------------------------------------------- commands and what is read of them
+
+SCORES = {"groups": dict.fromkeys(report.GROUPS, 50.0), "average": 50.0}
+
+
+def pretend(command):
+    """Write what a stage's command would have written, where it would have."""
+    import repair_eval
+    script, flags, name = command[0], {}, None
+    for word in command[1:]:
+        name = word if word.startswith("--") else name
+        flags.setdefault(name, []).extend([] if word.startswith("--") else [word])
+    one = {k.strip("-"): v[0] for k, v in flags.items() if k and v}
+
+    def put(path, value):
+        study_pairs.write(study_pairs.Path(path), value)
+    if script in ("pretrain.py", "train_sft.py", "train_dpo.py"):
+        stage = f"{one['run']}/{script[:-3].removeprefix('train_')}"
+        put(f"{stage}/config.json", {"data_digest": "d", "data": "x", "arguments": {
+            "lr": float(one.get("lr", 0))}})
+        put(f"{stage}/metrics.jsonl", 0)
+        study_pairs.Path(stage, "metrics.jsonl").write_text(
+            '{"step": 2, "loss": 1}\n{"step": 3, "heldout_margin": 0, "heldout_accuracy": 0.5}\n')
+        put(f"{stage}/final/config.json", {})
+    elif script == "extract.py":
+        put(f"{one['run']}/{one['stage']}/encoder/config.json", {})
+    elif script == "repair_eval.py" and "mllm" in one:
+        put(study_pairs.Path(one["mllm"]).parent / "bench" / "results.json", SCORES)
+    elif script == "repair_eval.py":
+        folder = repair_eval.repair_folder(study.argparse.Namespace(
+            encoder=one["encoder"], run=one["run"], run_typed=True, reuse_projector_layers=0))
+        put(folder / "bench" / "results.json", SCORES)
+    elif script == "gradcam.py":
+        put(f"{one['run']}/probes/gradcam/results.json", {"share_inside": {
+            k: {"mean": 0.5} for k in ("SFT", "DPO", "chance")}})
+    elif script.startswith("probe_"):
+        eyes = flags["--encoder"]
+        assert len(eyes) == len(set(eyes)) and all(
+            e == "toy-vit" or (study_pairs.Path(e) / "config.json").exists() for e in eyes)
+        put(f"{one['out']}/results.json", {
+            "encoders": {e: {"top1": {"mean": 0.5}, "recall": [0.4, 0.6]} for e in eyes},
+            "scores": [{"mean": 0.5} for e in eyes]})
+    else:                                                    # weights: toy.py, study_models.py
+        put(f"{one['out']}/{[w for w in command if w.startswith('toy-')][0]}/config.json", {})
+
+
+def test_every_run_reads_what_its_commands_write_and_every_finding_is_fed(tmp_path):
+    """The whole plan with stages that only pretend: names of files, conditions and measures fit
+    from the first command to the last finding; every flag is one its script knows."""
+    plan = study_plan.QUICK
+    s = study_plan.Study(plan, 2, tmp_path / "work", tmp_path / "out")
+    known = (ROOT / "flags.py").read_text()
+    for task in study.pending(s, list(study_plan.PARTS)):
+        if task.name.endswith(("/world", "/pairs")):
+            study_pairs.write(task.done, {})
+            continue
+        commands = [[str(w) for w in c] for c in task.steps()]
+        for command in commands:
+            source = known + (ROOT / command[0]).read_text()
+            assert all(f'"{w}"' in source for w in command if w.startswith("--")), command
+            pretend(command)
+        values = task.gather() if task.gather else None
+        if task.part:
+            study_pairs.write(task.done, {"values": values, "seconds": 1})
+        assert task.done.exists(), task.name
+    assert study.pending(s, list(study_plan.PARTS)) == []
+    summary = report.summarise(report.Results(s.out), plan)
+    assert {f["verdict"] for f in summary["findings"]} <= {"undecided", "holds", "does not"}
+    cells = [c for row in summary["each_minus_stage1"] + summary["controls"] for c in row.values()]
+    assert None not in cells
+    assert s.chosen() == dict.fromkeys(("sft", "dpo"), plan["rates"][0])     # all equal: the lowest
+
+
+# --------------------------------------------------------------------------------- the two eyes
+
+@pytest.mark.parametrize("name", ["toy-vit-supervised", "toy-vit-masked"])
+def test_other_eyes_open_and_are_the_same_twice(name, tmp_path):
+    import encoders
+    for out in ("one", "two"):
+        run("study_models.py", name, "--out", tmp_path / out, "--steps", 2)
+    one, two = ((tmp_path / out / name / "model.safetensors").read_bytes() for out in
+                ("one", "two"))
+    assert one == two
+    assert encoders.load_encoder(str(tmp_path / "one" / name)).num_tokens == 36
