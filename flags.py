@@ -101,8 +101,8 @@ def settle_two_steps(parser, stage, second, paper, toy):
 def settle(parser, stage, paper, toy, parent=None, argv=None):
     """Parse, then fill every flag left open: parent stage → toy's values → paper's values.
 
-    parent: name of the stage whose final/ is trained on. Prints what is inherited, and where a toy's
-    values differ from the paper's. raises SystemExit with the missing command when the parent is
+    parent: name of the stage whose final/ is trained on. Prints what is inherited, and where a
+    toy's values differ from the paper's. raises SystemExit with the missing command when the parent is
     not there.
     """
     args = parser.parse_args(argv)

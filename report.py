@@ -153,8 +153,8 @@ def compare(folders):
 
 
 def alike(configs):
-    """A line on whether encoders were re-paired alike: the same LLM, the same data in the same order
-    and the same arguments, but for those that name the encoder or say where files are.
+    """A line on whether encoders were re-paired alike: the same LLM, the same data in the same
+    order, the same arguments, but for those that name the encoder or say where files are.
     configs: {model: path of its run's config.json}; trained models that are no pair say nothing."""
     free = rundir.FREE | {"encoder", "image_size", "data", "images", "captions", "instruct"}
     pairs = {n: encoders.read_json(p, "arguments") for n, p in configs.items() if p.exists()}

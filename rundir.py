@@ -101,7 +101,8 @@ def moved(folder, parent):
 def refuse_changed(folder, arguments, facts={}):
     """Raise SystemExit, one line, at the first argument or fact that differs from those under which
     the run in this folder was begun, or when its parent has been trained anew since."""
-    old = encoders.read_json(folder / "config.json", "arguments", remedy="; --overwrite starts anew")
+    old = encoders.read_json(folder / "config.json", "arguments",
+                             remedy="; --overwrite starts anew")
     pairs = [(f"--{k.replace('_', '-')}", old["arguments"].get(k), v)
              for k, v in json.loads(json.dumps(arguments, default=str)).items() if k not in FREE]
     pairs += [(k, old.get(k), v) for k, v in facts.items()]

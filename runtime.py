@@ -284,9 +284,9 @@ def launch(main):
             os._exit(1)      # not through a collective that the other processes may never enter
         raise
     except torch.cuda.OutOfMemoryError as e:
-        print(f"error: out of GPU memory: {str(e).splitlines()[0][:90]}; lower --micro-batch, or add "
-              f"--activation-checkpointing (sums are the same); --plan says what fits; what was "
-              f"saved before is whole", file=sys.stderr, flush=True)
+        print(f"error: out of GPU memory: {str(e).splitlines()[0][:90]}; lower --micro-batch or "
+              f"add --activation-checkpointing, the sums stay the same (--plan says what fits); "
+              f"what was saved before is whole", file=sys.stderr, flush=True)
         os._exit(1)
     except RuntimeError as e:
         if "gloo" not in str(e) and not isinstance(e, dist.DistBackendError):

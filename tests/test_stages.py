@@ -276,6 +276,9 @@ def test_repairing_keeps_the_eye_and_scores(trained, world, tmp_path):
     model, _ = m.load_mllm(folder / "final")
     for name, p in encoders.load_encoder(str(encoder)).named_parameters():
         assert torch.equal(p, model.encoder.get_parameter(name)), name
+    starts = [json.loads((d / "config.json").read_text())["projector_digest"]
+              for d in (folder, trained[0] / "pretrain")]
+    assert starts[0] != starts[1]          # the encoder has never met this projector
     two = json.loads((folder / "bench/results.json").read_text())
     assert set(two["groups"]) == {"General", "Knowledge", "OCR & Chart", "Vision-Centric"}
     shutil.copytree(folder / "final", tmp_path / "m/final")
@@ -419,3 +422,12 @@ def test_help_teaches():
         text = run(script, "--help").stdout
         assert "torchrun" in text or script == "extract.py"
         assert re.search(r"Reads +\S", text) and re.search(r"Writes +\S", text)
+
+
+def test_overwrite_counts_for_the_first_start_alone(monkeypatch):
+    """Restarted by torchrun, the same command must not delete what its first start has saved."""
+    import pretrain
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--llm", "toy-lm", "--overwrite"])
+    assert pretrain.get_args().overwrite
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not pretrain.get_args().overwrite
