@@ -152,8 +152,6 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
     if args.attention == "flex" and not (args.plan or torch.cuda.is_available()):
         raise SystemExit("error: --attention flex needs CUDA: torch's FlexAttention has no "
                          "backward pass on a CPU; leave it out")
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        args.overwrite = False           # restarted by torchrun: what was old went the first time
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() or args.plan else "fp32")
     for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas",
                 "log_every", "max_steps", "projector_max_steps", "num_samples", "limit",

@@ -370,7 +370,6 @@ def load_mllm(folder):
     raises SystemExit, one line, when the folder is not one or a tensor is missing or left over.
     """
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     folder = Path(folder)
     if not (folder / "config.json").exists():
@@ -393,7 +392,7 @@ def load_mllm(folder):
     if "second" in facts:
         encoder = encoders.TwoEncoders(encoder, eye(**facts["second"]))
     model = MLLM(encoder, llm, facts["image_token_index"])
-    # Names and shapes first, then one file at a time: the model is never in memory twice.
+    # Names and shapes first, then tensor by tensor: the model is never in memory twice.
     own, stored = {file_name_of(n): t for n, t in model.state_dict().items()}, {}
     if llm.config.tie_word_embeddings:
         own.pop("language_model.lm_head.weight", None)
@@ -412,6 +411,7 @@ def load_mllm(folder):
             raise SystemExit(f"error: {folder} {what} tensor {sorted(keys)[0]} "
                              f"({len(keys)} in all)")
     for file in files:
-        for key, tensor in load_file(file).items():
-            own[key].copy_(tensor)
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():
+                own[key].copy_(tensors.get_tensor(key))
     return no_dropout(model), open_tokenizer(folder)

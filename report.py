@@ -156,9 +156,9 @@ def alike(configs):
     """A line on whether encoders were re-paired alike: the same LLM, the same data in the same
     order, the same arguments, but for those that name the encoder or say where files are.
     configs: {model: path of its run's config.json}; trained models that are no pair say nothing."""
-    free = rundir.FREE | {"encoder", "image_size", "data", "images", "captions", "instruct"}
+    free = rundir.FREE | {"encoder", "llm", "image_size", "data", "images", "captions", "instruct"}
     pairs = {n: encoders.read_json(p, "arguments") for n, p in configs.items() if p.exists()}
-    pairs = {n: {"LLM": c["llm_digest"], "data": c["data_digest"],
+    pairs = {n: {"LLM": c.get("llm_digest"), "data": c["data_digest"],
                  **{f"--{k.replace('_', '-')}": v for k, v in c["arguments"].items()
                     if k not in free}} for n, c in pairs.items() if "encoder_digest" in c}
     if len(pairs) < 2:

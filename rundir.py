@@ -98,31 +98,49 @@ def moved(folder, parent):
     return {part: (c / s) ** 0.5 if s else 0.0 for part, (c, s) in squares.items()}, still
 
 
-def refuse_changed(folder, arguments, facts={}):
-    """Raise SystemExit, one line, at the first argument or fact that differs from those under which
-    the run in this folder was begun, or when its parent has been trained anew since."""
-    old = encoders.read_json(folder / "config.json", "arguments",
-                             remedy="; --overwrite starts anew")
-    pairs = [(f"--{k.replace('_', '-')}", old["arguments"].get(k), v)
-             for k, v in json.loads(json.dumps(arguments, default=str)).items() if k not in FREE]
+def difference(folder, arguments, facts={}):
+    """The first argument or fact that differs from those under which the run in this folder was
+    begun, or a parent trained anew since, as a line of refusal; None. By the main process alone."""
+    try:
+        old = encoders.read_json(folder / "config.json", "arguments",
+                                 remedy="; --overwrite starts anew")
+    except SystemExit as e:
+        return e.code
+    pairs = [(f"--{k.replace('_', '-')}", old["arguments"][k], v)
+             for k, v in json.loads(json.dumps(arguments, default=str)).items()
+             if k not in FREE and k in old["arguments"]]
     pairs += [(k, old.get(k), v) for k, v in facts.items()]
     parent = folder.parent / "pretrain" / "final"
     if "parent_digest" in old and "parent_digest" not in facts and parent.exists():
-        pairs += [("parent_digest", old["parent_digest"], file_digest(parent))]
+        pairs += [("parent_digest", old["parent_digest"],
+                   sha256(*sorted(parent.glob("*.safetensors"))))]
     for name, before, now in pairs:
         if before != now:
-            raise SystemExit(f"error: {folder} was begun with {name} {before}, now {now}; go on as "
-                             f"before, name another --run-dir, or --overwrite")
+            return (f"error: {folder} was begun with {name} {before}, now {now}; go on as before, "
+                    f"name another --run-dir, or --overwrite")
 
 
 def finished(folder, args, facts={}):
-    """Is final/ there, made under these arguments and facts? Others are refused, as above."""
-    if not (folder / "final" / "config.json").exists():
-        return False
-    refuse_changed(folder, vars(args), facts)
-    if is_main():                        # the run may have been killed on its last line
+    """Is final/ there, made under these arguments and facts? raises SystemExit when under others."""
+    def look():
+        if not (folder / "final" / "config.json").exists():
+            return False, None
+        return True, difference(folder, vars(args), facts)
+    there, refusal = from_main(look)
+    if refusal:
+        raise SystemExit(refusal)
+    if there and is_main():              # the run may have been killed on its last line
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return True
+    return there
+
+
+def starts_anew(folder, args):
+    """--overwrite? No longer, where torchrun restarts a run that has deleted what was old."""
+    def restarted():
+        path = folder / "config.json"
+        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and path.exists() and \
+            json.loads(path.read_text()).get("torchrun") == os.environ["TORCHELASTIC_RUN_ID"]
+    return args.overwrite and not from_main(restarted)
 
 
 class Run:
@@ -137,7 +155,8 @@ class Run:
         if world()[1] % args.replicas:
             raise SystemExit(f"error: {world()[1]} processes cannot hold --replicas "
                              f"{args.replicas}; take a number that divides them")
-        if not args.overwrite and finished(self.folder, args):
+        self.anew = starts_anew(self.folder, args)
+        if not self.anew and finished(self.folder, args):
             print0(f"{self.folder}/final is already there: nothing to do "
                    f"(--overwrite starts anew)")
             stop()
@@ -147,7 +166,7 @@ class Run:
             raise SystemExit(refusal)
         steps = [int(p.name[5:]) for p in (self.folder / "checkpoints").glob("step-*")
                  if p.name[5:].isdigit() and (p / "position.json").exists()]
-        steps = [] if args.overwrite else steps
+        steps = [] if self.anew else steps
         self.start = from_main(lambda: max(steps, default=0))     # steps already done
 
     def claim(self, patience=5):
@@ -181,17 +200,20 @@ class Run:
         import transformers
         config = {"stage": self.args.stage, "arguments": vars(self.args), "versions": {
             "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": sys.version.split()[0]}}
+            "python": sys.version.split()[0]}, "torchrun": os.environ.get("TORCHELASTIC_RUN_ID")}
         self.config = config = json.loads(json.dumps({**config, **facts}, default=str))
         path = self.folder / "config.json"
         if from_main(lambda: facts) != facts:
             raise SystemExit(f"error: process {world()[0]} read other data than process 0 did (an "
                              f"image that could not be read there?); start again")
-        if self.start and path.exists():
-            refuse_changed(self.folder, config["arguments"], {k: config[k] for k in facts})
+        if self.start:
+            refusal = from_main(lambda: difference(self.folder, config["arguments"],
+                                                   {k: config[k] for k in facts}))
+            if refusal:
+                raise SystemExit(refusal)
         dist.barrier()
         if is_main():
-            for old in self.folder.iterdir() if self.args.overwrite else ():
+            for old in self.folder.iterdir() if self.anew else ():
                 if old.name != "lock":
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
             write_json(path, config)

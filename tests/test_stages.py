@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import encoders
 import model as m
+import rundir
 from conftest import COMMON, ROOT, metrics, run
 
 
@@ -424,10 +426,17 @@ def test_help_teaches():
         assert re.search(r"Reads +\S", text) and re.search(r"Writes +\S", text)
 
 
-def test_overwrite_counts_for_the_first_start_alone(monkeypatch):
-    """Restarted by torchrun, the same command must not delete what its first start has saved."""
-    import pretrain
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--llm", "toy-lm", "--overwrite"])
-    assert pretrain.get_args().overwrite
+def test_overwrite_counts_until_it_has_deleted(monkeypatch, tmp_path):
+    """Restarted by torchrun, the same command must not delete what its own first start saved, but
+    still what an earlier run left when that start died before it came so far."""
+    args = Namespace(overwrite=True)
+    monkeypatch.setattr(rundir, "from_main", lambda make: make())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "ours")
+    assert rundir.starts_anew(tmp_path, args)
+    (tmp_path / "config.json").write_text('{"torchrun": "ours"}')
+    assert rundir.starts_anew(tmp_path, args)              # a first start
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not pretrain.get_args().overwrite
+    assert not rundir.starts_anew(tmp_path, args)
+    (tmp_path / "config.json").write_text('{"torchrun": "an earlier one"}')
+    assert rundir.starts_anew(tmp_path, args)
+    assert not rundir.starts_anew(tmp_path, Namespace(overwrite=False))
