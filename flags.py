@@ -102,8 +102,8 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
     """Parse, then fill every flag left open: parent stage → toy's values → paper's values.
 
     parent: name of the stage whose final/ is trained on. Prints what is inherited, and where a
-    toy's values differ from the paper's. raises SystemExit with the missing command when the parent is
-    not there.
+    toy's values differ from the paper's. raises SystemExit with the missing command when the
+    parent is not there.
     """
     args = parser.parse_args(argv)
     typed = {k for k, v in vars(args).items() if v is not None}

@@ -121,7 +121,7 @@ def difference(folder, arguments, facts={}):
 
 
 def finished(folder, args, facts={}):
-    """Is final/ there, made under these arguments and facts? raises SystemExit when under others."""
+    """Is final/ there, made under these arguments and facts? raises SystemExit if under others."""
     def look():
         if not (folder / "final" / "config.json").exists():
             return False, None
@@ -200,7 +200,8 @@ class Run:
         import transformers
         config = {"stage": self.args.stage, "arguments": vars(self.args), "versions": {
             "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": sys.version.split()[0]}, "torchrun": os.environ.get("TORCHELASTIC_RUN_ID")}
+            "python": sys.version.split()[0]},
+            "torchrun": os.environ.get("TORCHELASTIC_RUN_ID")}           # see starts_anew
         self.config = config = json.loads(json.dumps({**config, **facts}, default=str))
         path = self.folder / "config.json"
         if from_main(lambda: facts) != facts:
