@@ -1,15 +1,15 @@
 """results/*/*.json of the controlled study → a table of findings, figures, the README's section.
 
     python study_report.py                        # results/summary.*, its figures, README.md
-    python study_report.py --out results-quick --no-readme
+    python study_report.py --out results-quick --quick
     python study_report.py --against DIR          # did a seed that was run again give the same?
 
 The unit is the seed. A finding is a difference taken inside each seed (the same world, the same
 stage-1 model), its mean over seeds, and Student's 95 % interval: mean ± t · sd / √n. It *holds* if
 the interval lies wholly on the paper's side of 0, *does not* if wholly on the other, else it is
 *undecided*. A tie holds if the whole interval lies within ±TIE points, and does not if it excludes
-0 and is not within. The list of findings was fixed before any test split was read, and is never
-shortened: what was not run says so.
+0 and is not within. With fewer seeds than are registered nothing is decided. The list of findings was
+fixed before any test split was read, and is never shortened: what was not run says so.
 """
 import argparse
 import json
@@ -81,11 +81,22 @@ class Results:
                 for seed, values in self.values.get((part, run), {}).items()
                 if measure in values.get(condition, {})}
 
-    def combined(self, terms):
-        """Σ sign · value inside each seed that has them all: [value, …] by seed."""
+    def combined(self, terms, first=0):
+        """Σ sign · value inside each seed, from `first` on, that has them all: [value, …]."""
         found = [(sign, self.series(*what)) for sign, what in terms]
         seeds = set.intersection(*(set(s) for _, s in found))
-        return [sum(sign * s[seed] for sign, s in found) for seed in sorted(seeds)]
+        return [sum(sign * s[seed] for sign, s in found) for seed in sorted(seeds)
+                if seed >= first]
+
+    def lost(self, terms):
+        """How many seeds have none of it since a run that these terms need diverged."""
+        seeds = set()
+        for _, (_, part, run, condition) in terms:
+            folder = f"size-{run}" if part == "size" else run or "main"
+            for key in ((part, run), ("made", f"{folder}-{condition}"), ("made", folder),
+                        ("made", "stage1")):
+                seeds |= {s for s, v in self.values.get(key, {}).items() if "diverged" in (v or {})}
+        return len(seeds)
 
 
 def minus(measure, a, b):
@@ -118,7 +129,7 @@ def findings(plan):
              minus("linear", e_dpo, e_sft)),
             ("eye", "segmentation probe: DPO above SFT", "+0.6 to +1.2", "+",
              minus("seg", e_dpo, e_sft)),
-            ("eye", "gradient inside the object: DPO's above SFT's", "pictures", "+",
+            ("eye", "at stage 1, DPO's loss looks at the object more than SFT's", "pictures", "+",
              minus("heat", e_dpo, e_sft)),
             ("eye", "alignment with a language model (× 100): DPO above SFT", "above 0", "+",
              minus("align", e_dpo, e_sft))]
@@ -199,15 +210,27 @@ def control_rows():
 
 def summarise(results, plan=FULL):
     """Everything the section and the figures show, as one JSON-able dict."""
-    def cell(values, side=None):
+    def cell(values):
         if not values:
             return None
         middle, half = interval(values)
-        return {"mean": middle, "half": half, "by_seed": values, "n": len(values),
-                **({"verdict": verdict(values, side)} if side else {})}
-    found = [{"part": part, "finding": text, "paper": paper, "side": side,
-              **(cell(results.combined(terms), side) or {"verdict": "not run yet"})}
-             for part, text, paper, side, terms in findings(plan)]
+        return {"mean": middle, "half": half, "by_seed": values, "n": len(values)}
+
+    def decided(values, side, lost):
+        """All registered seeds decide, or none do."""
+        if len(values) == plan["seeds"]:
+            return verdict(values, side)
+        return (f"{len(values)} of {plan['seeds']} seeds" if values or lost else "not run yet") + \
+            (f"; {lost} lost, diverged" if lost else "")
+    found = []
+    for part, text, paper, side, terms in findings(plan):
+        values = results.combined(terms)
+        found.append({"part": part, "finding": text, "paper": paper, "side": side,
+                      "verdict": decided(values, side, results.lost(terms)), **(cell(values) or {})})
+    untuned = {name: cell(results.combined(minus(m, main_of("dpo", part), main_of("sft", part)),
+                                           plan["tuning_seeds"])) for name, m, part in
+               (("the model", "vqa average", "vqa"), ("linear probe", "linear", "eye"),
+                ("segmentation", "seg", "eye"), ("re-paired", "repair average", "repair"))}
     chosen = results.values.get(("lr", "chosen"), {}).get(0, {})
     rate = {method: v["rate"] for method, v in chosen.items()}
     found.append({"part": "lr", "finding": "best learning rate: DPO's below SFT's (no interval)",
@@ -230,7 +253,8 @@ def summarise(results, plan=FULL):
                  for rate in plan["rates"]] for m in ("sft", "dpo")}
     return {"seeds": len(results.values.get(("vqa", ""), {})), "findings": found,
             "each_minus_stage1": each, "controls": controls,
-            "chosen": rate, "rates": rates,
+            "chosen": rate, "rates": rates, "untuned": untuned,
+            "edge": [m for m in rate if rate[m] in (plan["rates"][0], plan["rates"][-1])],
             "hours_of_one_core": round(results.seconds / 3600, 1),
             "wrong_answers": {str(s): v["counts"] for s, v in kinds.items()},
             "smallest_effect": {"group": smallest_effect(5, plan["world"]["bench"]),
@@ -265,7 +289,9 @@ def section(summary, plan=FULL):
                 f"Rejected answers: the stage-1 model's own wrong ones{found}; {plan['pairs']:,} "
                 f"pairs, {plan['passes']} passes. Learning rates by validation: "
                 f"SFT {s['chosen']['sft']:g}, DPO {s['chosen']['dpo']:g} (the paper's: 5e-6 and "
-                f"1e-6; the grid: {plan['rates'][0]:g} to {plan['rates'][-1]:g}).", ""]
+                f"1e-6; the grid: {plan['rates'][0]:g} to {plan['rates'][-1]:g})."
+                + "".join(f" **{m.upper()}'s is at the edge of the grid**: a better one may lie "
+                          "outside." for m in s["edge"]), ""]
     else:
         out += ["**The full study has not been run yet.**", ""]
     out += [f"With 5 seeds the smallest difference it can see (4 times in 5, where a tenth of the "
@@ -274,6 +300,9 @@ def section(summary, plan=FULL):
             "", "| the paper's finding | paper | here | |", "|---|---|---|---|"]
     out += [f"| {f['finding']} | {f['paper']} | {show(f)} | {f['verdict']} |"
             for f in s["findings"]]
+    if any(s["untuned"].values()):
+        out += ["", f"DPO minus SFT on the seeds from {plan['tuning_seeds']} on, which chose no "
+                "rate: " + ", ".join(f"{k} {show(c)}" for k, c in s["untuned"].items()) + "."]
     if any(e["sft"] for e in s["each_minus_stage1"]):
         out += ["", "Each minus stage 1 (of a re-paired encoder: minus the original):", "",
                 "| | stage 1 | SFT | DPO |", "|---|---|---|---|"]
@@ -415,7 +444,10 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results, and "
                         "where summary.json, summary.md and the figures go (default results)")
-    parser.add_argument("--no-readme", action="store_true", help="leave README.md as it is")
+    parser.add_argument("--no-readme", action="store_true", help="leave README.md as it is; only "
+                        "--out results changes it in any case")
+    parser.add_argument("--quick", action="store_true", help="the sizes of study.py --quick; "
+                        "README.md stays as it is")
     parser.add_argument("--against", type=Path, metavar="DIR", help="write nothing; compare with "
                         "the results in DIR, of another call of study.py, value by value")
     args = parser.parse_args()
@@ -424,14 +456,14 @@ def main():
         print("\n".join([*(f"differs: {p}" for p in apart),
                          f"{len(both) - len(apart)} of {len(both)} results are the same"]))
         raise SystemExit(1 if apart or not both else 0)
-    plan = QUICK if args.no_readme else FULL
+    plan = QUICK if args.quick else FULL
     summary = summarise(Results(args.out), plan)
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "summary.json", summary)
     text = section(summary, plan)
     (args.out / "summary.md").write_text(text)
     draw_figures(summary, args.out)
-    if not args.no_readme:
+    if args.out == Path("results") and not (args.quick or args.no_readme):
         aside = Path("README.md.tmp")
         aside.write_text(put_section(Path("README.md").read_text(encoding="utf-8"), text))
         os.replace(aside, "README.md")
