@@ -109,8 +109,8 @@ def execute(task, out, log, live, plan):
 
 
 class Live(set):
-    """Processes that run now, and whether they were asked to stop. `lock`: the open lock, [] or
-    [file], which they inherit: it is held as long as one of them lives, whatever ends the driver."""
+    """Processes that run now, and whether they were asked to stop. `lock`: [the lock's open file],
+    which they inherit: it is held as long as one of them lives, whatever ends the driver."""
     stopping = False
 
     def __init__(self, lock=()):
@@ -145,8 +145,8 @@ def versions():
 
 
 def pending(study, parts):
-    """Tasks to run for these parts, what others need before them: [Task, …]. Of what is there, those
-    without a note; nothing that needs a run that diverged."""
+    """Tasks to run for these parts, what others need before them: [Task, …]. What is there but has
+    no note is among them; what needs a run that diverged is not."""
     queue = {}
 
     def visit(name):

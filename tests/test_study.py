@@ -8,6 +8,7 @@ import pytest
 
 import data as data_module
 import study
+import study_findings
 import study_pairs
 import study_plan
 import study_report as report
@@ -21,15 +22,15 @@ RESULTS = ROOT / "results"
 
 def test_interval_is_students_by_hand():
     # 1, 2, 3, 4, 5: mean 3, sd √2.5 = 1.58114, standard error 0.70711, t(4) = 2.776 → 1.96293
-    middle, half = report.interval([1, 2, 3, 4, 5])
+    middle, half = study_findings.interval([1, 2, 3, 4, 5])
     assert middle == 3 and half == pytest.approx(1.96293, abs=1e-5)
-    assert report.interval([2.0, 4.0]) == (3, pytest.approx(12.706))     # sd √2, ÷ √2
-    assert report.interval([7.0]) == (7, None)
+    assert study_findings.interval([2.0, 4.0]) == (3, pytest.approx(12.706))     # sd √2, ÷ √2
+    assert study_findings.interval([7.0]) == (7, None)
 
 
 def test_quantiles_agree_with_scipy():
     stats = pytest.importorskip("scipy.stats")          # comes with scikit-learn
-    for df, (t975, t80) in enumerate(zip(report.T975, report.T80), 1):
+    for df, (t975, t80) in enumerate(zip(study_findings.T975, study_findings.T80), 1):
         assert t975 == pytest.approx(stats.t.ppf(0.975, df), abs=6e-4)
         assert t80 == pytest.approx(stats.t.ppf(0.80, df), abs=6e-4)
 
@@ -44,22 +45,33 @@ def test_quantiles_agree_with_scipy():
     ([0.9, 1.0, 1.1, 1.0, 1.0], "=", "holds"),          # not 0, but a tie of the stated width
     ([5, -5, 5, -5, 0], "=", "undecided")])
 def test_verdicts(values, side, said):
-    assert report.verdict(values, side) == said
+    assert study_findings.verdict(values, side) == said
 
 
 def test_smallest_effect_is_the_one_registered():
     text = (RESULTS / "README.md").read_text()
-    assert report.smallest_effect(1, 600) is None
+    assert study_findings.smallest_effect(1, 600) is None
     # (2.776 + 0.941) · √(0.1 / 600 / 5) = 3.717 · 0.0057735 = 2.146 points
-    assert report.smallest_effect(5, 600) == pytest.approx(2.146, abs=1e-3)
+    assert study_findings.smallest_effect(5, 600) == pytest.approx(2.146, abs=1e-3)
     bench, val = study_plan.FULL["world"]["bench"], study_plan.FULL["world"]["imagenet_val"]
     for label, questions in (("a group", bench), ("the average of four groups", 4 * bench),
                              ("the linear probe", 12 * val)):
-        assert f"| {label} | {questions:,} | {report.smallest_effect(5, questions):.1f} |" in text
+        assert f"| {label} | {questions:,} | {study_findings.smallest_effect(5, questions):.1f} |" in text
+
+
+def test_a_tie_holds_as_often_as_registered():
+    """600 questions, a tenth of the answers differ, true difference 0, five seeds."""
+    rng = random.Random(0)
+    sd = 100 * (0.1 / study_plan.FULL["world"]["bench"]) ** 0.5
+    held = [study_findings.verdict([rng.gauss(0, sd) for _ in range(5)], "=") == "holds"
+            for _ in range(4000)]
+    assert sum(held) / 4000 == pytest.approx(0.55, abs=0.03)
+    assert "in about 55 % of cases" in (RESULTS / "README.md").read_text()
 
 
 def test_registration_states_the_plan():
     """Seeds, sizes, grid, passes and margin of results/README.md are those the code uses."""
+    import train_dpo
     text, plan = " ".join((RESULTS / "README.md").read_text().split()), study_plan.FULL
     assert f"{plan['pairs']:,} pairs, {plan['passes']} passes" in text
     sizes = sorted([*plan["sizes"], plan["pairs"]])
@@ -67,9 +79,11 @@ def test_registration_states_the_plan():
     assert [n / sizes[0] for n in sizes] == pytest.approx([1, 5 / 3, 10 / 3, 20 / 3, 40 / 3])
     assert f"answers {plan['world']['preferences']:,} questions" in text
     assert "the grid " + ", ".join(f"{r:.0e}".replace("e-0", "e-") for r in plan["rates"]) in text
-    assert f"{plan['validation']} a group" in text and f"±{report.TIE}" in text
+    assert f"{plan['validation']} a group" in text and f"±{study_findings.TIE}" in text
     assert "t = 2.776" in text and "β = 0.5" in text
-    import train_dpo
+    steps = [n // train_dpo.TOY["global_batch"] * plan["passes"] for n in sizes]
+    assert ", ".join(map(str, steps)) + " steps" in text
+    assert f"{plan['weights']['toy-lm-l']['--steps']:,} + 6,750 steps" in text
     assert train_dpo.TOY["beta"] == 0.5 and train_dpo.TOY["global_batch"] == 32
 
 
@@ -495,7 +509,7 @@ def fake_results(out, plan, seeds=5):
     """Results with every value: DPO 2 points above SFT, SFT 1 above stage 1, ±0.1 by seed."""
     s = study_plan.Study(plan, seeds, out.parent / "w", out)
     level = {"original": 50, "stage1": 60, "sft": 61, "dpo": 63, "chance": 5}
-    measures = [f"{p} {g}" for p in ("vqa", "repair") for g in (*report.GROUPS, "average")]
+    measures = [f"{p} {g}" for p in ("vqa", "repair") for g in (*study_findings.GROUPS, "average")]
     for task in s.tasks.values():
         name = task.name.split("/")[-1]
         bump = 0.1 * int(name.split("-")[1]) if name.startswith("seed") else 0
@@ -597,7 +611,7 @@ def test_a_seed_run_again_is_compared_value_by_value(tmp_path, capsys):
 
 # ------------------------------------------------------------- commands and what is read of them
 
-SCORES = {"groups": dict.fromkeys(report.GROUPS, 50.0), "average": 50.0}
+SCORES = {"groups": dict.fromkeys(study_findings.GROUPS, 50.0), "average": 50.0}
 
 
 def pretend(command):
