@@ -22,6 +22,7 @@ done again. Then study_report.py writes the table, the figures and the README's 
 OUT/README.md of the full study, results/README.md, fixes beforehand what counts as a finding.
 """
 import argparse
+import ast
 import fcntl
 import hashlib
 import json
@@ -33,20 +34,41 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib.metadata import version
+from pathlib import Path
 
 from study_pairs import write
-from study_plan import COST, FULL, PARTS, QUICK, START, Study
+from study_plan import FULL, PARTS, QUICK, Study
+
+# Seconds of each command on one thread of an AMD EPYC, alone on its core; of --quick, START.
+COST = {"world": 100, "stage1": 330, "pool": 230, "sft": 65, "dpo": 130, "vqa": 25, "val": 15,
+        "repair": 110, "linear": 6, "seg": 15, "align": 10, "heat": 40, "extract": 6,
+        "toy-vit-l": 1200, "toy-lm-l": 4800, "toy-vit-supervised": 600, "toy-vit-masked": 600}
+START = 6
 
 
 class Failed(Exception):
     """A command that did not end well: what it said last."""
 
 
+def record_of(task, out):
+    """The file that says what a task gave: its result or, of what only others need, a note."""
+    return task.done if task.part else out / "made" / (task.name.replace("/", "-") + ".json")
+
+
+def diverged(task, out):
+    """Was its loss no number? It is a function of the seed: not run again, and the seed is lost for
+    all that needs it. (A result with such values is there, like any other.)"""
+    record = record_of(task, out)
+    return task.part is None and not task.done.exists() and record.exists() and \
+        "diverged" in (json.loads(record.read_text())["values"] or {})
+
+
 def execute(task, out, log, live, plan):
     """Run a task's commands, one after the other, on one thread; write its result or, of what only
-    others need, a note in OUT/made/: what it was made of and what it cost. `live`: the processes
-    that run now, for a stop to end them. → seconds it took."""
-    start, commands = time.time(), [[str(x) for x in c] for c in task.steps()]
+    others need, a note in OUT/made/: what it was made of and what it cost. Where just the note was
+    lost, nothing is run. `live`: what runs now, for a stop to end it. → seconds it took."""
+    start = time.time()
+    commands = [] if task.done.exists() else [[str(x) for x in c] for c in task.steps()]
     log.parent.mkdir(parents=True, exist_ok=True)
     # One thread, whatever the machine: with another number sums are rounded otherwise.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -57,34 +79,43 @@ def execute(task, out, log, live, plan):
         with open(log, "a") as said:
             said.write(f"\n$ {' '.join(command)}\n")
             said.flush()
-            process = subprocess.Popen(words, stdout=said, stderr=said, env=env)
+            process = subprocess.Popen(words, stdout=said, stderr=said, env=env,
+                                       pass_fds=live.lock)
             live.add(process)
+            if live.stopping:             # asked to stop before it was among those that run
+                process.terminate()
             code = process.wait()
             live.discard(process)
         if code:
             said = [x for x in log.read_text(errors="replace").splitlines() if x.strip()]
             said = "stopped" if live.stopping else \
                 next((x for x in reversed(said[-20:]) if "rror" in x), said[-1])
-            if task.part != "lr" or "nothing was updated" not in said:
+            if "nothing was updated" not in said:
                 raise Failed(said)
-            values = {"diverged": said}           # too high a rate: a result, too
+            values = {"diverged": said}           # that is a result, too
             break
     else:
         values = task.gather() if task.gather else None
     seconds = time.time() - start
-    made = out / "made" / (task.name.replace("/", "-") + ".json")
-    write(task.done if task.part else made, {
+    write(record_of(task, out), {
         "run": task.name, "plan": digest(plan), "versions": versions(),
         "commands": [" ".join(c) for c in commands], "values": values,
         "seconds": round(seconds, 1)})
+    if diverged(task, out):
+        raise Failed(f"the seed is lost for all that needs this: {values['diverged']}")
     if not task.done.exists():
         raise Failed(f"{task.done} was not made; see {log}")
     return seconds
 
 
 class Live(set):
-    """Processes that run now, and whether they were asked to stop."""
+    """Processes that run now, and whether they were asked to stop. `lock`: [the lock's open file],
+    which they inherit: it is held as long as one of them lives, whatever ends the driver."""
     stopping = False
+
+    def __init__(self, lock=()):
+        super().__init__()
+        self.lock = [file.fileno() for file in lock]
 
     def stop(self):
         self.stopping = True
@@ -92,8 +123,21 @@ class Live(set):
             process.terminate()           # a stage saves first; the same command goes on there
 
 
+def code_of(path):
+    """The lines of a source file without docstrings and comments: these may change."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    lines = [line.split("  # ")[0].rstrip() for line in lines]
+    return [line for line in lines if line and not line.lstrip().startswith("#")]
+
+
 def digest(plan):
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
+    """What a result is a result of: the sizes, and the code that makes commands and pairs."""
+    code = [code_of(Path(__file__).with_name(f"study_{n}.py")) for n in ("plan", "pairs", "models")]
+    return hashlib.sha256(json.dumps([plan, code], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def versions():
@@ -101,24 +145,30 @@ def versions():
 
 
 def pending(study, parts):
-    """Tasks to run for these parts, what others need before them: [Task, …]."""
+    """Tasks to run for these parts, what others need before them: [Task, …]. What is there but has
+    no note is among them; what needs a run that diverged is not."""
     queue = {}
 
     def visit(name):
+        """→ Will it be there?"""
         task = study.tasks[name]
-        if name not in queue and not task.done.exists():
-            for need in task.needs:
-                visit(need)
+        if not task.done.exists() and name not in queue:
+            if diverged(task, study.out) or not all([visit(need) for need in task.needs]):
+                return False
+        if not (task.done.exists() and record_of(task, study.out).exists()):
             queue[name] = task
+        return True
     for task in study.tasks.values():
-        if task.part in parts:
+        if task.part in parts or task.part is None and task.done.exists():
             visit(task.name)
     return list(queue.values())
 
 
 def seconds_of(task, quick=False):
-    """Estimate of a task on one thread. A quick one spends its time on starting."""
-    return sum(START * max(1, n) if quick else COST[c] * n for c, n in task.cost.items())
+    """Estimate of a task on one thread. A quick one spends its time on starting; where just a note
+    was lost, there is nothing to run."""
+    return 0 if task.done.exists() else sum(
+        START * max(1, n) if quick else COST[c] * n for c, n in task.cost.items())
 
 
 def clock(seconds):
@@ -142,11 +192,11 @@ def show_plan(study, parts, jobs, quick):
     print(f"{'in all':<25}{clock(total):>10}")
 
 
-def go(study, parts, jobs, quick, limit=float("inf")):
+def go(study, parts, jobs, quick, limit=float("inf"), lock=()):
     """Run all that is pending, but start nothing that would not end within `limit` seconds;
     → {task that failed: why}."""
-    queue, failed, live, spent, planned = pending(study, parts), {}, Live(), 0.0, 0.0
-    count, done = len(queue), 0
+    queue, failed, live, spent, planned = pending(study, parts), {}, Live(lock), 0.0, 0.0
+    count, done, cost = len(queue), 0, {t.name: seconds_of(t, quick) for t in queue}
     running, start, pace = {}, time.time(), 1.0
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -156,9 +206,9 @@ def go(study, parts, jobs, quick, limit=float("inf")):
                     if lost:
                         queue.remove(task)
                         failed[task.name] = f"needs {lost[0]}"
-                    elif len(running) < jobs and all(
-                            study.tasks[n].done.exists() for n in task.needs) and \
-                            time.time() - start + seconds_of(task, quick) * pace < limit:
+                    elif len(running) < jobs and (task.done.exists() or all(
+                            study.tasks[n].done.exists() for n in task.needs)) and \
+                            time.time() - start + cost[task.name] * pace < limit:
                         queue.remove(task)
                         log = study.work / "logs" / (task.name.replace("/", "-") + ".log")
                         running[pool.submit(execute, task, study.out, log, live,
@@ -170,13 +220,14 @@ def go(study, parts, jobs, quick, limit=float("inf")):
                     done += 1
                     try:
                         spent += future.result()
-                        planned += seconds_of(task, quick)
-                    except (Failed, SystemExit, OSError, KeyError, ValueError) as e:
-                        failed[task.name] = str(e)
-                        print(f"FAILED {task.name}: {e}", flush=True)
+                        planned += cost[task.name]
+                    except (Exception, SystemExit) as e:    # whatever it is: of this task alone
+                        failed[task.name] = str(e) if isinstance(e, (Failed, SystemExit)) else \
+                            repr(e)
+                        print(f"FAILED {task.name}: {failed[task.name]}", flush=True)
                         continue
                     pace = spent / planned if planned else 1.0      # this machine's, of estimates
-                    rest = sum(seconds_of(t, quick) for t in [*queue, *running.values()])
+                    rest = sum(cost[t.name] for t in [*queue, *running.values()])
                     print(f"[{done}/{count}] {task.name}, {clock(time.time() - start)} gone, about "
                           f"{clock(rest * pace / jobs)} left", flush=True)
         except KeyboardInterrupt:
@@ -184,16 +235,24 @@ def go(study, parts, jobs, quick, limit=float("inf")):
             raise SystemExit("stopped; the same command goes on from here")
     if queue and not failed:
         print(f"{len(queue)} runs are left: the time is up; the same command goes on from here")
+    for task in queue:
+        if cost[task.name] * pace >= limit:
+            print(f"{task.name} alone takes about {clock(cost[task.name] * pace)}: it is never "
+                  f"started within {clock(limit)}; allow more --minutes once")
     return failed
 
 
 def refuse_other_plans(study):
-    """Results of another plan are not mixed with these; raises SystemExit."""
-    for path in sorted(study.out.glob("*/*.json")):
-        found = json.loads(path.read_text()).get("plan")
-        if found != digest(study.plan):
-            raise SystemExit(f"error: {path} belongs to another plan ({found}, now "
-                             f"{digest(study.plan)}); name another --out, or delete it")
+    """Results and models of another plan, or of other libraries, are not mixed with these; raises
+    SystemExit."""
+    ours = {"plan": digest(study.plan), "versions": versions()}
+    for path in [study.work / "plan.json", *sorted(study.out.glob("*/*.json"))]:
+        found = json.loads(path.read_text()) if path.exists() else ours
+        for key, why in (("plan", "by another plan"), ("versions", "with other libraries")):
+            if found.get(key) != ours[key]:
+                raise SystemExit(f"error: {path} was made {why} ({found.get(key)}, now {ours[key]})"
+                                 "; name another --out and --work, or delete both")
+    return ours
 
 
 def get_args():
@@ -202,7 +261,8 @@ def get_args():
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
         help="; ".join(f"{k}: {v}" for k, v in PARTS.items()) + "; default: all, in this order")
-    add("--seeds", type=int, default=5, help="how many (default 5, as registered)")
+    add("--seeds", type=int, default=5, help="how many (default 5, as registered; fewer: a "
+        "part of the study, which decides nothing)")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)")
     add("--quick", action="store_true", help="tiny sizes, into results-quick/: says whether "
         "everything works, and nothing else")
@@ -216,8 +276,8 @@ def get_args():
     for name in ("seeds", "jobs"):
         if getattr(args, name) < 1:
             raise SystemExit(f"error: --{name} must be at least 1")
-    if args.seeds > 10:
-        raise SystemExit("error: --seeds must be at most 10: the table of Student's t ends there")
+    if args.seeds > FULL["seeds"]:
+        raise SystemExit(f"error: --seeds must be at most {FULL['seeds']}: so many are registered")
     tail = "-quick" if args.quick else ""
     args.out, args.work = args.out or f"results{tail}", args.work or f"runs/study{tail}"
     return args
@@ -226,7 +286,7 @@ def get_args():
 def main():
     args = get_args()
     study = Study(QUICK if args.quick else FULL, args.seeds, args.work, args.out)
-    refuse_other_plans(study)
+    ours = refuse_other_plans(study)
     parts = [p for p in PARTS if p in args.parts]
     show_plan(study, parts, args.jobs, args.quick)
     if args.plan:
@@ -236,12 +296,17 @@ def main():
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise SystemExit(f"error: another study runs in {study.work}")
+            raise SystemExit(f"error: another study runs in {study.work}, or a command of one that "
+                             "was killed; wait for its end")
+        refuse_other_plans(study)                    # again: now nobody else writes here
+        write(study.work / "plan.json", ours)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        failed = go(study, parts, args.jobs, args.quick, 60 * args.minutes)
-    subprocess.run([sys.executable, "study_report.py", "--out", study.out,
-                    *(["--no-readme"] if args.quick else [])])
+        failed = go(study, parts, args.jobs, args.quick, 60 * args.minutes, [lock])
+    report = subprocess.run([sys.executable, "study_report.py", "--out", study.out,
+                             *(["--quick"] if args.quick else [])])
+    if report.returncode:
+        failed["study_report.py"] = f"exit status {report.returncode}"
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{clock(used.ru_utime + used.ru_stime)} of CPU time in this call")
     if failed:

@@ -66,11 +66,20 @@ def write_pool(data):
     (folder / "ToyGeneral.tsv").write_text("\n".join(rows) + "\n")
 
 
+def like(said, right):
+    """What the model said in the form of the right answer: its final punctuation or none, its first
+    letter large or small. Else the form alone would tell the two apart."""
+    ends = ".!?,;: "
+    said = " ".join(said.split()).rstrip(ends) + right[len(right.rstrip(ends)):]
+    case = str.upper if right[:1].isupper() else str.lower if right[:1].islower() else str
+    return case(said[:1]) + said[1:]
+
+
 def wrong(said, right):
     """Is this answer of the model's fit to be rejected: other words than the right one, but as many
-    (else DPO could learn the form)? An answer that differs in case or full stop alone is right."""
+    (else DPO could learn the form)? An answer that differs in form alone is right."""
     from score import plain
-    said, right = plain(said), plain(right)
+    said, right = plain(like(said, right)), plain(right)
     return said != right and len(said.split()) == len(right.split())
 
 
@@ -84,7 +93,8 @@ def kinds_of(pool, said, seed, n):
     rng = random.Random(f"{seed}/kinds")
     items = [r for r in pool if wrong(said[r["id"]], r["chosen"])]
     rng.shuffle(items)
-    out = {"swapped": items, "sampled": [{**r, "rejected": said[r["id"]].strip()} for r in items]}
+    out = {"swapped": items, "sampled": [{**r, "rejected": like(said[r["id"]], r["chosen"])}
+                                         for r in items]}
 
     def others(i, differ):
         """The first item after the i-th, in a circle, that differs."""

@@ -2,7 +2,8 @@
 
 `Study` lists all tasks in the order of their importance, each with what it needs, the file that
 says it is done, its cost, its commands, and what is kept of what they wrote. study.py runs them.
-The sizes in FULL are registered in results/README.md; a result remembers their digest.
+The sizes in FULL are registered in results/README.md; a result remembers a digest of them and of
+this file's code.
 """
 import json
 import os
@@ -16,7 +17,7 @@ from study_pairs import KINDS, hard_pairs, link, write_pool
 PARTS = {"lr": "learning rates, on validation images (paper: App. B.2)",
          "vqa": "the trained models on the benchmarks, by group (section 3)",
          "eye": "linear probe, segmentation, alignment of the detached encoder; heat (section 4)",
-         "repair": "re-paired with a new LLM: original, SFT's, DPO's (section 6)",
+         "repair": "re-paired with toy-lm as pretrained: original, SFT's, DPO's (section 6)",
          "controls": "other rejected answers, swapped images, easy items (not in the paper)",
          "size": "three smaller sets of pairs and a larger one (section 3)",
          "head": "a larger language model to train the encoder through (section 4)",
@@ -29,15 +30,15 @@ VARIANTS = {"head": {"head-l": ("toy-vit", "{}/toy-lm-l")},
                            "masked": ("{}/toy-vit-masked", "toy-lm")}}
 # The plan. Fixed before any test split was read; results/README.md says why each is as it is.
 FULL = dict(
-    first_world=100,             # seeds of the worlds: 100, 101, …; `make demo` has drawn world 0
+    seeds=5, first_world=100,    # seeds of the worlds: 100, 101, …; `make demo` has drawn world 0
     world=dict(captions=3200, instruct=10000, repair=2000, preferences=42000, heldout=600,
                bench=600, imagenet_train=60, imagenet_val=50, ade20k_training=600,
                ade20k_validation=400, align=2048),
     validation=300, rates=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3], tuning_seeds=2, pairs=1600, passes=3,
     sizes=[240, 400, 800, 3200], heat=300, stage={},
-    weights={"toy-lm-l": {"--steps": 9000}})       # toy-lm had 12,000; the others as usual
+    weights={"toy-lm-l": {"--steps": 9000}})       # and 6,750; toy-lm had 12,000 and 6,000
 QUICK = dict(
-    first_world=200,
+    seeds=5, first_world=200,
     world=dict(captions=160, instruct=160, repair=64, preferences=900, heldout=60, bench=36,
                imagenet_train=10, imagenet_val=4, ade20k_training=32, ade20k_validation=16,
                align=64),
@@ -45,11 +46,6 @@ QUICK = dict(
     heat=12, stage={"--projector-epochs": 1}, weights={
         name: {"--steps": 20} for name in ("toy-lm-l", "toy-vit-l", "toy-vit-supervised",
                                            "toy-vit-masked")})
-# Seconds of each command on one thread of an AMD EPYC, alone on its core; of --quick, START.
-COST = {"world": 100, "stage1": 330, "pool": 230, "sft": 65, "dpo": 130, "vqa": 25, "val": 15,
-        "repair": 110, "linear": 6, "seg": 15, "align": 10, "heat": 40, "extract": 6,
-        "toy-vit-l": 1200, "toy-lm-l": 4800, "toy-vit-supervised": 600, "toy-vit-masked": 600}
-START = 6
 
 
 class Task(NamedTuple):
@@ -59,7 +55,7 @@ class Task(NamedTuple):
     part: str | None            # None: others need what it makes, it has no result of its own
     done: Path
     needs: list
-    cost: dict                  # {key of COST: how often}
+    cost: dict                  # {key of study.COST: how often}
     steps: object
     gather: object = None
 
@@ -178,15 +174,21 @@ class Study:
         self.result("lr", "chosen", names, {}, list, self.choose)
 
     def choose(self):
-        """The rate of the best validation average over the tuning seeds; of equals the lowest."""
-        tuning = range(self.plan["tuning_seeds"])
-
-        def score(method, rate):             # a run that diverged has no average: never chosen
-            found = [self.read("lr", f"seed-{s}-{method}-{rate:g}")["values"].get(method, {}).get(
-                "vqa average", float("-inf")) for s in tuning]
-            return sum(found) / len(found)
-        return {m: {"rate": max(self.plan["rates"], key=lambda rate: score(m, rate))}
-                for m in ("sft", "dpo")}
+        """The rate of the best validation average over the tuning seeds; of equals the lowest.
+        A run that diverged has no average: its rate is never chosen."""
+        out, rates, tuning = {}, self.plan["rates"], range(self.plan["tuning_seeds"])
+        found = {(s, m, rate): self.read("lr", f"seed-{s}-{m}-{rate:g}")["values"].get(m, {})
+                 for s in tuning for m in ("sft", "dpo") for rate in rates}
+        for s in tuning:
+            agree(f"seed {s}: data_digest", {f"{m} {rate:g}": v["data_digest"] for (t, m, rate), v
+                                             in found.items() if t == s and v})
+        for m in ("sft", "dpo"):
+            score = {rate: mean([found[s, m, rate].get("vqa average", float("-inf"))
+                                 for s in tuning]) for rate in rates}
+            if max(score.values()) == float("-inf"):
+                raise SystemExit(f"error: {m} diverged at every rate of the grid")
+            out[m] = {"rate": max(rates, key=score.get)}
+        return out
 
     def chosen(self):
         """{method: learning rate}."""
@@ -202,14 +204,9 @@ class Study:
         finals = self.finals(seed, "main")
 
         def gather():
-            configs = [json.loads((finals[m].parent / "config.json").read_text()) for m in
-                       ("sft", "dpo")]
-            digests = {c["data_digest"] for c in configs}
-            if len(digests) != 1:
-                raise SystemExit(f"error: seed {seed}: SFT and DPO saw other items: {digests}")
+            values = scored(finals)
             held = [json.loads(line) for line in
                     (finals["dpo"].parent / "metrics.jsonl").read_text().splitlines()]
-            values = {name: vqa_of(final) for name, final in finals.items()}
             values["dpo"]["held-out pairs"] = [100 * x["heldout_accuracy"] for x in held if
                                                "heldout_accuracy" in x][-1]
             return values
@@ -233,7 +230,7 @@ class Study:
                     lambda: merged(gather(), heat()))
 
     def repair(self, seed):
-        """Frozen encoders under a new LLM and a new projector, all alike."""
+        """Frozen encoders under toy-lm as pretrained and a new projector, all alike."""
         steps, gather = self.repairs(seed, "main", "toy-vit")
         self.result("repair", f"seed-{seed}",
                     [self.trained(seed, "main", m) for m in ("sft", "dpo")],
@@ -253,7 +250,7 @@ class Study:
             self.result("size", f"seed-{seed}-{n}",
                         [self.trained(seed, f"size-{n}", m, n=n) for m in final], {"vqa": 2},
                         lambda final=final: [evaluate(f, self.data(seed)) for f in final.values()],
-                        lambda final=final: {m: vqa_of(f) for m, f in final.items()})
+                        lambda final=final: scored(final))
 
     def variant(self, part, seed):
         """Stage 1, SFT and DPO with another encoder or LLM, on the pairs and with the rates of the
@@ -309,8 +306,7 @@ class Study:
                     {"vqa": len(finals) * times, "linear": m, "seg": m, "repair": m},
                     lambda: [*(evaluate(f, self.data(seed)) for f in finals.values()), *eyes(),
                              *repair()],
-                    lambda: merged({k: vqa_of(f) for k, f in finals.items()}, probed(),
-                                   repaired()))
+                    lambda: merged(scored(finals), probed(), repaired()))
 
     def probes(self, seed, name, original, methods=("sft", "dpo"), align=True):
         """(commands, values) of the frozen features of a run folder's encoders."""
@@ -327,6 +323,7 @@ class Study:
                      "--out", run / "probes" / k, *own[k]] for k, where in which.items()]
 
         def gather():
+            same_items(run / m for m in methods)
             found = {k: json.loads((run / "probes" / k / "results.json").read_text())
                      for k in which}
             values = {}
@@ -340,20 +337,27 @@ class Study:
         return steps, gather
 
     def repairs(self, seed, name, original, methods=("sft", "dpo")):
-        """(commands, values) of a run folder's encoders re-paired with toy-lm."""
+        """(commands, values) of a run folder's encoders re-paired with toy-lm as pretrained and a
+        projector drawn with a seed that no stage used."""
         run, data = self.run(seed, name), self.data(seed)
         eyes = {**({"original": original} if original else {}),
                 **{m: run / m / "encoder" for m in methods}}
 
         def steps():
             return [["repair_eval.py", "--encoder", eye, "--llm", "toy-lm", "--data", data, "--run",
-                     run, "--seed", seed, "--workers", 0, "--show-wrong", 0,
+                     run, "--seed", 1000 + seed, "--workers", 0, "--show-wrong", 0,
                      *flat(self.plan["stage"])] for eye in eyes.values()]
 
         def gather():
             where = [Path(eye).parent.name if Path(eye).name == "encoder" else Path(eye).name
                      for eye in eyes.values()]
-            return {k: vqa_of(run / "repair" / w / "final", "repair") for k, w in zip(eyes, where)}
+            where = [run / "repair" / w for w in where]
+            same_items(run / m for m in methods)
+            same_items(where)
+            start = agree("projector_digest", config_of(where, "projector_digest"))
+            if start in config_of([run / "pretrain"], "projector_digest").values():
+                raise SystemExit(f"error: {where[0]}: the projector is stage 1's, not a new one")
+            return {k: vqa_of(w / "final", "repair") for k, w in zip(eyes, where)}
         return steps, gather
 
 
@@ -374,6 +378,29 @@ def extract(run, stage):
     """The command that detaches a stage's encoder into RUN/STAGE/encoder."""
     return ["extract.py", "--run", run, "--stage", stage, "--overwrite"]
 
+
+def config_of(stages, key):
+    """{folder: what its config.json says of `key`}."""
+    return {str(s): json.loads((s / "config.json").read_text())[key] for s in stages}
+
+
+def agree(what, found):
+    """The one value that all have; found: {who: value}. Raises SystemExit where they differ."""
+    values = list(found.values())
+    if any(v != values[0] for v in values):
+        raise SystemExit(f"error: {what} differs: {found}")
+    return values[0] if values else None
+
+
+def same_items(stages):
+    """Refuse training stages that did not see the same items in the same order."""
+    agree("data_digest", config_of(stages, "data_digest"))
+
+
+def scored(finals):
+    """{condition: scores} of models; those trained on after stage 1 saw the same items."""
+    same_items(f.parent for k, f in finals.items() if k != "stage1")
+    return {k: vqa_of(f) for k, f in finals.items()}
 
 
 def vqa_of(final, prefix="vqa"):

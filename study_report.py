@@ -1,213 +1,48 @@
 """results/*/*.json of the controlled study → a table of findings, figures, the README's section.
 
     python study_report.py                        # results/summary.*, its figures, README.md
-    python study_report.py --out results-quick --no-readme
+    python study_report.py --out results-quick --quick
     python study_report.py --against DIR          # did a seed that was run again give the same?
 
-The unit is the seed. A finding is a difference taken inside each seed (the same world, the same
-stage-1 model), its mean over seeds, and Student's 95 % interval: mean ± t · sd / √n. It *holds* if
-the interval lies wholly on the paper's side of 0, *does not* if wholly on the other, else it is
-*undecided*. A tie holds if the whole interval lies within ±TIE points, and does not if it excludes
-0 and is not within. The list of findings was fixed before any test split was read, and is never
-shortened: what was not run says so.
+study_findings.py says what counts as a finding and which there are.
 """
 import argparse
 import json
 import os
-import re
 from pathlib import Path
-from statistics import mean, stdev
 
+from study_findings import (Results, against_stage1, baseline, control_rows, findings, interval,
+                            main_of, minus, smallest_effect, verdict)
 from study_pairs import write
 from study_plan import FULL, QUICK
 
-# Student's t for 1, 2, … degrees of freedom: the 97.5 % and the 80 % quantile.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-T80 = (1.376, 1.061, 0.978, 0.941, 0.920, 0.906, 0.896, 0.889, 0.883)
-TIE = 2.0                                  # points within which two scores count as equal
-GROUPS = ("General", "Knowledge", "OCR & Chart", "Vision-Centric")
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
-
-
-# ------------------------------------------------------------------------------------ statistics
-
-def interval(values):
-    """Mean and half-width of Student's 95 % interval of a list, a value a seed; None for one."""
-    if len(values) < 2:
-        return mean(values), None
-    return mean(values), T975[min(len(values) - 1, len(T975)) - 1] * stdev(values) / \
-        len(values) ** 0.5
-
-
-def verdict(values, side):
-    """ "holds", "does not" or "undecided"; side: the paper's, "+" or "=" (a tie within TIE)."""
-    middle, half = interval(values)
-    if half is None:
-        return "undecided"
-    low, high = middle - half, middle + half
-    if side == "=":
-        return "holds" if -TIE <= low and high <= TIE else \
-            "does not" if low > 0 or high < 0 else "undecided"
-    return "holds" if low > 0 else "does not" if high < 0 else "undecided"
-
-
-def smallest_effect(seeds, questions, discordant=0.1):
-    """The smallest true difference, in points, that `seeds` seeds find 4 times in 5 (at 95 %)
-    where two models differ in `discordant` of the answers to `questions` questions and in nothing
-    else: (t.975 + t.80) √(discordant / questions / seeds). Training luck comes on top."""
-    if seeds < 2:
-        return None
-    return 100 * (T975[seeds - 2] + T80[seeds - 2]) * (discordant / questions / seeds) ** 0.5
-
-
-# -------------------------------------------------------------------------------------- findings
-
-class Results:
-    """All values there are: {(part, run without its seed): {seed: {condition: {measure: …}}}}."""
-
-    def __init__(self, out):
-        self.out, self.values, self.seconds, self.made = Path(out), {}, 0.0, {}
-        for path in sorted(self.out.glob("*/*.json")):
-            found = json.loads(path.read_text())
-            self.seconds += found["seconds"]
-            part, name = path.parent.name, path.stem
-            seed = re.match(r"seed-(\d+)-?", name)
-            key = (part, name[seed.end():] if seed else name)
-            self.values.setdefault(key, {})[int(seed[1]) if seed else 0] = found["values"]
-
-    def series(self, measure, part, run, condition):
-        """{seed: value} of one measure."""
-        return {seed: values[condition][measure]
-                for seed, values in self.values.get((part, run), {}).items()
-                if measure in values.get(condition, {})}
-
-    def combined(self, terms):
-        """Σ sign · value inside each seed that has them all: [value, …] by seed."""
-        found = [(sign, self.series(*what)) for sign, what in terms]
-        seeds = set.intersection(*(set(s) for _, s in found))
-        return [sum(sign * s[seed] for sign, s in found) for seed in sorted(seeds)]
-
-
-def minus(measure, a, b):
-    """The terms of a difference: measure of a minus that of b; each (part, run, condition)."""
-    return [(1, (measure, *a)), (-1, (measure, *b))]
-
-
-def main_of(condition, part="vqa"):
-    """Where the main comparison keeps a condition's values."""
-    return (part, "", condition)
-
-
-def findings(plan):
-    """[(part, the paper's finding, its number, side, terms), …] in the order of the README.
-
-    The numbers are from the paper's tables (So400m with a 1.5B head, where it gives that one);
-    the sizes stand in its proportions 3 : 5 : 10 : 20 : 40."""
-    sizes = sorted([*plan["sizes"], plan["pairs"]])
-
-    def at_size(n, condition):
-        return main_of(condition) if n == plan["pairs"] else ("size", str(n), condition)
-    dpo, sft = main_of("dpo"), main_of("sft")
-    both = minus("vqa average", dpo, sft)
-    out = [("vqa", "the model, average: DPO above SFT", "+1.9", "+", both)]
-    out += [("vqa", f"the model, {g}: " + ("a tie" if g == "Knowledge" else "DPO above SFT"),
-             "0" if g == "Knowledge" else "above 0", "=" if g == "Knowledge" else "+",
-             minus(f"vqa {g}", dpo, sft)) for g in GROUPS]
-    e_dpo, e_sft = main_of("dpo", "eye"), main_of("sft", "eye")
-    out += [("eye", "linear probe of the encoder: DPO above SFT", "+1.8", "+",
-             minus("linear", e_dpo, e_sft)),
-            ("eye", "segmentation probe: DPO above SFT", "+0.6 to +1.2", "+",
-             minus("seg", e_dpo, e_sft)),
-            ("eye", "gradient inside the object: DPO's above SFT's", "pictures", "+",
-             minus("heat", e_dpo, e_sft)),
-            ("eye", "alignment with a language model (× 100): DPO above SFT", "above 0", "+",
-             minus("align", e_dpo, e_sft))]
-    r = {c: main_of(c, "repair") for c in ("original", "sft", "dpo")}
-    out += [("repair", f"re-paired, average: {a} above {b}", p, "+",
-             minus("repair average", r[x], r[y])) for a, x, b, y, p in
-            (("DPO", "dpo", "the original", "original", "+3.2"),
-             ("SFT", "sft", "the original", "original", "+2.2"),
-             ("DPO", "dpo", "SFT", "sft", "+1.0"))]
-    out += [("repair", f"re-paired, {g}: DPO above SFT", p, "+",
-             minus(f"repair {g}", r["dpo"], r["sft"])) for g, p in
-            zip(GROUPS, ("+1.2", "+0.4", "+1.7", "+0.7"))]
-    gaps = [minus("vqa average", at_size(n, "dpo"), at_size(n, "sft")) for n in sizes]
-    out += [("size", f"{n:,} pairs: DPO above SFT", p, "+", gap) for n, gap, p in
-            zip(sizes, gaps, ("+4.0", "+3.0", "+1.9", "+1.9", "+1.8"))]
-    out += [("size", "the gap is larger with the fewest pairs than with the most", "+2.2", "+",
-             gaps[0] + [(-sign, what) for sign, what in gaps[-1]]),
-            ("size", "DPO on the fewest pairs above SFT on the most", "+0.9", "+",
-             minus("vqa average", at_size(sizes[0], "dpo"), at_size(sizes[-1], "sft")))]
-    large = {c: ("head", "head-l", c) for c in ("sft", "dpo")}
-    out += [("head", "DPO's encoder, linear probe: better through the larger head", "+4.4", "+",
-             minus("linear", large["dpo"], e_dpo)),
-            ("head", "DPO's encoder, re-paired: better through the larger head", "above 0", "+",
-             minus("repair average", large["dpo"], r["dpo"])),
-            ("head", "larger head, the model: DPO above SFT", "+2.7", "+",
-             minus("vqa average", large["dpo"], large["sft"]))]
-    eye = {c: ("encoder", "eye-l", c) for c in ("original", "sft", "dpo")}
-    out += [("encoder", "larger encoder, the model: DPO above SFT", "+1.9", "+",
-             minus("vqa average", eye["dpo"], eye["sft"])),
-            ("encoder", "larger encoder, re-paired: DPO above the original", "+2.8", "+",
-             minus("repair average", eye["dpo"], eye["original"])),
-            ("encoder", "re-paired: the smaller encoder after DPO above the larger original",
-             "+1.7", "+", minus("repair average", r["dpo"], eye["original"]))]
-    for name, label, p in (("supervised", "class labels", "+2.2"), ("masked", "masking", "+2.9")):
-        e = {c: ("pretrained", name, c) for c in ("original", "sft", "dpo")}
-        out += [("pretrained", f"pretrained by {label}, re-paired: DPO above the original", p, "+",
-                 minus("repair average", e["dpo"], e["original"])),
-                ("pretrained", f"pretrained by {label}, re-paired: DPO above SFT", "not given", "+",
-                 minus("repair average", e["dpo"], e["sft"]))]
-    return out
-
-
-def baseline(measure, condition="stage1"):
-    """Where the main comparison keeps a measure's value at stage 1, or of the original encoder."""
-    if measure.startswith("repair"):
-        return main_of("original", "repair")
-    return main_of(condition, "vqa" if measure.startswith("vqa") else "eye")
-
-
-def against_stage1():
-    """[(label, measure, part, extra conditions)] of the table of each minus stage 1."""
-    return [*((f"the model, {g}", f"vqa {g}", "vqa") for g in (*GROUPS, "average")),
-            ("linear probe", "linear", "eye"), ("segmentation", "seg", "eye"),
-            ("alignment × 100", "align", "eye"),
-            *((f"re-paired, {g} (minus the original)", f"repair {g}", "repair")
-              for g in (*GROUPS, "average"))]
-
-
-def control_rows():
-    """What of the signal trains the eye: [(label, {measure: (part, run)}, condition, kind)]; minus
-    stage 1 or, where a kind is named, minus its DPO."""
-    main = {"vqa average": ("vqa", ""), "linear": ("eye", ""), "seg": ("eye", ""),
-            "repair average": ("repair", "")}
-
-    def other(kind):
-        return {measure: ("controls", kind) for measure in main}
-    return [("SFT, no rejected answer", main, "sft", None),
-            ("DPO, the model's own wrong answer", main, "dpo", None),
-            ("DPO, one attribute swapped", other("swapped"), "dpo", None),
-            ("DPO, the right answer to another question", other("shuffled"), "dpo", None),
-            ("DPO, the model's wrong answer, another image", other("images"), "dpo", None),
-            ("SFT, easy items", other("easy"), "sft", None),
-            ("DPO, easy items, one attribute swapped", other("easy"), "dpo", None),
-            ("*DPO, own wrong answer, minus* one attribute swapped", main, "dpo", "swapped"),
-            ("*DPO, own wrong answer, minus* another question's", main, "dpo", "shuffled"),
-            ("*DPO, own wrong answer, minus* another image", main, "dpo", "images")]
 
 
 def summarise(results, plan=FULL):
     """Everything the section and the figures show, as one JSON-able dict."""
-    def cell(values, side=None):
+    def cell(values):
         if not values:
             return None
         middle, half = interval(values)
-        return {"mean": middle, "half": half, "by_seed": values, "n": len(values),
-                **({"verdict": verdict(values, side)} if side else {})}
-    found = [{"part": part, "finding": text, "paper": paper, "side": side,
-              **(cell(results.combined(terms), side) or {"verdict": "not run yet"})}
-             for part, text, paper, side, terms in findings(plan)]
+        return {"mean": middle, "half": half, "by_seed": values, "n": len(values)}
+
+    def decided(values, side, lost):
+        """All registered seeds decide, or none do."""
+        if len(values) == plan["seeds"]:
+            return verdict(values, side)
+        return (f"{len(values)} of {plan['seeds']} seeds" if values or lost else "not run yet") + \
+            (f"; {lost} lost, diverged" if lost else "")
+    found = []
+    for part, text, paper, side, terms in findings(plan):
+        values = results.combined(terms)
+        found.append({"part": part, "finding": text, "paper": paper, "side": side,
+                      **(cell(values) or {}),
+                      "verdict": decided(values, side, results.lost(terms))})
+    untuned = {name: cell(results.combined(minus(m, main_of("dpo", part), main_of("sft", part)),
+                                           plan["tuning_seeds"])) for name, m, part in
+               (("the model", "vqa average", "vqa"), ("linear probe", "linear", "eye"),
+                ("segmentation", "seg", "eye"), ("re-paired", "repair average", "repair"))}
     chosen = results.values.get(("lr", "chosen"), {}).get(0, {})
     rate = {method: v["rate"] for method, v in chosen.items()}
     found.append({"part": "lr", "finding": "best learning rate: DPO's below SFT's (no interval)",
@@ -230,7 +65,8 @@ def summarise(results, plan=FULL):
                  for rate in plan["rates"]] for m in ("sft", "dpo")}
     return {"seeds": len(results.values.get(("vqa", ""), {})), "findings": found,
             "each_minus_stage1": each, "controls": controls,
-            "chosen": rate, "rates": rates,
+            "chosen": rate, "rates": rates, "untuned": untuned,
+            "edge": [m for m in rate if rate[m] in (plan["rates"][0], plan["rates"][-1])],
             "hours_of_one_core": round(results.seconds / 3600, 1),
             "wrong_answers": {str(s): v["counts"] for s, v in kinds.items()},
             "smallest_effect": {"group": smallest_effect(5, plan["world"]["bench"]),
@@ -265,7 +101,9 @@ def section(summary, plan=FULL):
                 f"Rejected answers: the stage-1 model's own wrong ones{found}; {plan['pairs']:,} "
                 f"pairs, {plan['passes']} passes. Learning rates by validation: "
                 f"SFT {s['chosen']['sft']:g}, DPO {s['chosen']['dpo']:g} (the paper's: 5e-6 and "
-                f"1e-6; the grid: {plan['rates'][0]:g} to {plan['rates'][-1]:g}).", ""]
+                f"1e-6; the grid: {plan['rates'][0]:g} to {plan['rates'][-1]:g})."
+                + "".join(f" **{m.upper()}'s is at the edge of the grid**: a better one may lie "
+                          "outside." for m in s["edge"]), ""]
     else:
         out += ["**The full study has not been run yet.**", ""]
     out += [f"With 5 seeds the smallest difference it can see (4 times in 5, where a tenth of the "
@@ -274,6 +112,9 @@ def section(summary, plan=FULL):
             "", "| the paper's finding | paper | here | |", "|---|---|---|---|"]
     out += [f"| {f['finding']} | {f['paper']} | {show(f)} | {f['verdict']} |"
             for f in s["findings"]]
+    if any(s["untuned"].values()):
+        out += ["", f"DPO minus SFT on the seeds from {plan['tuning_seeds']} on, which chose no "
+                "rate: " + ", ".join(f"{k} {show(c)}" for k, c in s["untuned"].items()) + "."]
     if any(e["sft"] for e in s["each_minus_stage1"]):
         out += ["", "Each minus stage 1 (of a re-paired encoder: minus the original):", "",
                 "| | stage 1 | SFT | DPO |", "|---|---|---|---|"]
@@ -415,7 +256,10 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results, and "
                         "where summary.json, summary.md and the figures go (default results)")
-    parser.add_argument("--no-readme", action="store_true", help="leave README.md as it is")
+    parser.add_argument("--no-readme", action="store_true", help="leave README.md as it is; only "
+                        "--out results changes it in any case")
+    parser.add_argument("--quick", action="store_true", help="the sizes of study.py --quick; "
+                        "README.md stays as it is")
     parser.add_argument("--against", type=Path, metavar="DIR", help="write nothing; compare with "
                         "the results in DIR, of another call of study.py, value by value")
     args = parser.parse_args()
@@ -424,14 +268,14 @@ def main():
         print("\n".join([*(f"differs: {p}" for p in apart),
                          f"{len(both) - len(apart)} of {len(both)} results are the same"]))
         raise SystemExit(1 if apart or not both else 0)
-    plan = QUICK if args.no_readme else FULL
+    plan = QUICK if args.quick else FULL
     summary = summarise(Results(args.out), plan)
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "summary.json", summary)
     text = section(summary, plan)
     (args.out / "summary.md").write_text(text)
     draw_figures(summary, args.out)
-    if not args.no_readme:
+    if args.out == Path("results") and not (args.quick or args.no_readme):
         aside = Path("README.md.tmp")
         aside.write_text(put_section(Path("README.md").read_text(encoding="utf-8"), text))
         os.replace(aside, "README.md")

@@ -8,6 +8,7 @@ import pytest
 
 import data as data_module
 import study
+import study_findings
 import study_pairs
 import study_plan
 import study_report as report
@@ -21,15 +22,15 @@ RESULTS = ROOT / "results"
 
 def test_interval_is_students_by_hand():
     # 1, 2, 3, 4, 5: mean 3, sd √2.5 = 1.58114, standard error 0.70711, t(4) = 2.776 → 1.96293
-    middle, half = report.interval([1, 2, 3, 4, 5])
+    middle, half = study_findings.interval([1, 2, 3, 4, 5])
     assert middle == 3 and half == pytest.approx(1.96293, abs=1e-5)
-    assert report.interval([2.0, 4.0]) == (3, pytest.approx(12.706))     # sd √2, ÷ √2
-    assert report.interval([7.0]) == (7, None)
+    assert study_findings.interval([2.0, 4.0]) == (3, pytest.approx(12.706))     # sd √2, ÷ √2
+    assert study_findings.interval([7.0]) == (7, None)
 
 
 def test_quantiles_agree_with_scipy():
     stats = pytest.importorskip("scipy.stats")          # comes with scikit-learn
-    for df, (t975, t80) in enumerate(zip(report.T975, report.T80), 1):
+    for df, (t975, t80) in enumerate(zip(study_findings.T975, study_findings.T80), 1):
         assert t975 == pytest.approx(stats.t.ppf(0.975, df), abs=6e-4)
         assert t80 == pytest.approx(stats.t.ppf(0.80, df), abs=6e-4)
 
@@ -44,22 +45,33 @@ def test_quantiles_agree_with_scipy():
     ([0.9, 1.0, 1.1, 1.0, 1.0], "=", "holds"),          # not 0, but a tie of the stated width
     ([5, -5, 5, -5, 0], "=", "undecided")])
 def test_verdicts(values, side, said):
-    assert report.verdict(values, side) == said
+    assert study_findings.verdict(values, side) == said
 
 
 def test_smallest_effect_is_the_one_registered():
     text = (RESULTS / "README.md").read_text()
-    assert report.smallest_effect(1, 600) is None
+    assert study_findings.smallest_effect(1, 600) is None
     # (2.776 + 0.941) · √(0.1 / 600 / 5) = 3.717 · 0.0057735 = 2.146 points
-    assert report.smallest_effect(5, 600) == pytest.approx(2.146, abs=1e-3)
+    assert study_findings.smallest_effect(5, 600) == pytest.approx(2.146, abs=1e-3)
     bench, val = study_plan.FULL["world"]["bench"], study_plan.FULL["world"]["imagenet_val"]
     for label, questions in (("a group", bench), ("the average of four groups", 4 * bench),
                              ("the linear probe", 12 * val)):
-        assert f"| {label} | {questions:,} | {report.smallest_effect(5, questions):.1f} |" in text
+        assert f"| {label} | {questions:,} | {study_findings.smallest_effect(5, questions):.1f} |" in text
+
+
+def test_a_tie_holds_as_often_as_registered():
+    """600 questions, a tenth of the answers differ, true difference 0, five seeds."""
+    rng = random.Random(0)
+    sd = 100 * (0.1 / study_plan.FULL["world"]["bench"]) ** 0.5
+    held = [study_findings.verdict([rng.gauss(0, sd) for _ in range(5)], "=") == "holds"
+            for _ in range(4000)]
+    assert sum(held) / 4000 == pytest.approx(0.55, abs=0.03)
+    assert "in about 55 % of cases" in (RESULTS / "README.md").read_text()
 
 
 def test_registration_states_the_plan():
     """Seeds, sizes, grid, passes and margin of results/README.md are those the code uses."""
+    import train_dpo
     text, plan = " ".join((RESULTS / "README.md").read_text().split()), study_plan.FULL
     assert f"{plan['pairs']:,} pairs, {plan['passes']} passes" in text
     sizes = sorted([*plan["sizes"], plan["pairs"]])
@@ -67,9 +79,11 @@ def test_registration_states_the_plan():
     assert [n / sizes[0] for n in sizes] == pytest.approx([1, 5 / 3, 10 / 3, 20 / 3, 40 / 3])
     assert f"answers {plan['world']['preferences']:,} questions" in text
     assert "the grid " + ", ".join(f"{r:.0e}".replace("e-0", "e-") for r in plan["rates"]) in text
-    assert f"{plan['validation']} a group" in text and f"±{report.TIE}" in text
+    assert f"{plan['validation']} a group" in text and f"±{study_findings.TIE}" in text
     assert "t = 2.776" in text and "β = 0.5" in text
-    import train_dpo
+    steps = [n // train_dpo.TOY["global_batch"] * plan["passes"] for n in sizes]
+    assert ", ".join(map(str, steps)) + " steps" in text
+    assert f"{plan['weights']['toy-lm-l']['--steps']:,} + 6,750 steps" in text
     assert train_dpo.TOY["beta"] == 0.5 and train_dpo.TOY["global_batch"] == 32
 
 
@@ -87,6 +101,20 @@ def a_pool(n):
     rng = random.Random(0)
     return [{"id": f"q{i}", "image": f"{i % (n - 3)}.png", "question": f"Question {i}?",
              "chosen": rng.choice("12345"), "rejected": "9"} for i in range(n)]
+
+
+@pytest.mark.parametrize("said, right, form", [
+    ("The circle is blue", "The circle is red.", "The circle is blue."), (" Two. ", "3", "Two"),
+    ("the circle is blue.", "The circle is red", "The circle is blue"), ("Blue!", "red", "blue"),
+    ("6", "5", "6"), ("40", "50.", "40."), ("No", "yes", "no")])
+def test_form_does_not_tell_the_rejected_from_the_chosen(said, right, form):
+    assert study_pairs.like(said, right) == form
+    pool = [{"id": str(i), "image": f"{i}.png", "question": "Which?", "chosen": right,
+             "rejected": "x"} for i in range(2)]
+    kinds = study_pairs.kinds_of(pool, {"0": said, "1": said}, seed=0, n=1)
+    assert {r["rejected"] for k in ("sampled", "images") for r in kinds[k]} == (
+        {form} if len(form.split()) == len(right.split()) else set())
+    assert not study_pairs.wrong("Red!", "red") and not study_pairs.wrong("red", "Red.")
 
 
 def test_kinds_differ_in_one_thing_each():
@@ -189,7 +217,7 @@ def toy_study(tmp_path):
         mark = f"open({str(s.marks)!r}, 'a').write({name!r})"
         made = tmp_path / "a"
         return lambda: [[sys.executable, "-c", f"{mark}; open({str(made)!r}, 'w'); exit({code})"]]
-    s.steps = steps
+    s.steps, s.note = steps, s.out / "made" / "a.json"
     s.add("a", None, tmp_path / "a", [], {"sft": 1}, steps("a"))
     s.result("vqa", "b", ["a"], {"vqa": 1}, steps("b"), lambda: {"dpo": {"m": 1.5}})
     s.result("eye", "c", ["vqa/b"], {"vqa": 1}, steps("c"), lambda: {"dpo": {"m": 2.5}})
@@ -233,21 +261,65 @@ def test_a_killed_driver_goes_on(toy_study, monkeypatch):
     assert study.go(s, ["vqa"], 1, True) == {} and s.marks.read_text() == "abb"
 
 
+def test_a_lost_note_is_written_again_and_nothing_is_run(toy_study):
+    s = toy_study
+    study.go(s, ["vqa"], 1, True)
+    s.note.unlink()
+    assert [t.name for t in study.pending(s, ["vqa"])] == ["a"]
+    s.add("a", None, s.tasks["a"].done, [], {"sft": 1}, lambda: pytest.fail("run again"),
+          lambda: {"counts": 3})
+    assert study.go(s, ["vqa"], 1, True) == {} and s.marks.read_text() == "ab"
+    assert json.loads(s.note.read_text())["values"] == {"counts": 3}
+    assert study.pending(s, ["vqa"]) == []
+
+
+@pytest.mark.parametrize("error", [IndexError("no line"), TypeError("None"), SystemExit("refused")])
+def test_a_gather_that_fails_is_one_failed_task(toy_study, error):
+    s = toy_study
+
+    def gather():
+        raise error
+    s.result("vqa", "b", ["a"], {"vqa": 1}, s.steps("b"), gather)
+    s.result("size", "d", ["a"], {"vqa": 1}, s.steps("d"), lambda: {})
+    failed = study.go(s, ["vqa", "size"], 1, True)
+    assert set(failed) == {"vqa/b"} and str(error) in failed["vqa/b"]
+    assert (s.out / "size" / "d.json").exists() and not (s.out / "vqa" / "b.json").exists()
+
+
+def test_a_run_that_diverged_loses_its_seed_and_is_not_run_again(toy_study):
+    s = toy_study
+    words = f"open({str(s.marks)!r}, 'a').write('x'); " \
+        "print('error: step 3: loss nan; nothing was updated.'); exit(1)"
+    s.add("a", None, s.work / "a", [], {"sft": 1}, lambda: [[sys.executable, "-c", words]])
+    s.result("size", "d", [], {"vqa": 1}, s.steps("d"), lambda: {})
+    failed = study.go(s, ["vqa", "size"], 1, True)
+    assert set(failed) == {"a", "vqa/b"} and "the seed is lost" in failed["a"]
+    assert "loss nan" in json.loads(s.note.read_text())["values"]["diverged"]
+    assert study.go(s, ["vqa", "size"], 1, True) == {} and s.marks.read_text() == "xd"
+
+
 def test_a_rate_too_high_is_a_result_and_never_chosen(toy_study):
     s = toy_study
     words = "print('error: step 3: loss nan; nothing was updated. The batch: x'); exit(1)"
-    for part in ("lr", "size"):                # elsewhere it is a failure
-        s.result(part, "seed-0-sft-1", [], {"sft": 1}, lambda: [[sys.executable, "-c", words]],
-                 lambda: {"sft": {"vqa average": 99.0}})
+    s.result("lr", "seed-0-sft-1", [], {"sft": 1}, lambda: [[sys.executable, "-c", words]],
+             lambda: {"sft": {"vqa average": 99.0}})
     s.add("seed-0/world", None, s.work, [], {}, list)
     s.work.mkdir()
-    assert set(study.go(s, ["lr", "size"], 1, True)) == {"size/seed-0-sft-1"}
+    assert study.go(s, ["lr"], 1, True) == {}
     assert "loss nan" in s.read("lr", "seed-0-sft-1")["values"]["diverged"]
     s.plan = {"tuning_seeds": 1, "rates": [1, 2]}
     for name in ("sft-2", "dpo-1", "dpo-2"):
         study_pairs.write(s.out / "lr" / f"seed-0-{name}.json",
-                          {"values": {name[:3]: {"vqa average": 50.0}}})
+                          {"values": {name[:3]: {"vqa average": 50.0, "data_digest": "d"}}})
     assert s.choose() == {"sft": {"rate": 2}, "dpo": {"rate": 1}}
+    study_pairs.write(s.out / "lr" / "seed-0-dpo-2.json",
+                      {"values": {"dpo": {"vqa average": 50.0, "data_digest": "e"}}})
+    with pytest.raises(SystemExit, match="data_digest differs"):
+        s.choose()
+    for name in ("dpo-1", "dpo-2"):
+        study_pairs.write(s.out / "lr" / f"seed-0-{name}.json", {"values": {"diverged": "nan"}})
+    with pytest.raises(SystemExit, match="dpo diverged at every rate"):
+        s.choose()
 
 
 def test_asked_to_stop_it_stops_and_goes_on(toy_study):
@@ -260,6 +332,48 @@ def test_asked_to_stop_it_stops_and_goes_on(toy_study):
     assert s.marks.read_text() == "a" and not (s.out / "vqa" / "b.json").exists()
     s.result("vqa", "b", ["a"], {"vqa": 1}, s.steps("b"), lambda: {})
     assert study.go(s, ["vqa", "eye"], 1, True) == {} and s.marks.read_text() == "abc"
+
+
+def test_a_command_started_while_stopping_is_ended(toy_study, monkeypatch):
+    """The stop comes after the process was started and before it is among those that run."""
+    s, live, popen = toy_study, study.Live(), study.subprocess.Popen
+
+    def late(*args, **more):
+        process = popen(*args, **more)
+        live.stop()
+        return process
+    monkeypatch.setattr(study.subprocess, "Popen", late)
+    sleep = [sys.executable, "-c", "__import__('time').sleep(9)"]
+    s.add("a", None, s.work, [], {}, lambda: [sleep])
+    with pytest.raises(study.Failed, match="stopped"):
+        study.execute(s.tasks["a"], s.out, s.work / "log", live, s.plan)
+
+
+def test_the_lock_lives_as_long_as_a_child_of_a_killed_driver(toy_study):
+    """The command leaves a process behind, as a driver killed at once leaves its commands."""
+    s, pid = toy_study, toy_study.marks.with_name("pid")
+    fork = "import os, time; child = os.fork(); child or time.sleep(60); " \
+           f"open({str(pid)!r}, 'w').write(str(child)); open({str(s.tasks['a'].done)!r}, 'w')"
+    s.add("a", None, s.tasks["a"].done, [], {}, lambda: [[sys.executable, "-c", fork]])
+    s.work.mkdir()
+    lock = open(s.work / "lock", "w")
+    study.fcntl.flock(lock, study.fcntl.LOCK_EX)
+    assert study.go(s, ["vqa"], 1, True, lock=[lock]) == {}
+    lock.close()
+    with open(s.work / "lock", "w") as other:
+        with pytest.raises(BlockingIOError):
+            study.fcntl.flock(other, study.fcntl.LOCK_EX | study.fcntl.LOCK_NB)
+        os.kill(int(pid.read_text()), 9)
+        study.fcntl.flock(other, study.fcntl.LOCK_EX)        # waits for the end of the process
+
+
+def test_a_task_that_never_fits_is_named(toy_study, capsys):
+    s = toy_study
+    s.add("a", None, s.tasks["a"].done, [], {"toy-lm-l": 1}, s.steps("a"))
+    assert study.go(s, ["vqa"], 1, False, limit=study.COST["toy-lm-l"]) == {}
+    said = capsys.readouterr().out
+    assert "a alone takes about 80 min" in said and "vqa/b alone" not in said
+    assert s.marks.read_text() == ""
 
 
 def test_nothing_is_started_that_would_not_end_in_time(toy_study, capsys):
@@ -288,7 +402,7 @@ def test_the_plan_names_every_need_and_command(tmp_path):
     assert set(order) == set(s.tasks)
     for name, task in s.tasks.items():
         assert all(order.index(n) < order.index(name) for n in task.needs)
-        assert all(c in study_plan.COST for c in task.cost)
+        assert all(c in study.COST for c in task.cost)
         assert task.part is None or task.part in study_plan.PARTS
     counts = {p: sum(t.part == p for t in s.tasks.values()) for p in study_plan.PARTS}
     assert counts == {"lr": 2 * 11 + 1, "vqa": 5, "eye": 5, "repair": 5, "controls": 20, "size": 20,
@@ -314,13 +428,76 @@ def test_results_of_another_plan_are_refused(toy_study):
     s = toy_study
     study.go(s, ["vqa"], 1, True)
     s.plan = {"x": 2}
-    with pytest.raises(SystemExit, match="belongs to another plan"):
+    with pytest.raises(SystemExit, match="by another plan.*--out and --work, or delete both"):
         study.refuse_other_plans(s)
+    s.plan = {"x": 1}
+    study_pairs.write(s.work / "plan.json", study.refuse_other_plans(s))
+    for key, value in (("plan", "f00"), ("versions", {**study.versions(), "torch": "1.0"})):
+        for path in (s.out / "vqa" / "b.json", s.work / "plan.json"):
+            before = json.loads(path.read_text())
+            study_pairs.write(path, {**before, key: value})
+            with pytest.raises(SystemExit, match=f"{path.name} was made"):
+                study.refuse_other_plans(s)
+            study_pairs.write(path, before)
+    assert study.refuse_other_plans(s)["plan"] == study.digest(s.plan)
+
+
+def test_the_digest_is_of_the_code_but_not_of_its_words(tmp_path, monkeypatch):
+    """Another command is another plan; another docstring or comment is not."""
+    for name in ("plan", "pairs", "models"):
+        (tmp_path / f"study_{name}.py").write_text((ROOT / f"study_{name}.py").read_text())
+    ours = study.digest({})
+    monkeypatch.setattr(study, "__file__", str(tmp_path / "study.py"))
+    assert study.digest({}) == ours != study.digest({"x": 1})
+    for name, old, new, same in (
+            ("plan", '"""The study as a plan:', '"""A plan:', True),
+            ("pairs", '"""JSON, ', '"""', True),
+            ("plan", "# and 6,750;", "#", True), ("plan", "1000 + seed", "2000 + seed", False),
+            ("pairs", "{seed}/kinds", "{seed}/k", False), ("models", "1e-3", "2e-3", False)):
+        path = tmp_path / f"study_{name}.py"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        assert (study.digest({}) == ours) is same, old
+        path.write_text(text)
+
+
+def test_readme_is_rewritten_by_the_registered_study_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = f"a {report.BEGIN}{report.END} z"
+    for words, changed in (([], True), (["--quick"], False), (["--no-readme"], False),
+                           (["--out", "other"], False), (["--out", "results/"], True)):
+        (tmp_path / "README.md").write_text(page)
+        monkeypatch.setattr(sys, "argv", ["study_report.py", *words])
+        report.main()
+        assert ((tmp_path / "README.md").read_text() != page) is changed, words
+    assert f"{study_plan.FULL['pairs']:,} pairs" in (tmp_path / "other/summary.md").read_text()
+
+
+def test_the_driver_says_when_the_report_failed(tmp_path, monkeypatch):
+    """And remembers in the folder of work which plan it is of."""
+    work, seen = tmp_path / "work", []
+    monkeypatch.setattr(study, "go", lambda *a: seen.append(a[-1]) or {})
+    monkeypatch.setattr(sys, "argv", ["study.py", "--out", str(tmp_path / "out"), "--work",
+                                      str(work), "--parts", "lr"])
+
+    def ends(code):
+        return lambda command, **more: study.subprocess.CompletedProcess(command, code)
+    monkeypatch.setattr(study.subprocess, "run", ends(3))
+    with pytest.raises(SystemExit, match="study_report.py: exit status 3"):
+        study.main()
+    monkeypatch.setattr(study.subprocess, "run", ends(0))
+    study.main()
+    assert json.loads((work / "plan.json").read_text())["plan"] == study.digest(study_plan.FULL)
+    assert all(len(lock) == 1 for lock in seen) and len(seen) == 2
+    (work / "plan.json").write_text('{"plan": "another"}')
+    with pytest.raises(SystemExit, match="by another plan"):
+        study.main()
 
 
 def test_clear_words_for_bad_input(tmp_path):
     for words, said in ((["--seeds", "0"], "--seeds must be at least 1"),
-                        (["--seeds", "11"], "--seeds must be at most 10"),
+                        (["--seeds", "6"], "--seeds must be at most 5"),
                         (["--parts", "nose"], "invalid choice: 'nose'")):
         done = run("study.py", *words, "--out", tmp_path, "--plan", check=False)
         assert done.returncode and said in done.stdout + done.stderr
@@ -332,7 +509,7 @@ def fake_results(out, plan, seeds=5):
     """Results with every value: DPO 2 points above SFT, SFT 1 above stage 1, ±0.1 by seed."""
     s = study_plan.Study(plan, seeds, out.parent / "w", out)
     level = {"original": 50, "stage1": 60, "sft": 61, "dpo": 63, "chance": 5}
-    measures = [f"{p} {g}" for p in ("vqa", "repair") for g in (*report.GROUPS, "average")]
+    measures = [f"{p} {g}" for p in ("vqa", "repair") for g in (*study_findings.GROUPS, "average")]
     for task in s.tasks.values():
         name = task.name.split("/")[-1]
         bump = 0.1 * int(name.split("-")[1]) if name.startswith("seed") else 0
@@ -361,6 +538,27 @@ def test_section_from_full_results(tmp_path):
     assert "| +2.2 [+2.0, +2.4] | holds |" in text and "5 seeds" in text
     assert "4,000 to 4,000 of 42,000" in text and "lr.png" in text
     assert text.count("\n| DPO, ") == 5 and text.count("\n| *DPO, ") == 3
+    assert "seeds from 2 on, which chose no rate: the model +2.3 [+2.1, +2.5]" in text
+    assert "edge of the grid" not in text and "lost" not in text
+
+
+def test_section_says_what_diverged_and_where_the_grid_ends(tmp_path):
+    plan, out = study_plan.FULL, tmp_path / "results"
+    fake_results(out, plan)
+    lost = {"values": {"diverged": "loss nan"}, "seconds": 1}
+    study_pairs.write(out / "made/seed-3-size-240-dpo.json", lost)
+    (out / "size/seed-3-240.json").unlink()
+    study_pairs.write(out / "repair/seed-1.json", lost)
+    study_pairs.write(out / "lr/chosen.json", {"values": {
+        "sft": {"rate": plan["rates"][-1]}, "dpo": {"rate": 1e-4}}, "seconds": 1})
+    summary = report.summarise(report.Results(out), plan)
+    found = {f["finding"]: f["verdict"] for f in summary["findings"]}
+    assert found["240 pairs: DPO above SFT"] == "4 of 5 seeds; 1 lost, diverged"
+    assert found["re-paired, average: DPO above SFT"] == "4 of 5 seeds; 1 lost, diverged"
+    assert found["the model, average: DPO above SFT"] == "holds"
+    assert found["400 pairs: DPO above SFT"] == "holds"
+    text = report.section(summary, plan)
+    assert "**SFT's is at the edge of the grid**" in text and "DPO's is at the edge" not in text
 
 
 def test_findings_stay_listed_when_nothing_was_run(tmp_path):
@@ -373,7 +571,9 @@ def test_findings_stay_listed_when_nothing_was_run(tmp_path):
 
 def test_one_seed_decides_nothing(tmp_path):
     summary = report.summarise(fake_results(tmp_path / "results", study_plan.FULL, seeds=1))
-    assert {f["verdict"] for f in summary["findings"]} == {"undecided"}       # the rates: equal
+    assert {f["verdict"] for f in summary["findings"]} == {"1 of 5 seeds", "undecided"}    # rates
+    four = report.summarise(fake_results(tmp_path / "four", study_plan.FULL, seeds=4))
+    assert {f["verdict"] for f in four["findings"]} == {"4 of 5 seeds", "undecided"}
 
 
 def test_readme_section_is_the_committed_jsons():
@@ -385,7 +585,9 @@ def test_readme_section_is_the_committed_jsons():
 
 
 def test_committed_results_are_of_the_registered_plan():
-    study.refuse_other_plans(study_plan.Study(study_plan.FULL, 1, "runs/none", RESULTS))
+    ours = study.digest(study_plan.FULL)
+    for path in RESULTS.glob("*/*.json"):
+        assert json.loads(path.read_text())["plan"] == ours, path
 
 
 def test_figures_are_drawn(tmp_path):
@@ -409,7 +611,7 @@ def test_a_seed_run_again_is_compared_value_by_value(tmp_path, capsys):
 
 # ------------------------------------------------------------- commands and what is read of them
 
-SCORES = {"groups": dict.fromkeys(report.GROUPS, 50.0), "average": 50.0}
+SCORES = {"groups": dict.fromkeys(study_findings.GROUPS, 50.0), "average": 50.0}
 
 
 def pretend(command):
@@ -425,8 +627,8 @@ def pretend(command):
         study_pairs.write(study_pairs.Path(path), value)
     if script in ("pretrain.py", "train_sft.py", "train_dpo.py"):
         stage = f"{one['run']}/{script[:-3].removeprefix('train_')}"
-        put(f"{stage}/config.json", {"data_digest": "d", "data": "x", "arguments": {
-            "lr": float(one.get("lr", 0))}})
+        put(f"{stage}/config.json", {"data_digest": "d", "data": "x", "projector_digest": "1",
+                                     "arguments": {"lr": float(one.get("lr", 0))}})
         put(f"{stage}/metrics.jsonl", 0)
         study_pairs.Path(stage, "metrics.jsonl").write_text(
             '{"step": 2, "loss": 1}\n{"step": 3, "heldout_margin": 0, "heldout_accuracy": 0.5}\n')
@@ -439,6 +641,7 @@ def pretend(command):
         folder = repair_eval.repair_folder(study.argparse.Namespace(
             encoder=one["encoder"], run=one["run"], run_typed=True, reuse_projector_layers=0))
         put(folder / "bench" / "results.json", SCORES)
+        put(folder / "config.json", {"data_digest": "r", "projector_digest": one["seed"]})
     elif script == "gradcam.py":
         put(f"{one['run']}/probes/gradcam/results.json", {"share_inside": {
             k: {"mean": 0.5} for k in ("SFT", "DPO", "chance")}})
@@ -460,6 +663,9 @@ def test_every_run_reads_what_its_commands_write_and_every_finding_is_fed(tmp_pa
     s = study_plan.Study(plan, 2, tmp_path / "work", tmp_path / "out")
     known = (ROOT / "flags.py").read_text()
     for task in study.pending(s, list(study_plan.PARTS)):
+        if task.part is None:
+            study_pairs.write(study.record_of(task, s.out), {
+                "values": {"counts": {"sampled": 96}}, "seconds": 1})
         if task.name.endswith(("/world", "/pairs")):
             study_pairs.write(task.done, {})
             continue
@@ -474,10 +680,28 @@ def test_every_run_reads_what_its_commands_write_and_every_finding_is_fed(tmp_pa
         assert task.done.exists(), task.name
     assert study.pending(s, list(study_plan.PARTS)) == []
     summary = report.summarise(report.Results(s.out), plan)
-    assert {f["verdict"] for f in summary["findings"]} <= {"undecided", "holds", "does not"}
+    assert {f["verdict"] for f in summary["findings"]} <= {"2 of 5 seeds", "undecided"}
     cells = [c for row in summary["each_minus_stage1"] + summary["controls"] for c in row.values()]
     assert None not in cells
     assert s.chosen() == dict.fromkeys(("sft", "dpo"), plan["rates"][0])     # all equal: the lowest
+
+    def refused(name, stage, key, value, said):
+        before = json.loads((stage / "config.json").read_text())
+        study_pairs.write(stage / "config.json", {**before, key: value})
+        with pytest.raises(SystemExit, match=said):
+            s.tasks[name].gather()
+        study_pairs.write(stage / "config.json", before)
+    repaired = {"repair/seed-0": "main", "controls/seed-0-easy": "easy",
+                "head/seed-0-head-l": "head-l", "encoder/seed-0-eye-l": "eye-l",
+                "pretrained/seed-0-masked": "masked"}
+    for name, folder in {**repaired, "vqa/seed-0": "main", "eye/seed-0": "main",
+                         "size/seed-0-32": "size-32"}.items():
+        refused(name, s.run(0, folder) / "dpo", "data_digest", "e", "data_digest differs")
+    for name, folder in {**repaired, "controls/seed-0-images": "images"}.items():
+        refused(name, s.run(0, folder) / "pretrain", "projector_digest", "1000", "not a new one")
+    for name, folder in repaired.items():
+        refused(name, s.run(0, folder) / "repair/sft", "projector_digest", "7", "_digest differs")
+        refused(name, s.run(0, folder) / "repair/sft", "data_digest", "7", "_digest differs")
 
 
 # --------------------------------------------------------------------------------- the two eyes

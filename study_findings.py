@@ -1,0 +1,198 @@
+"""What counts as a finding of the study: the list, and the statistics that decide.
+
+The unit is the seed. A finding is a difference taken inside each seed (the same world, the same
+stage-1 model), its mean over seeds, and Student's 95 % interval: mean ± t · sd / √n. It *holds* if
+the interval lies wholly on the paper's side of 0, *does not* if wholly on the other, else it is
+*undecided*. A tie holds if the whole interval lies within ±TIE points, and does not if it excludes
+0 and is not within. With fewer seeds than are registered nothing is decided. The list was fixed
+before any test split was read, and is never shortened: what was not run says so.
+"""
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+# Student's t for 1, 2, … degrees of freedom: the 97.5 % and the 80 % quantile.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+T80 = (1.376, 1.061, 0.978, 0.941, 0.920, 0.906, 0.896, 0.889, 0.883)
+TIE = 2.0                                  # points within which two scores count as equal
+GROUPS = ("General", "Knowledge", "OCR & Chart", "Vision-Centric")
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+def interval(values):
+    """Mean and half-width of Student's 95 % interval of a list, a value a seed; None for one."""
+    if len(values) < 2:
+        return mean(values), None
+    return mean(values), T975[min(len(values) - 1, len(T975)) - 1] * stdev(values) / \
+        len(values) ** 0.5
+
+
+def verdict(values, side):
+    """ "holds", "does not" or "undecided"; side: the paper's, "+" or "=" (a tie within TIE)."""
+    middle, half = interval(values)
+    if half is None:
+        return "undecided"
+    low, high = middle - half, middle + half
+    if side == "=":
+        return "holds" if -TIE <= low and high <= TIE else \
+            "does not" if low > 0 or high < 0 else "undecided"
+    return "holds" if low > 0 else "does not" if high < 0 else "undecided"
+
+
+def smallest_effect(seeds, questions, discordant=0.1):
+    """The smallest true difference, in points, that `seeds` seeds find 4 times in 5 (at 95 %)
+    where two models differ in `discordant` of the answers to `questions` questions and in nothing
+    else: (t.975 + t.80) √(discordant / questions / seeds). Training luck comes on top."""
+    if seeds < 2:
+        return None
+    return 100 * (T975[seeds - 2] + T80[seeds - 2]) * (discordant / questions / seeds) ** 0.5
+
+
+# -------------------------------------------------------------------------------------- findings
+
+class Results:
+    """All values there are: {(part, run without its seed): {seed: {condition: {measure: …}}}}."""
+
+    def __init__(self, out):
+        self.out, self.values, self.seconds, self.made = Path(out), {}, 0.0, {}
+        for path in sorted(self.out.glob("*/*.json")):
+            found = json.loads(path.read_text())
+            self.seconds += found["seconds"]
+            part, name = path.parent.name, path.stem
+            seed = re.match(r"seed-(\d+)-?", name)
+            key = (part, name[seed.end():] if seed else name)
+            self.values.setdefault(key, {})[int(seed[1]) if seed else 0] = found["values"]
+
+    def series(self, measure, part, run, condition):
+        """{seed: value} of one measure."""
+        return {seed: values[condition][measure]
+                for seed, values in self.values.get((part, run), {}).items()
+                if measure in values.get(condition, {})}
+
+    def combined(self, terms, first=0):
+        """Σ sign · value inside each seed, from `first` on, that has them all: [value, …]."""
+        found = [(sign, self.series(*what)) for sign, what in terms]
+        seeds = set.intersection(*(set(s) for _, s in found))
+        return [sum(sign * s[seed] for sign, s in found) for seed in sorted(seeds)
+                if seed >= first]
+
+    def lost(self, terms):
+        """How many seeds have none of it since a run that these terms need diverged."""
+        seeds = set()
+        for _, (_, part, run, condition) in terms:
+            folder = f"size-{run}" if part == "size" else run or "main"
+            for key in ((part, run), ("made", f"{folder}-{condition}"), ("made", folder),
+                        ("made", "stage1")):
+                seeds |= {s for s, v in self.values.get(key, {}).items() if "diverged" in (v or {})}
+        return len(seeds)
+
+
+def minus(measure, a, b):
+    """The terms of a difference: measure of a minus that of b; each (part, run, condition)."""
+    return [(1, (measure, *a)), (-1, (measure, *b))]
+
+
+def main_of(condition, part="vqa"):
+    """Where the main comparison keeps a condition's values."""
+    return (part, "", condition)
+
+
+def findings(plan):
+    """[(part, the paper's finding, its number, side, terms), …] in the order of the README.
+
+    The numbers are from the paper's tables (So400m with a 1.5B head, where it gives that one);
+    the sizes stand in its proportions 3 : 5 : 10 : 20 : 40."""
+    sizes = sorted([*plan["sizes"], plan["pairs"]])
+
+    def at_size(n, condition):
+        return main_of(condition) if n == plan["pairs"] else ("size", str(n), condition)
+    dpo, sft = main_of("dpo"), main_of("sft")
+    both = minus("vqa average", dpo, sft)
+    out = [("vqa", "the model, average: DPO above SFT", "+1.9", "+", both)]
+    out += [("vqa", f"the model, {g}: " + ("a tie" if g == "Knowledge" else "DPO above SFT"),
+             "0" if g == "Knowledge" else "above 0", "=" if g == "Knowledge" else "+",
+             minus(f"vqa {g}", dpo, sft)) for g in GROUPS]
+    e_dpo, e_sft = main_of("dpo", "eye"), main_of("sft", "eye")
+    out += [("eye", "linear probe of the encoder: DPO above SFT", "+1.8", "+",
+             minus("linear", e_dpo, e_sft)),
+            ("eye", "segmentation probe: DPO above SFT", "+0.6 to +1.2", "+",
+             minus("seg", e_dpo, e_sft)),
+            ("eye", "at stage 1, DPO's loss looks at the object more than SFT's", "pictures", "+",
+             minus("heat", e_dpo, e_sft)),
+            ("eye", "alignment with a language model (× 100): DPO above SFT", "above 0", "+",
+             minus("align", e_dpo, e_sft))]
+    r = {c: main_of(c, "repair") for c in ("original", "sft", "dpo")}
+    out += [("repair", f"re-paired, average: {a} above {b}", p, "+",
+             minus("repair average", r[x], r[y])) for a, x, b, y, p in
+            (("DPO", "dpo", "the original", "original", "+3.2"),
+             ("SFT", "sft", "the original", "original", "+2.2"),
+             ("DPO", "dpo", "SFT", "sft", "+1.0"))]
+    out += [("repair", f"re-paired, {g}: DPO above SFT", p, "+",
+             minus(f"repair {g}", r["dpo"], r["sft"])) for g, p in
+            zip(GROUPS, ("+1.2", "+0.4", "+1.7", "+0.7"))]
+    gaps = [minus("vqa average", at_size(n, "dpo"), at_size(n, "sft")) for n in sizes]
+    out += [("size", f"{n:,} pairs: DPO above SFT", p, "+", gap) for n, gap, p in
+            zip(sizes, gaps, ("+4.0", "+3.0", "+1.9", "+1.9", "+1.8"))]
+    out += [("size", "the gap is larger with the fewest pairs than with the most", "+2.2", "+",
+             gaps[0] + [(-sign, what) for sign, what in gaps[-1]]),
+            ("size", "DPO on the fewest pairs above SFT on the most", "+0.9", "+",
+             minus("vqa average", at_size(sizes[0], "dpo"), at_size(sizes[-1], "sft")))]
+    large = {c: ("head", "head-l", c) for c in ("sft", "dpo")}
+    out += [("head", "DPO's encoder, linear probe: better through the larger head", "+4.4", "+",
+             minus("linear", large["dpo"], e_dpo)),
+            ("head", "DPO's encoder, re-paired: better through the larger head", "above 0", "+",
+             minus("repair average", large["dpo"], r["dpo"])),
+            ("head", "larger head, the model: DPO above SFT", "+2.7", "+",
+             minus("vqa average", large["dpo"], large["sft"]))]
+    eye = {c: ("encoder", "eye-l", c) for c in ("original", "sft", "dpo")}
+    out += [("encoder", "larger encoder, the model: DPO above SFT", "+1.9", "+",
+             minus("vqa average", eye["dpo"], eye["sft"])),
+            ("encoder", "larger encoder, re-paired: DPO above the original", "+2.8", "+",
+             minus("repair average", eye["dpo"], eye["original"])),
+            ("encoder", "re-paired: the smaller encoder after DPO above the larger original",
+             "+1.7", "+", minus("repair average", r["dpo"], eye["original"]))]
+    for name, label, p in (("supervised", "class labels", "+2.2"), ("masked", "masking", "+2.9")):
+        e = {c: ("pretrained", name, c) for c in ("original", "sft", "dpo")}
+        out += [("pretrained", f"pretrained by {label}, re-paired: DPO above the original", p, "+",
+                 minus("repair average", e["dpo"], e["original"])),
+                ("pretrained", f"pretrained by {label}, re-paired: DPO above SFT", "not given", "+",
+                 minus("repair average", e["dpo"], e["sft"]))]
+    return out
+
+
+def baseline(measure, condition="stage1"):
+    """Where the main comparison keeps a measure's value at stage 1, or of the original encoder."""
+    if measure.startswith("repair"):
+        return main_of("original", "repair")
+    return main_of(condition, "vqa" if measure.startswith("vqa") else "eye")
+
+
+def against_stage1():
+    """[(label, measure, part, extra conditions)] of the table of each minus stage 1."""
+    return [*((f"the model, {g}", f"vqa {g}", "vqa") for g in (*GROUPS, "average")),
+            ("linear probe", "linear", "eye"), ("segmentation", "seg", "eye"),
+            ("alignment × 100", "align", "eye"),
+            *((f"re-paired, {g} (minus the original)", f"repair {g}", "repair")
+              for g in (*GROUPS, "average"))]
+
+
+def control_rows():
+    """What of the signal trains the eye: [(label, {measure: (part, run)}, condition, kind)]; minus
+    stage 1 or, where a kind is named, minus its DPO."""
+    main = {"vqa average": ("vqa", ""), "linear": ("eye", ""), "seg": ("eye", ""),
+            "repair average": ("repair", "")}
+
+    def other(kind):
+        return {measure: ("controls", kind) for measure in main}
+    return [("SFT, no rejected answer", main, "sft", None),
+            ("DPO, the model's own wrong answer", main, "dpo", None),
+            ("DPO, one attribute swapped", other("swapped"), "dpo", None),
+            ("DPO, the right answer to another question", other("shuffled"), "dpo", None),
+            ("DPO, the model's wrong answer, another image", other("images"), "dpo", None),
+            ("SFT, easy items", other("easy"), "sft", None),
+            ("DPO, easy items, one attribute swapped", other("easy"), "dpo", None),
+            ("*DPO, own wrong answer, minus* one attribute swapped", main, "dpo", "swapped"),
+            ("*DPO, own wrong answer, minus* another question's", main, "dpo", "shuffled"),
+            ("*DPO, own wrong answer, minus* another image", main, "dpo", "images")]
