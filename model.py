@@ -117,6 +117,9 @@ class MLLM(nn.Module):
         self.encoder, self.llm, self.image_token_id = encoder, llm, image_token_id
         self.projector = Projector(encoder.hidden_size, llm.config.hidden_size)
 
+    def set_requires_gradient_sync(self, whether):
+        """Nothing to do for a lone process; under `fully_shard` FSDP's own method takes over."""
+
     def embed(self, pixel_values, input_ids):
         """Token embeddings with the projected patches in place of `<image>`: (B, T, d_llm)."""
         embeds = self.llm.get_input_embeddings()(input_ids)

@@ -174,11 +174,13 @@ def shard_bytes(parameters, processes):
     return sum(-(-p.shape[0] // processes) * (p.numel() // p.shape[0]) * FP32 for p in parameters)
 
 
-def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpointing=False):
+def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpointing=False,
+           sharded=True):
     """Bytes a process needs at its worst moment, by component: {name: bytes}.
 
     model: MLLM (meta or real) whose requires_grad says what is trained; row: its Trace in the
-    compute dtype, of `compute` bytes; processes: those that share one copy of the model.
+    compute dtype, of `compute` bytes; processes: those that share one copy of the model; sharded:
+    under FSDP2, as all but a lone process in fp32 (runtime.shard).
     """
     every = list(model.parameters())
     trained = [p for p in every if p.requires_grad]
@@ -198,9 +200,9 @@ def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpoin
             "gradients": shard_bytes(trained, processes),
             # Between micro-batches FSDP2 keeps whole fp32 gradients and reduces them at the last.
             "accumulated gradients": FP32 * sum(p.numel() for p in trained) * accumulates,
-            "gathered: root": root * compute,           # embeddings, projector: whole all along
-            "gathered: blocks": 2 * largest * compute,  # the one that runs and the next one
-            "block's gradient": busiest * (compute + FP32),
+            "gathered: root": sharded * root * compute,     # embeddings, projector: whole all along
+            "gathered: blocks": sharded * 2 * largest * compute,    # the one that runs and the next
+            "block's gradient": busiest * (compute + FP32 if sharded else FP32 * accumulates),
             "activations": micro_batch * (row.outside + sum(kept) + max(again)),
             # log-softmax, its gradient, and the gradient of the loss, in fp32
             "logits": (3 * FP32 + (compute if compute < FP32 else 0)) * logits}
@@ -217,7 +219,7 @@ def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpoin
         reduced += 0 if accumulates else shard_bytes([p for p in units[i] if p.requires_grad],
                                                      processes)
     # Last the root's gradient is reduced: the embedding's own, the sum, and fp32 to send.
-    end = states + held["gradients"] + whole + FP32 * root_trained * (1 + accumulates)
+    end = states + held["gradients"] + sharded * whole + FP32 * root_trained * (1 + accumulates)
     return held, max(begin, between, end)
 
 
@@ -306,7 +308,8 @@ def phase_plan(args, model, phase):
     mean, worst = (trace(model, *getattr(long, w), pairs) for w in ("mean", "longest"))
     steps = epochs * (long.records // args.global_batch)
     steps = steps if bound is None else min(steps, bound)
-    options = dict(processes=gpus // args.replicas, compute=2 if args.dtype == "bf16" else 4)
+    options = dict(processes=gpus // args.replicas, compute=2 if args.dtype == "bf16" else 4,
+                   sharded=gpus > 1 or args.dtype == "bf16")
     share = args.global_batch // gpus
     fits = {c: fitting(model, worst, USABLE * size, share, checkpointing=c, **options)
             for c in (False, True)}

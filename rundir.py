@@ -139,7 +139,7 @@ def starts_anew(folder, args):
     def restarted():
         path = folder / "config.json"
         return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and path.exists() and \
-            json.loads(path.read_text()).get("torchrun") == os.environ["TORCHELASTIC_RUN_ID"]
+            json.loads(path.read_text()).get("anew_by") == os.environ["TORCHELASTIC_RUN_ID"]
     return args.overwrite and not from_main(restarted)
 
 
@@ -201,7 +201,7 @@ class Run:
         config = {"stage": self.args.stage, "arguments": vars(self.args), "versions": {
             "torch": torch.__version__, "transformers": transformers.__version__,
             "python": sys.version.split()[0]},
-            "torchrun": os.environ.get("TORCHELASTIC_RUN_ID")}           # see starts_anew
+            "anew_by": self.args.overwrite and os.environ.get("TORCHELASTIC_RUN_ID")}
         self.config = config = json.loads(json.dumps({**config, **facts}, default=str))
         path = self.folder / "config.json"
         if from_main(lambda: facts) != facts:

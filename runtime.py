@@ -1,7 +1,7 @@
 """How it is run: processes, sharding, optimisation, timing. What is computed: model.py.
 
 Everything that knows about processes lives here, so that a stage reads the same for one and for
-sixty-four of them. One process is a group of one: the same `fully_shard`, the same checkpoints.
+sixty-four of them. One process is a group of one: the same reductions, the same checkpoints.
 """
 import ctypes
 import math
@@ -117,13 +117,10 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
     """FSDP2: every transformer block is a unit of its own, the rest one root group.
 
     Tied embeddings both stay in the root group, where they remain one tensor. Gradients are summed
-    over processes, not averaged: losses are already divided by *global* counts.
+    over processes, not averaged: losses are already divided by *global* counts. A lone process in
+    fp32 has nothing to gather, cast or exchange: FSDP would only copy its weights (2–6 % of a step).
     """
     size = dist.get_world_size()
-    mesh = init_device_mesh(device.type, (replicas, size // replicas) if replicas > 1 else (size,),
-                            mesh_dim_names=("replicate", "shard")[-1 if replicas == 1 else -2:])
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bf16" else None,
-                                  reduce_dtype=torch.float32)
     if activation_checkpointing:       # non-reentrant: it must also work on frozen inputs
         for part, blocks in ((model.encoder.vision, model.encoder.blocks), (model.llm, ())):
             if part.supports_gradient_checkpointing:
@@ -133,6 +130,12 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if attention == "flex":            # the LLM's alone: the encoder's patches all see each other
         model.llm.set_attn_implementation("flex_attention")
+    if size == 1 and dtype == "fp32":
+        return model.to(device).train()
+    mesh = init_device_mesh(device.type, (replicas, size // replicas) if replicas > 1 else (size,),
+                            mesh_dim_names=("replicate", "shard")[-1 if replicas == 1 else -2:])
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bf16" else None,
+                                  reduce_dtype=torch.float32)
     for block in [*model.encoder.blocks, *model.llm.base_model.layers]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -111,8 +111,8 @@ def batches(shape, samples, layout):
 
 
 class Ours:
-    """The step of train_dpo.py and train_sft.py, made of the repository's own parts: sharded over
-    one process as there, fused AdamW, gradient norms and clipping included."""
+    """The step of train_dpo.py and train_sft.py, made of the repository's own parts: one process in
+    fp32, fused AdamW, gradient norms and clipping included."""
 
     def __init__(self, model, lr=LR):
         device = torch.device("cpu") if torch.distributed.is_initialized() else runtime.start()

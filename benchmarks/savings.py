@@ -12,8 +12,7 @@ other:
   rows       only the rows that predict an answer token go through lm_head
 
 Every variant takes turns with the repository's own step, so that all are comparable although they
-run one after the other. That step is the table's last row, a mean over all these runs: all four
-savings, and `fully_shard` over one process, which the variants written out here go without. Exits
+run one after the other. That step is the table's last row, a mean over all these runs. Exits
 with 1 when the losses of a variant and of that step differ by more than --tolerance.
 """
 import statistics

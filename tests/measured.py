@@ -72,14 +72,17 @@ def count_bytes():
     optimizer = runtime.adamw(model, {"encoder": 1e-5, "projector": 1e-5, "llm": 0})
     (-model(**batch_of(model, 1, 430, 60, 40, True)).sum()).backward()
     optimizer.step()
-    local = [(p.to_local(), p.grad) for p in model.parameters()]
-    real = {"weights": sum(p.nbytes for p, _ in local),
-            "gradients": sum(g.to_local().nbytes for _, g in local if g is not None),
-            "optimizer": sum(s[k].to_local().nbytes for s in optimizer.state.values()
+    def here(tensor):                # a DTensor's shard, or a lone process's whole tensor
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    real = {"weights": sum(here(p).nbytes for p in model.parameters()),
+            "gradients": sum(here(p.grad).nbytes for p in model.parameters()
+                             if p.grad is not None),
+            "optimizer": sum(here(s[k]).nbytes for s in optimizer.state.values()
                              for k in ("exp_avg", "exp_avg_sq"))}
     empty = build("meta")
     runtime.freeze(empty, {"encoder": 1e-5, "projector": 1e-5, "llm": 0})
-    held, _ = plan.memory(empty, plan.trace(empty, 430, 60, 40, True), size, 1, 1, 4)
+    held, _ = plan.memory(empty, plan.trace(empty, 430, 60, 40, True), size, 1, 1, 4,
+                          sharded=size > 1)
     if rank == 0:
         print(json.dumps({"real": real, "planned": {k: held[k] for k in real}}))
     runtime.stop()
@@ -108,7 +111,7 @@ def main():
     empty = build("meta")
     runtime.freeze(empty, rates)
     held, total = plan.memory(empty, plan.trace(empty, *length, pairs), 1, rows, micro_steps, 4,
-                              bool(checkpointing))
+                              bool(checkpointing), sharded=False)
     print(json.dumps({"measured": measured, "planned": total, "held": held}))
     runtime.stop()
 

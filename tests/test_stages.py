@@ -433,10 +433,10 @@ def test_overwrite_counts_until_it_has_deleted(monkeypatch, tmp_path):
     monkeypatch.setattr(rundir, "from_main", lambda make: make())
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "ours")
     assert rundir.starts_anew(tmp_path, args)
-    (tmp_path / "config.json").write_text('{"torchrun": "ours"}')
+    (tmp_path / "config.json").write_text('{"anew_by": "ours"}')
     assert rundir.starts_anew(tmp_path, args)              # a first start
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert not rundir.starts_anew(tmp_path, args)
-    (tmp_path / "config.json").write_text('{"torchrun": "an earlier one"}')
+    (tmp_path / "config.json").write_text('{"anew_by": "an earlier one"}')
     assert rundir.starts_anew(tmp_path, args)
     assert not rundir.starts_anew(tmp_path, Namespace(overwrite=False))
