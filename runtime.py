@@ -118,7 +118,7 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
 
     Tied embeddings both stay in the root group, where they remain one tensor. Gradients are summed
     over processes, not averaged: losses are already divided by *global* counts. A lone process in
-    fp32 has nothing to gather, cast or exchange: FSDP would only copy its weights (2–6 % of a step).
+    fp32 has nothing to gather, cast or exchange: FSDP would only copy weights (2–6 % of a step).
     """
     size = dist.get_world_size()
     if activation_checkpointing:       # non-reentrant: it must also work on frozen inputs
