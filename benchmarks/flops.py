@@ -1,12 +1,13 @@
 """How much of the machine our DPO step uses: its FLOP/s beside those of one large matrix product.
 
-    python benchmarks/flops.py [--shape A] [--quick]
+    python benchmarks/flops.py [--shape A] [--quick] [--profile]
 
 Counted are the model's own FLOPs alone: every linear layer, the patch convolution and attention
 over visible positions; forward once, backward twice (the patch convolution once: no gradient goes
 to pixels). Recomputation, norms, softmax, the optimizer are work the step does and is not credited
 for. The yardstick, an fp32 product of two square matrices, is measured between the steps; for both
-the best of all tries counts, so that a busy machine lowers neither by chance.
+the best of all tries counts, so that a busy machine lowers neither by chance. With --profile
+torch's profiler says afterwards on which operators one more step spends its time.
 """
 import time
 
@@ -46,6 +47,7 @@ def main():
     parser = c.arguments(__doc__)
     parser.add_argument("--shape", choices=sorted(c.SHAPES), default="A")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     shape, side = (c.QUICK if args.quick else c.SHAPES)[args.shape], 256 if args.quick else 2048
@@ -70,6 +72,10 @@ def main():
     c.table(["", "GFLOP/s"], [["our step", f"{reached / 1e9:.1f}"],
                               [f"{side} × {side} product", f"{peak / 1e9:.1f}"],
                               ["share", f"{reached / peak:.1%}"]])
+    if args.profile:
+        with torch.profiler.profile() as profile:
+            ours.dpo_step(batch, ref)
+        print("\n" + profile.key_averages().table("self_cpu_time_total", row_limit=15))
     c.write("flops", args, {"shape": shape._asdict(), "flops": flops, "steps": steps,
                             "products": products, "step_flops_per_s": reached,
                             "product_flops_per_s": peak, "share": reached / peak})

@@ -1,7 +1,7 @@
 """Answering benchmarks: MLLM.generate at batch 16 beside transformers' generate, one question at a
 time, as evaluation scripts call it.
 
-    python benchmarks/generate_vs_transformers.py [--shapes deep shallow] [--quick]
+    python benchmarks/generate_vs_transformers.py [--shapes deep …] [--quick]
 
 Both sides open the same folder of random weights with Qwen2.5's vocabulary. Every prompt has 300
 tokens, 256 of them the image; 16 new tokens are forced on both sides; encoding and prefill are
@@ -10,8 +10,9 @@ on both sides is checked, not assumed.
 
 Batching shortens the decoding alone: the prefill is the same sum of products for 16 questions at
 once or one by one. So the table has a last column, what a decoding that costs nothing would reach
-here: their time by our prefill's. Two shapes, as the balance of the two depends on the model: `deep`
-(SigLIP of 6 × 384, Qwen2 of 8 × 512) and `shallow` (4 × 384, 2 × 1024).
+here: their time by our prefill's. Three shapes, as the balance of the two depends on the model:
+`deep` (SigLIP of 6 × 384, Qwen2 of 8 × 512), `shallow` (4 × 384, 2 × 1024) and `light` (4 × 384,
+2 × 640), where nearly all parameters are those of the vocabulary.
 """
 import statistics
 import tempfile
@@ -27,7 +28,9 @@ NEW, VOCAB = 16, 151_936
 SHAPES = {
     "deep": c.Shape(image_tokens=256, answer=NEW, vocab=VOCAB, batch=16, prompt=44),
     "shallow": c.Shape(image_tokens=256, answer=NEW, vocab=VOCAB, batch=16, prompt=44,
-                       vision=(4, 384), text=(2, 1024))}
+                       vision=(4, 384), text=(2, 1024)),
+    "light": c.Shape(image_tokens=256, answer=NEW, vocab=VOCAB, batch=16, prompt=44,
+                     vision=(4, 384), text=(2, 640))}
 QUICK = c.Shape(image_tokens=16, answer=NEW, vocab=1_000, batch=4, prompt=8, vision=(2, 64),
                 text=(2, 64))
 
