@@ -114,7 +114,8 @@ def fill(config, state, names, file):
         pattern, to = next(((p, to) for p, to in names if re.fullmatch(p, key)), (None, key))
         parts = [(to, tensor)] if not isinstance(to, list) else zip(to, tensor.chunk(len(to)))
         for target, part in parts if to else ():
-            new[re.sub(pattern, target, key) if pattern else key] = part.float().contiguous()
+            new[re.sub(pattern, target, key) if pattern else key] = part.float().clone(
+                memory_format=torch.contiguous_format)       # not the file's own, mapped pages
     wanted = {k: v.shape for k, v in vision.state_dict().items()}
     for what, keys in (("lacks", wanted.keys() - new.keys()),
                        ("has no place for", new.keys() - wanted.keys()),

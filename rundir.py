@@ -201,6 +201,7 @@ class Run:
         config = {"stage": self.args.stage, "arguments": vars(self.args), "versions": {
             "torch": torch.__version__, "transformers": transformers.__version__,
             "python": sys.version.split()[0]},
+            # whose --overwrite it was: see starts_anew
             "anew_by": self.args.overwrite and os.environ.get("TORCHELASTIC_RUN_ID")}
         self.config = config = json.loads(json.dumps({**config, **facts}, default=str))
         path = self.folder / "config.json"

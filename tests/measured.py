@@ -2,7 +2,7 @@
 
     python tests/measured.py MICRO_BATCH MICRO_STEPS CHECKPOINTING SFT|DPO
 
-Prints one JSON line: peak resident bytes above those before the model was built (VmHWM, the
+Prints one JSON line, under torchrun the first process's: peak resident bytes above those before the model was built (VmHWM, the
 kernel's own high-water mark), and what plan.memory() says for the same shapes.
 """
 import json
@@ -94,7 +94,7 @@ def main():
     rows, micro_steps, checkpointing = map(int, sys.argv[1:4])
     pairs = sys.argv[4] == "DPO"
     length = (430, 60, 40)
-    device = runtime.start()
+    device, (rank, size) = runtime.start(), runtime.world()
     rates = dict.fromkeys(runtime.MODULES, 1e-5)
     small = build(device)         # what torch and its libraries need for any model comes first
     small = runtime.shard(small, device, "fp32", False)
@@ -110,9 +110,10 @@ def main():
 
     empty = build("meta")
     runtime.freeze(empty, rates)
-    held, total = plan.memory(empty, plan.trace(empty, *length, pairs), 1, rows, micro_steps, 4,
-                              bool(checkpointing), sharded=False)
-    print(json.dumps({"measured": measured, "planned": total, "held": held}))
+    held, total = plan.memory(empty, plan.trace(empty, *length, pairs), size, rows, micro_steps,
+                              4, bool(checkpointing), sharded=size > 1)
+    if rank == 0:
+        print(json.dumps({"measured": measured, "planned": total, "held": held}))
     runtime.stop()
 
 

@@ -154,7 +154,7 @@ def test_torchrun_restarts_a_killed_worker_by_itself(commands, tmp_path, turn):
     same(folder, calm("dpo"))
 
 
-@pytest.mark.parametrize("before,after", [(2, 1), (1, 4)] if LONG else [(2, 1)])
+@pytest.mark.parametrize("before,after", [(2, 1), (1, 4)] if LONG else [(2, 1), (1, 2)])
 def test_restarted_with_another_number_of_processes(commands, tmp_path, before, after):
     command, calm = commands
     line, folder = command("dpo", f"from-{before}-to-{after}")
