@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import encoders
 import model as m
-from runtime import freeze, print0
+from runtime import freeze, is_sharded, print0
 
 GPUS = {   # name: memory in bytes, dense bf16 FLOP/s (data sheets, SXM)
     "h100": (80e9, 989e12), "h200": (141e9, 989e12), "a100": (80e9, 312e12),
@@ -180,7 +180,7 @@ def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpoin
 
     model: MLLM (meta or real) whose requires_grad says what is trained; row: its Trace in the
     compute dtype, of `compute` bytes; processes: those that share one copy of the model; sharded:
-    under FSDP2, as all but a lone process in fp32 (runtime.shard).
+    under FSDP2 (runtime.is_sharded).
     """
     every = list(model.parameters())
     trained = [p for p in every if p.requires_grad]
@@ -309,7 +309,7 @@ def phase_plan(args, model, phase):
     steps = epochs * (long.records // args.global_batch)
     steps = steps if bound is None else min(steps, bound)
     options = dict(processes=gpus // args.replicas, compute=2 if args.dtype == "bf16" else 4,
-                   sharded=gpus > 1 or args.dtype == "bf16")
+                   sharded=is_sharded(gpus, args.dtype))
     share = args.global_batch // gpus
     fits = {c: fitting(model, worst, USABLE * size, share, checkpointing=c, **options)
             for c in (False, True)}

@@ -112,13 +112,18 @@ def from_main(make):
     return box[0]
 
 
+def is_sharded(processes, dtype):
+    """Under FSDP2? A lone process in fp32 has nothing to gather, cast or exchange."""
+    return processes > 1 or dtype != "fp32"
+
+
 def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=1,
           attention="sdpa"):
     """Under FSDP2 every transformer block is a unit of its own, the rest one root group.
 
     Tied embeddings both stay in the root group, where they remain one tensor. Gradients are summed
     over processes, not averaged: losses are already divided by *global* counts. A lone process in
-    fp32 has nothing to gather, cast or exchange: it trains the plain module, a few percent faster.
+    fp32 trains the plain module, a few percent faster.
     """
     size = dist.get_world_size()
     if activation_checkpointing:       # non-reentrant: it must also work on frozen inputs
@@ -130,7 +135,7 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if attention == "flex":            # the LLM's alone: the encoder's patches all see each other
         model.llm.set_attn_implementation("flex_attention")
-    if size == 1 and dtype == "fp32":
+    if not is_sharded(size, dtype):
         return model.to(device).train()
     mesh = init_device_mesh(device.type, (replicas, size // replicas) if replicas > 1 else (size,),
                             mesh_dim_names=("replicate", "shard")[-1 if replicas == 1 else -2:])

@@ -25,12 +25,9 @@ import torch
 from turns import progress
 
 NEW, VOCAB = 16, 151_936
-SHAPES = {
-    "deep": c.Shape(image_tokens=256, answer=NEW, vocab=VOCAB, batch=16, prompt=44),
-    "shallow": c.Shape(image_tokens=256, answer=NEW, vocab=VOCAB, batch=16, prompt=44,
-                       vision=(4, 384), text=(2, 1024)),
-    "light": c.Shape(image_tokens=256, answer=NEW, vocab=VOCAB, batch=16, prompt=44,
-                     vision=(4, 384), text=(2, 640))}
+DEEP = c.Shape(image_tokens=256, answer=NEW, vocab=VOCAB, batch=16, prompt=44)
+SHAPES = {"deep": DEEP, "shallow": DEEP._replace(vision=(4, 384), text=(2, 1024)),
+          "light": DEEP._replace(vision=(4, 384), text=(2, 640))}
 QUICK = c.Shape(image_tokens=16, answer=NEW, vocab=1_000, batch=4, prompt=8, vision=(2, 64),
                 text=(2, 64))
 

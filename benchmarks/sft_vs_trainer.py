@@ -4,8 +4,8 @@
 
 The same weights, samples, optimizer and threads, fp32, as in dpo_vs_trl.py; the Trainer runs its
 own `train()`, a callback takes the time of each step, and making batches is left out on both sides.
-One thing differs: we put only the rows that predict an answer through lm_head. Exits with 1 when the
-two loss curves differ by more than --tolerance.
+One thing differs: we put only the rows that predict an answer through lm_head. Exits with 1 when
+the two loss curves differ by more than --tolerance.
 """
 import json
 import statistics

@@ -2,8 +2,9 @@
 
     python tests/measured.py MICRO_BATCH MICRO_STEPS CHECKPOINTING SFT|DPO
 
-Prints one JSON line, under torchrun the first process's: peak resident bytes above those before the model was built (VmHWM, the
-kernel's own high-water mark), and what plan.memory() says for the same shapes.
+Prints one JSON line, under torchrun the first process's: peak resident bytes above those before
+the model was built (VmHWM, the kernel's own high-water mark), and what plan.memory() says for the
+same shapes.
 """
 import json
 import os
@@ -72,6 +73,7 @@ def count_bytes():
     optimizer = runtime.adamw(model, {"encoder": 1e-5, "projector": 1e-5, "llm": 0})
     (-model(**batch_of(model, 1, 430, 60, 40, True)).sum()).backward()
     optimizer.step()
+
     def here(tensor):                # a DTensor's shard, or a lone process's whole tensor
         return tensor.to_local() if hasattr(tensor, "to_local") else tensor
     real = {"weights": sum(here(p).nbytes for p in model.parameters()),
@@ -82,7 +84,7 @@ def count_bytes():
     empty = build("meta")
     runtime.freeze(empty, {"encoder": 1e-5, "projector": 1e-5, "llm": 0})
     held, _ = plan.memory(empty, plan.trace(empty, 430, 60, 40, True), size, 1, 1, 4,
-                          sharded=size > 1)
+                          sharded=runtime.is_sharded(size, "fp32"))
     if rank == 0:
         print(json.dumps({"real": real, "planned": {k: held[k] for k in real}}))
     runtime.stop()
@@ -111,7 +113,8 @@ def main():
     empty = build("meta")
     runtime.freeze(empty, rates)
     held, total = plan.memory(empty, plan.trace(empty, *length, pairs), size, rows, micro_steps,
-                              4, bool(checkpointing), sharded=size > 1)
+                              4, bool(checkpointing),
+                              sharded=runtime.is_sharded(size, "fp32"))
     if rank == 0:
         print(json.dumps({"measured": measured, "planned": total, "held": held}))
     runtime.stop()
