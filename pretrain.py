@@ -78,7 +78,7 @@ def train(args, run, device, model, tokenizer, facts, phases):
         optimizer = runtime.adamw(model, rates)       # on the sharded fp32 masters
         if run.start > first:
             run.resume(model, optimizer)
-        elif run.start:
+        elif run.start == first > 0:
             run.resume(model)                         # at the border: weights alone
         start = max(run.start - first, 0)
 

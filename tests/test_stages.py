@@ -1,6 +1,7 @@
 """The real scripts, run as a user runs them, on a world of a hundred pairs."""
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -135,29 +136,37 @@ def test_live_reference_gives_the_losses_of_the_cached_one(trained, fresh, world
     close(metrics(fresh / "dpo"), metrics(trained[0] / "dpo"))
 
 
-@pytest.mark.parametrize("script", ["pretrain", "train_dpo"])
-def test_stopped_and_started_again_is_bit_equal(trained, fresh, world, tmp_path, script):
-    """Invariant 5, the polite way: SIGTERM, then the same command. Kill -9 leaves even less."""
-    if script == "pretrain":
-        folder, name = tmp_path / "new", "pretrain"
-        command = ["pretrain.py", "--run", folder, "--encoder", "toy-vit", *COMMON, "--data", world,
-                   "--projector-max-steps", 2, "--max-steps", 3, "--save-every", 1]
-    else:
-        folder, name = fresh, "dpo"
-        shutil.rmtree(fresh / "dpo", ignore_errors=True)
-        command = ["train_dpo.py", "--run", folder, *COMMON[2:], "--data", world, "--lr", 1e-4,
-                   "--beta", 0.1, "--max-steps", 4, "--save-every", 1]
+def test_stopped_and_started_again_is_bit_equal(trained, fresh, world):
+    """Invariant 5, the polite way: SIGTERM, then the same command."""
+    shutil.rmtree(fresh / "dpo", ignore_errors=True)
+    command = ["train_dpo.py", "--run", fresh, *COMMON[2:], "--data", world, "--lr", 1e-4,
+               "--beta", 0.1, "--max-steps", 4, "--save-every", 1]
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    file = folder / name / "metrics.jsonl"
+    file = fresh / "dpo/metrics.jsonl"
     while process.poll() is None and not (file.exists() and '"loss"' in file.read_text()):
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75 and not (folder / name / "final").exists()
-    second = run(*command)
-    assert "continuing after step" in second.stdout
+    assert process.wait(60) == 75 and not (fresh / "dpo/final").exists()
+    assert "continuing after step" in run(*command).stdout
+    bit_equal(fresh / "dpo", trained[0] / "dpo")
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_killed_before_at_and_after_the_border_of_two_phases(trained, world, tmp_path, done):
+    """Invariant 5, the rude way: kill -9 behind a checkpoint inside phase 1a, at its end, in 1b."""
+    command = ["pretrain.py", "--run", tmp_path / "new", "--encoder", "toy-vit", *COMMON, "--data",
+               world, "--projector-max-steps", 2, "--max-steps", 3, "--save-every", 1]
+    killed = subprocess.run([sys.executable, "tests/killed.py", *map(str, command)], cwd=ROOT, env={
+        **os.environ, "KILL": f"after rename of step:{done}:0", "KILL_MARK": str(tmp_path / "mark")})
+    assert killed.returncode == -signal.SIGKILL
+    assert f"continuing after step {done}" in run(*command).stdout
+    bit_equal(tmp_path / "new/pretrain", trained[0] / "pretrain")
+
+
+def bit_equal(a, b):
     for what in ("metrics.jsonl", "final/model.safetensors"):
-        assert (folder / name / what).read_bytes() == (trained[0] / name / what).read_bytes()
+        assert (a / what).read_bytes() == (b / what).read_bytes(), what
 
 
 def test_a_finished_stage_says_so(trained, world):
