@@ -55,6 +55,8 @@ def arguments(doc, paper):
     parser.add_argument("--attention", choices=["sdpa", "flex"], default="sdpa",
                         help="the LLM's kernel: sdpa runs everywhere; flex (FlexAttention) skips "
                              "what a pair's mask hides, and trains on CUDA alone (not run there)")
+    parser.add_argument("--compile", action="store_true", help="compile each block (torch.compile):"
+                        " less memory, more speed, after a minute or two of compiling")
     parser.add_argument("--replicas", type=int, default=1,
                         help="hybrid sharding: so many copies of the model, each sharded within "
                              "its group of processes (one a node)")

@@ -87,6 +87,28 @@ def attention_mask(branch, kernel, dtype):
         .masked_fill(~pair_mask(branch), -torch.inf)
 
 
+class LogProb(torch.autograd.Function):
+    """log softmax(logits)[target] of each row, in the place of the logits: (R, V), (R,) → (R,).
+
+    d log p_t / d logits = onehot(t) − p. The logits become p in the forward pass and the gradient
+    in the backward pass: one table of R × V, where log_softmax and its gradient would be three.
+    """
+    @staticmethod
+    def forward(ctx, logits, targets):
+        highest = logits.amax(-1, keepdim=True)
+        picked = logits.gather(-1, targets[:, None]) - highest
+        p = logits.sub_(highest).exp_()
+        total = p.sum(-1, keepdim=True)
+        ctx.save_for_backward(p.div_(total), targets)
+        return (picked - total.log())[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        p, targets = ctx.saved_tensors
+        grad = grad[:, None]
+        return p.mul_(-grad).scatter_add_(-1, targets[:, None], grad), None
+
+
 def token_logps(hidden, lm_head, targets):
     """log p(target) of each row. hidden (R, D), targets (R,) → (R,) fp32.
 
@@ -96,8 +118,8 @@ def token_logps(hidden, lm_head, targets):
     """
     def chunk(h, t):
         logits = lm_head(h)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))   # fp64 stays (tests)
-        return -F.cross_entropy(logits, t, reduction="none")
+        return LogProb.apply(                                                  # fp64 stays (tests)
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), t)
     rows = max(1, LOGITS // lm_head.out_features)
     if len(hidden) <= rows:
         return chunk(hidden, targets)
@@ -116,6 +138,8 @@ class MLLM(nn.Module):
         super().__init__()
         self.encoder, self.llm, self.image_token_id = encoder, llm, image_token_id
         self.projector = Projector(encoder.hidden_size, llm.config.hidden_size)
+        # A tied table gets a dense gradient from lm_head; the lookup's touches a few rows of it.
+        llm.get_input_embeddings().sparse = llm.config.tie_word_embeddings
 
     def set_requires_gradient_sync(self, whether):
         """Nothing to do for a lone process; under `fully_shard` FSDP's own method takes over."""

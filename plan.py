@@ -147,7 +147,8 @@ def trace(model, prompt, chosen, rejected, pairs):
                                    torch.cat([p.flatten(1) for p in pixels], 1))
             features = model.projector(features)
             # Stands for masked_scatter, whose backward depends on data: the same bytes, no FLOPs.
-            words = llm.get_input_embeddings()(torch.zeros(1, length, dtype=torch.long))
+            words = torch.nn.functional.embedding(torch.zeros(1, length, dtype=torch.long),
+                                                  llm.get_input_embeddings().weight)
             embeds = torch.cat([features, words[:, encoder.num_tokens:]], 1)     # (1, T, d_llm)
             mask = torch.zeros(1, 1, length, length, dtype=embeds.dtype) if pairs else None
             positions = torch.zeros(1, length, dtype=torch.long)
@@ -204,8 +205,8 @@ def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpoin
             "gathered: blocks": sharded * 2 * largest * compute,    # the one that runs and the next
             "block's gradient": busiest * (compute + FP32 if sharded else FP32 * accumulates),
             "activations": micro_batch * (row.outside + sum(kept) + max(again)),
-            # log-softmax, its gradient, and the gradient of the loss, in fp32
-            "logits": (3 * FP32 + (compute if compute < FP32 else 0)) * logits}
+            # become probabilities and their own gradient in place, in fp32 (model.LogProb)
+            "logits": (FP32 + (compute if compute < FP32 else 0)) * logits}
     states = held["weights"] + held["optimizer"] + held["gathered: root"]
     running = states + held["accumulated gradients"] + held["gathered: blocks"]
     # The worst of three moments. First: all activations are there, and the logits.
@@ -218,8 +219,9 @@ def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpoin
                       (row.outside + sum(kept[:i + 1]) + again[i]))
         reduced += 0 if accumulates else shard_bytes([p for p in units[i] if p.requires_grad],
                                                      processes)
-    # Last the root's gradient is reduced: the embedding's own, the sum, and fp32 to send.
-    end = states + held["gradients"] + sharded * whole + FP32 * root_trained * (1 + accumulates)
+    # Last the root's gradient is reduced: the sum, and fp32 to send.
+    end = states + held["gradients"] + sharded * whole + \
+        FP32 * root_trained * (sharded + accumulates)
     return held, max(begin, between, end)
 
 

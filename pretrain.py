@@ -67,7 +67,7 @@ def train(args, run, device, model, tokenizer, facts, phases):
 
     # ---- shard
     model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas,
-                          args.attention)
+                          args.attention, args.compile)
     clock = runtime.Clock(device)
     first = 0                                         # step at which the phase begins
     for (name, _, _, rates, _, _), samples, plan, steps in zip(phases, samples, plans, counts):

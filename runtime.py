@@ -118,7 +118,7 @@ def is_sharded(processes, dtype):
 
 
 def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=1,
-          attention="sdpa"):
+          attention="sdpa", compiled=False):
     """Under FSDP2 every transformer block is a unit of its own, the rest one root group.
 
     Tied embeddings both stay in the root group, where they remain one tensor. Gradients are summed
@@ -135,6 +135,10 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if attention == "flex":            # the LLM's alone: the encoder's patches all see each other
         model.llm.set_attn_implementation("flex_attention")
+    for block in [*model.encoder.blocks, *model.llm.base_model.layers] if compiled else ():
+        # A block at a time: FSDP gathers between them. One kernel for all lengths: were it made anew
+        # for each, a run that goes on would meet them in another order and round otherwise.
+        block.compile(dynamic=True)
     if not is_sharded(size, dtype):
         return model.to(device).train()
     mesh = init_device_mesh(device.type, (replicas, size // replicas) if replicas > 1 else (size,),

@@ -143,7 +143,7 @@ def main():
 
     # ---- shard; the optimizer works on the sharded fp32 masters, so no forward comes before it
     model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas,
-                          args.attention)
+                          args.attention, args.compile)
     optimizer = runtime.adamw(model, runtime.learning_rates(args))
     clock = runtime.Clock(device)
 
@@ -154,7 +154,7 @@ def main():
         sets["heldout"] = (heldout, plan.like(heldout))
     if args.reference == "live":
         ref_model = runtime.shard(m.load_mllm(parent)[0].requires_grad_(False), device, args.dtype,
-                                  attention=args.attention)
+                                  attention=args.attention, compiled=args.compile)
         del sets["pairs"]
     key = {"parent_digest": run.config["parent_digest"], "dtype": args.dtype,
            "attention": args.attention,

@@ -59,7 +59,7 @@ def main():
 
     # ---- shard; the optimizer works on the sharded fp32 masters, so no forward comes before it
     model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas,
-                          args.attention)
+                          args.attention, args.compile)
     optimizer = runtime.adamw(model, runtime.learning_rates(args))
     clock = runtime.Clock(device)
     if run.start:

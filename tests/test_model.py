@@ -166,6 +166,36 @@ def test_sft_layout_is_the_chosen_half():
     assert torch.allclose(model(**row).sum(1), chosen, atol=1e-5)
 
 
+def test_log_probs_in_place_are_those_of_log_softmax():
+    """Value and gradient, also where a sum of exponentials would overflow or a row is certain."""
+    torch.manual_seed(0)
+    logits = torch.randn(7, 50, dtype=torch.float64) * torch.tensor(
+        [[1e-3], [1], [10], [1e2], [1e3], [1e4], [1]], dtype=torch.float64)
+    targets, weight = torch.randint(50, (7,)), torch.randn(7, dtype=torch.float64)
+    values, grads = [], []
+    for logps in (lambda x: m.LogProb.apply(x.clone(), targets),
+                  lambda x: x.log_softmax(-1).gather(-1, targets[:, None])[:, 0]):
+        leaf = logits.clone().requires_grad_()
+        values.append(logps(leaf))
+        grads += torch.autograd.grad((values[-1] * weight).sum(), leaf)
+    for a, b in (values, grads):
+        assert torch.isfinite(a).all() and (a - b).abs().max() < 1e-12 * b.abs().max()
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_gradient_of_the_words_is_dense_and_whole(tie):
+    """A tied table sums what lm_head and the lookup send it; an untied one has no part of lm_head."""
+    model = tiny_model("siglip", "qwen2", tie)
+    pairs, pixels = random_pairs(model, 2)
+    model(**batch_of(pairs, pixels, "dpo")).sum().backward()
+    words = model.llm.get_input_embeddings()
+    found, words.weight.grad = words.weight.grad, None
+    words.sparse = False
+    model(**batch_of(pairs, pixels, "dpo")).sum().backward()
+    assert found.layout == torch.strided
+    torch.testing.assert_close(found, words.weight.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_chunked_rows_equal_whole_rows(monkeypatch):
     model = tiny_model()
     pairs, pixels = random_pairs(model)
