@@ -215,10 +215,15 @@ def predictions(folder, name):
     return done
 
 
+def seed_of(*what):
+    """A seed (32 bits) for each question, whatever the order and the number of processes."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:4], "big")
+
+
 def answer(args, model, tokenizer, device, path, rows, shown, folder):
-    """Answer the rows of one TSV greedily, with the pictures of the rows `shown`; each process
-    appends its share to a file of its own, as it comes. → {index: prediction}. What an earlier,
-    interrupted call answered stays.
+    """Answer the rows of one TSV, with the pictures of the rows `shown`: greedily, or as drawn at
+    --temperature, by --seed and the question's index. Each process appends its share to a file of
+    its own, as it comes. → {index: prediction}. What an earlier, interrupted call answered stays.
     """
     name = path.stem
     rank, world = runtime.world()
@@ -243,7 +248,8 @@ def answer(args, model, tokenizer, device, path, rows, shown, folder):
                 raise SystemExit(batch)
             index, pixels, ids, mask = batch
             tokens = model.generate(pixels.to(device), ids.to(device), mask.to(device),
-                                    args.max_new_tokens, stops)
+                                    args.max_new_tokens, stops, args.temperature,
+                                    [seed_of(args.seed, name, rows[i]["index"]) for i in index])
             for i, text in zip(index, tokenizer.batch_decode(tokens)):
                 file.write(json.dumps({"index": rows[i]["index"], "prediction": text}) + "\n")
             file.flush()

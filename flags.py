@@ -1,6 +1,7 @@
 """The flags every training stage shares, and where a flag that was not typed gets its value."""
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -154,6 +155,10 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
     if args.attention == "flex" and not (args.plan or torch.cuda.is_available()):
         raise SystemExit("error: --attention flex needs CUDA: torch's FlexAttention has no "
                          "backward pass on a CPU; leave it out")
+    cxx = os.environ.get("CXX", "g++")
+    if args.compile and not (torch.cuda.is_available() or shutil.which(cxx)):
+        raise SystemExit("error: --compile needs a C++ compiler on a CPU, and there is no g++; "
+                         "leave it out")
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() or args.plan else "fp32")
     for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas",
                 "log_every", "max_steps", "projector_max_steps", "num_samples", "limit",
@@ -162,7 +167,7 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
         least = 0 if key in ("workers", "seed") else 1
         if getattr(args, key, None) is not None and getattr(args, key) < least:
             raise SystemExit(f"error: --{key.replace('_', '-')} must be at least {least}")
-    for key in ("lr", "encoder_lr", "projector_lr", "warmup", "beta"):     # NaN is in no range
+    for key in ("lr", "encoder_lr", "projector_lr", "warmup", "beta", "temperature"):   # no NaN
         value, most = getattr(args, key, None), 1 if key == "warmup" else sys.float_info.max
         if value is not None and not (0 <= value <= most and (value or key != "beta")):
             raise SystemExit(f"error: --{key.replace('_', '-')} {value:g} must be " +

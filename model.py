@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
@@ -88,10 +89,11 @@ def attention_mask(branch, kernel, dtype):
 
 
 class LogProb(torch.autograd.Function):
-    """log softmax(logits)[target] of each row, in the place of the logits: (R, V), (R,) → (R,).
+    """log softmax(logits)[target] of each row: (R, V) fp32 or fp64, (R,) → (R,). Overwrites logits.
 
     d log p_t / d logits = onehot(t) − p. The logits become p in the forward pass and the gradient
-    in the backward pass: one table of R × V, where log_softmax and its gradient would be three.
+    in the backward pass: one table of R × V, where log_softmax and its gradient would be three. So
+    nothing else may need them: of what made them, a matrix product does not.
     """
     @staticmethod
     def forward(ctx, logits, targets):
@@ -103,6 +105,7 @@ class LogProb(torch.autograd.Function):
         return (picked - total.log())[:, 0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         p, targets = ctx.saved_tensors
         grad = grad[:, None]
@@ -138,8 +141,6 @@ class MLLM(nn.Module):
         super().__init__()
         self.encoder, self.llm, self.image_token_id = encoder, llm, image_token_id
         self.projector = Projector(encoder.hidden_size, llm.config.hidden_size)
-        # A tied table gets a dense gradient from lm_head; the lookup's touches a few rows of it.
-        llm.get_input_embeddings().sparse = llm.config.tie_word_embeddings
 
     def set_requires_gradient_sync(self, whether):
         """Nothing to do for a lone process; under `fully_shard` FSDP's own method takes over."""
@@ -182,20 +183,29 @@ class MLLM(nn.Module):
         return logps
 
     @torch.inference_mode()
-    def generate(self, pixel_values, input_ids, attention_mask, max_new_tokens, stop_ids):
-        """Greedy continuation, batched and KV-cached: a list of B lists of token ids.
+    def generate(self, pixel_values, input_ids, attention_mask, max_new_tokens, stop_ids,
+                 temperature=0.0, seeds=()):
+        """Continuation, batched and KV-cached: a list of B lists of token ids. Greedy, or drawn
+        from softmax(logits / temperature).
 
-        input_ids int64 (B, T), *left*-padded; attention_mask int64 (B, T), 0 on padding.
+        input_ids int64 (B, T), *left*-padded; attention_mask int64 (B, T), 0 on padding; seeds:
+        B ints: what is drawn is a function of its own seed, not of what it is batched with.
         """
         stop = torch.tensor(sorted(stop_ids), device=input_ids.device)
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         inputs, cache = {"inputs_embeds": self.embed(pixel_values, input_ids)}, None
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         answers = [[] for _ in input_ids]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         for _ in range(max_new_tokens):
             out = self.llm.base_model(**inputs, attention_mask=attention_mask, use_cache=True,
                                       position_ids=positions, past_key_values=cache)
-            token = self.llm.get_output_embeddings()(out.last_hidden_state[:, -1]).argmax(-1)
+            logits = self.llm.get_output_embeddings()(out.last_hidden_state[:, -1])   # (B, V)
+            if temperature:                  # the highest after Gumbel noise is a draw: Gumbel-max
+                noise = torch.stack([torch.empty(logits.shape[1]).exponential_(generator=g).log()
+                                     for g in generators])
+                logits = logits.float() / temperature - noise.to(logits.device)
+            token = logits.argmax(-1)
             done |= torch.isin(token, stop)
             if done.all():
                 break

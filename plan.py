@@ -191,7 +191,8 @@ def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpoin
     busiest = max(sum(p.numel() for p in unit if p.requires_grad) for unit in units)
     root = sum(p.numel() for p in every if id(p) not in inside)
     root_trained = sum(p.numel() for p in trained if id(p) not in inside)
-    vocab = model.llm.get_output_embeddings().out_features
+    lm_head = model.llm.get_output_embeddings()
+    vocab = lm_head.out_features
     logits = min(micro_batch * row.rows, max(1, m.LOGITS // vocab)) * vocab
     kept = row.inputs if checkpointing else row.blocks
     again = row.blocks if checkpointing else [0] * len(row.blocks)       # recomputed, one at a time
@@ -209,8 +210,9 @@ def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpoin
             "logits": (FP32 + (compute if compute < FP32 else 0)) * logits}
     states = held["weights"] + held["optimizer"] + held["gathered: root"]
     running = states + held["accumulated gradients"] + held["gathered: blocks"]
-    # The worst of three moments. First: all activations are there, and the logits.
-    begin = running + micro_batch * (row.outside + sum(kept)) + held["logits"]
+    # The worst of three moments. First: all activations are there, the logits, lm_head's gradient.
+    begin = running + micro_batch * (row.outside + sum(kept)) + held["logits"] + \
+        compute * lm_head.weight.numel() * lm_head.weight.requires_grad
     # Then block after block gives up its activations and leaves a gradient (which takes the place
     # of an accumulated one); lm_head's is there from the start.
     whole, between, reduced = root_trained * compute, 0, 0
@@ -219,9 +221,8 @@ def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpoin
                       (row.outside + sum(kept[:i + 1]) + again[i]))
         reduced += 0 if accumulates else shard_bytes([p for p in units[i] if p.requires_grad],
                                                      processes)
-    # Last the root's gradient is reduced: the sum, and fp32 to send.
-    end = states + held["gradients"] + sharded * whole + \
-        FP32 * root_trained * (sharded + accumulates)
+    # Last the root's gradient is reduced: the embedding's own, the sum, and fp32 to send.
+    end = states + held["gradients"] + sharded * whole + FP32 * root_trained * (1 + accumulates)
     return held, max(begin, between, end)
 
 

@@ -49,6 +49,9 @@ def get_args():
     parser.add_argument("--limit", type=int, help="score only the first N questions of each")
     parser.add_argument("--eval-batch", type=int, default=64, help="questions answered at once")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="draw the answers, "
+                        "by --seed and question, into bench-drawn/; what is wrong makes a rejected "
+                        "answer for DPO (default 0: the likeliest words)")
     parser.add_argument("--wrong-image", action="store_true",
                         help="show every question the image of another one: what is left is what "
                         "the model answers without looking")
@@ -176,6 +179,8 @@ def evaluate(args, mllm, device, folder):
     page of wrong answers. With --rescore from stored answers alone: no model is opened."""
     files = read_files(args)
     key = {"wrong_image": args.wrong_image, "max_new_tokens": args.max_new_tokens,
+           **({"drawn": f"temperature {args.temperature:g}, seed {args.seed}"}
+              if args.temperature else {}),
            **{p.name: runtime.from_main(lambda p=p, r=rows: file_key(p, r, args))
               for p, (rows, _) in files.items()}}
     if not args.rescore:
@@ -231,7 +236,7 @@ def main():
     if args.plan:
         return show_plan(args, phases(args))
     device = runtime.start()
-    suffix = "bench-wrong-image" if args.wrong_image else "bench"
+    suffix = "bench" + "-drawn" * (args.temperature > 0) + "-wrong-image" * args.wrong_image
     if args.mllm:
         evaluate(args, Path(args.mllm), device, Path(args.mllm).parent / suffix)
         return

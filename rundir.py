@@ -29,8 +29,8 @@ STOPPED = 75          # exit code of a run that was asked to stop and saved firs
 # Arguments that may differ on resume: they do not change the numbers.
 FREE = {"workers", "keep", "save_every", "log_every", "micro_batch", "overwrite", "replicas",
         "activation_checkpointing", "run", "run_typed", "bench", "limit", "eval_batch",
-        "max_new_tokens", "wrong_image", "mllm", "compare", "ocr_tokens", "rescore", "show_wrong",
-        "plan"}
+        "max_new_tokens", "temperature", "wrong_image", "mllm", "compare", "ocr_tokens", "rescore",
+        "show_wrong", "plan"}
 
 
 def sha256(*files):

@@ -136,9 +136,11 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
     if attention == "flex":            # the LLM's alone: the encoder's patches all see each other
         model.llm.set_attn_implementation("flex_attention")
     for block in [*model.encoder.blocks, *model.llm.base_model.layers] if compiled else ():
-        # A block at a time: FSDP gathers between them. One kernel for all lengths: were it made anew
-        # for each, a run that goes on would meet them in another order and round otherwise.
-        block.compile(dynamic=True)
+        block.compile(dynamic=True)    # a block at a time, FSDP gathers between; for all lengths
+    words, lm_head = model.llm.get_input_embeddings(), model.llm.get_output_embeddings()
+    # A tied table gets a dense gradient from lm_head; the lookup's, a few rows of it, need not be
+    # another. (On a CPU: CUDA would add the rows in bf16 and in any order.)
+    words.sparse = device.type == "cpu" and words.weight is lm_head.weight
     if not is_sharded(size, dtype):
         return model.to(device).train()
     mesh = init_device_mesh(device.type, (replicas, size // replicas) if replicas > 1 else (size,),

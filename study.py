@@ -11,8 +11,8 @@ projector; toy-vit and toy-lm are the same. Of each seed there is one stage-1 mo
 on from it with the same items in the same order for the same number of passes (equal data digests
 are checked). Each method's learning rate is the best of one grid on validation images.
 
-The pairs are hard for this very model: it answers a pool of questions, and what it gets wrong
-becomes the rejected answer (`sampled`, as in MMPR). The controls change the rejected text alone:
+The pairs are hard for this very model: it answers a pool of questions, drawn at temperature 1, and
+what is wrong becomes the rejected answer (`sampled`, as in MMPR). The controls change that alone:
 `swapped` (the toy's: one attribute changed at random), `shuffled` (the right answer to another
 question), or the picture alone, `images` (another item's); `easy` are random items of the pool.
 

@@ -1,7 +1,9 @@
 """What each seed of the study is made of: its world, and pairs that are hard for its stage-1 model.
 
-The model answers the questions of a pool; what it gets wrong becomes the rejected answer, as in
-MMPR where the truth is known. The controls change the rejected text alone, or the image alone.
+The model's answers to a pool of questions are drawn at temperature 1; what is wrong becomes the
+rejected answer, as in MMPR where the truth is known. (Were the likeliest answers taken, every
+chosen answer would be one the model believes less, and "prefer what you believe less" would settle
+the pairs.) The controls change the rejected text alone, or the image alone.
 study_plan.py calls all this; nothing here trains or answers.
 """
 import json

@@ -109,10 +109,11 @@ class Study:
             shutil.rmtree(pool, ignore_errors=True)
             link(pool / "final", self.run(seed, "stage1") / "pretrain" / "final")
             write_pool(data)
-            return [evaluate(pool / "final", data, "--bench", data / "pool")]
+            return [evaluate(pool / "final", data, "--bench", data / "pool", "--temperature", 1,
+                             "--seed", seed)]
         self.add(f"seed-{seed}/pairs", None, data / "preferences" / "kinds.json",
                  [f"seed-{seed}/world", f"seed-{seed}/stage1"], {"pool": 1}, ask,
-                 lambda: hard_pairs(data, pool / "bench", seed, self.plan))
+                 lambda: hard_pairs(data, pool / "bench-drawn", seed, self.plan))
 
     def stage1(self, seed, name, eye, llm, needs, times=1):
         """A stage-1 model and its encoder, in the run folder `name`, at `times` the usual cost;

@@ -157,7 +157,7 @@ def main():
                                   attention=args.attention, compiled=args.compile)
         del sets["pairs"]
     key = {"parent_digest": run.config["parent_digest"], "dtype": args.dtype,
-           "attention": args.attention,
+           "attention": args.attention, "compile": args.compile,
            "pixels": str((model.encoder.image_size, model.encoder.mean, model.encoder.std)),
            "layout": "shared prefix, ChatML",
            **{name: s.fingerprint() for name, (s, _) in sets.items()}}

@@ -114,11 +114,17 @@ class Ours:
     """The step of train_dpo.py and train_sft.py, made of the repository's own parts: one process in
     fp32, fused AdamW, gradient norms and clipping included."""
 
-    def __init__(self, model, lr=LR):
+    def __init__(self, model, lr=LR, compiled=False):
         device = torch.device("cpu") if torch.distributed.is_initialized() else runtime.start()
-        self.model = runtime.shard(model, device)
+        self.model = runtime.shard(model, device, compiled=compiled)
         with contextlib.redirect_stdout(io.StringIO()):       # its table of rates
             self.optimizer = runtime.adamw(self.model, dict.fromkeys(runtime.MODULES, lr))
+
+    def compile_on(self, batch):
+        """Let all kernels be made now, of a DPO batch: nobody times the compiler."""
+        self.reference(batch)
+        self.model(**batch).sum().backward()
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def reference(self, batch):

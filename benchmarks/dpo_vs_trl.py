@@ -1,6 +1,6 @@
 """Our DPO step beside that of TRL's DPOTrainer: same weights, pairs, optimizer, threads.
 
-    python benchmarks/dpo_vs_trl.py [--shapes A B C D] [--quick]
+    python benchmarks/dpo_vs_trl.py [--shapes A B C D] [--compile] [--quick]
 
 Both train a random SigLIP + Qwen2 in fp32 with fused AdamW, a constant rate, no weight decay and
 gradients clipped at 1. TRL runs its own `train()`; a callback takes the time of each step, from
@@ -14,7 +14,8 @@ epochs: ours is one cached pass, so a third of one for every step. Opponents, on
   TRL, answer rows   this, and lm_head on answer rows alone: TRL does so on CUDA but scores all
                      positions on a CPU, so here its device check is answered "yes"
 
-Exits with 1 when the two loss curves differ by more than --tolerance.
+With --compile our blocks are compiled, as train_dpo.py --compile does; what the compiler takes is
+left out. Exits with 1 when the two loss curves differ by more than --tolerance.
 """
 import statistics
 import sys
@@ -29,11 +30,13 @@ from turns import Side, alternate, ratio, watched
 SIDES = {"TRL": (False, False), "TRL, precomputed": (True, False), "TRL, answer rows": (True, True)}
 
 
-def our_side(turns, folder, shape, num_batches):
+def our_side(turns, folder, shape, num_batches, compiled):
     """The cached reference pass, then EPOCHS × num_batches steps of train_dpo.py."""
-    ours = c.Ours(m.load_mllm(folder)[0])
+    ours = c.Ours(m.load_mllm(folder)[0], compiled=compiled)
     batches = c.batches(shape, c.pairs(shape, num_batches * shape.batch,
                                        ours.model.image_token_id), "dpo")
+    if compiled:
+        ours.compile_on(batches[0])
     refs = []
     for batch in batches:
         turns.begin("reference")
@@ -103,6 +106,7 @@ def main():
     parser.add_argument("--shapes", nargs="+", choices=sorted(c.SHAPES),
                         help="default all; with --quick A alone")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--compile", action="store_true", help="compile our blocks")
     parser.add_argument("--num-batches", type=int, default=4, help="so many, seen three times")
     parser.add_argument("--block", type=int, default=2, help="steps of one side in a row")
     parser.add_argument("--tolerance", type=float, default=1e-3)
@@ -116,9 +120,10 @@ def main():
             c.save(shape, folder)
             for name in args.sides:
                 common = (folder, shape, args.num_batches)
-                ours = Side("ours", args.threads, our_side, *common)
+                ours = Side("ours, compiled" if args.compile else "ours", args.threads, our_side,
+                            *common, args.compile)
                 trl = Side(name, args.threads, trl_side, *common, *SIDES[name])
-                alternate([ours, trl], args.block, f"{letter}: ours, {name}")
+                alternate([ours, trl], args.block, f"{letter}: {ours.name}, {name}")
                 apart = max(abs(a - b) for a, b in zip(ours.values, trl.values))
                 worst, times = max(worst, apart), ratio(trl, ours, args.block)
                 for side in (ours, trl):
@@ -135,7 +140,7 @@ def main():
     print()
     c.table(["shape", "side", "pairs/s", "peak GiB", "we are × as fast", "losses apart"], rows,
             left=2)
-    c.write("dpo_vs_trl", args, {"measurements": result})
+    c.write("dpo_vs_trl" + "-compiled" * args.compile, args, {"measurements": result})
     if worst > args.tolerance:
         sys.exit(f"error: the losses differ by {worst:.1e}, more than {args.tolerance:g}")
 

@@ -393,6 +393,12 @@ ROWS = [Row(*row) for row in [
     ("score", "a broken line among the answers", "", ["RUN/pretrain/bench/ToyVision.0.jsonl:1: "],
      lambda b: [tsv(b, HEAD + "1\tPNG\tWhat?\tred\n"), put(
          b / "run/pretrain/bench/ToyVision.0.jsonl", '{"index": "1", "predic}\n')]),
+    ("score", "temperature below 0", "--temperature -1", ["--temperature -1"]),
+    ("score", "temperature NaN", "--temperature nan", ["--temperature nan"]),
+    ("score", "answers drawn with another seed", "--temperature 1",
+     ["RUN/pretrain/bench-drawn holds the answers of another model or setting (drawn: temperature "
+      "1, seed 3, now temperature 1, seed 1)"], lambda b: put(
+         b / "run/pretrain/bench-drawn/config.json", {"drawn": "temperature 1, seed 3"})),
     ("score", "answers of another model", "", ["RUN/pretrain/bench holds the answers of another"],
      lambda b: put(b / "run/pretrain/bench/config.json", {"model": "another"})),
     ("score", "nothing to score anew", "--rescore", ["RUN/pretrain/bench holds no answers"]),

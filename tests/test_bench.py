@@ -357,6 +357,22 @@ def test_wrong_image_changes_pictures_and_is_kept_apart(scored, tmp_path):
     assert answer.predictions(tmp_path / "m/bench-wrong-image", "GQA_TestDev_Balanced") == wrong
 
 
+def test_drawn_answers_depend_on_seed_and_question_alone(scored, tmp_path):
+    name = "GQA_TestDev_Balanced"
+    write_tsv(tmp_path / f"{name}.tsv", "index image question answer",
+              [[i, P[i % 4], f"{Q} {i}", "x"] for i in range(12)])
+    found = {}
+    for key, more, processes in (("greedy", [], 1), ("drawn", ["--temperature", 1], 2), (
+            "again", ["--temperature", 1, "--eval-batch", 5], 1), (
+            "other", ["--temperature", 1, "--seed", 7], 1)):
+        shutil.copytree(scored[0] / "final", tmp_path / key / "final")
+        run(*command(tmp_path / key, tmp_path), *more, processes=processes)
+        folder = tmp_path / key / ("bench-drawn" if more else "bench")
+        found[key] = answer.predictions(folder, name)
+    assert found["drawn"] == found["again"]
+    assert found["greedy"] != found["drawn"] != found["other"]
+
+
 # ------------------------------------------------------------------------------- files and prompts
 
 def test_prompts_are_the_published_wording(sixteen):

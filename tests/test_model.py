@@ -1,5 +1,7 @@
 """The forward against independent definitions: transformers' own LLaVA, one token at a time."""
+import copy
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 import data
 import encoders
 import model as m
+import runtime
 from conftest import TEXT, tiny_model
 
 IMAGE = 63
@@ -183,17 +186,21 @@ def test_log_probs_in_place_are_those_of_log_softmax():
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_gradient_of_the_words_is_dense_and_whole(tie):
-    """A tied table sums what lm_head and the lookup send it; an untied one has no part of lm_head."""
+def test_gradient_of_the_words_is_dense_and_whole(monkeypatch, tie):
+    """A tied table sums what lm_head and the lookup send it, the latter sparsely (runtime.shard)."""
     model = tiny_model("siglip", "qwen2", tie)
     pairs, pixels = random_pairs(model, 2)
-    model(**batch_of(pairs, pixels, "dpo")).sum().backward()
-    words = model.llm.get_input_embeddings()
-    found, words.weight.grad = words.weight.grad, None
-    words.sparse = False
-    model(**batch_of(pairs, pixels, "dpo")).sum().backward()
-    assert found.layout == torch.strided
-    torch.testing.assert_close(found, words.weight.grad, rtol=1e-5, atol=1e-6)
+    words, found = model.llm.get_input_embeddings(), []
+    monkeypatch.setattr(runtime.dist, "get_world_size", lambda: 1)
+    runtime.shard(model, torch.device("cpu"))
+    assert words.sparse == tie
+    for words.sparse in (tie, False):
+        words.weight.grad = None
+        for _ in range(2):                                       # as micro-steps accumulate
+            model(**batch_of(pairs, pixels, "dpo")).sum().backward()
+        found.append(words.weight.grad)
+    assert found[0].layout == torch.strided
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def test_chunked_rows_equal_whole_rows(monkeypatch):
@@ -354,6 +361,46 @@ def test_generation_is_argmax_one_token_at_a_time(width):
             want.append(token)
             sequence.append(token)
         assert got[b] == want
+
+
+def test_drawn_answers_follow_the_softmax_and_their_own_seed():
+    model, n, t = tiny_model().eval(), 3000, 0.5
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    ids = torch.tensor([[1] + [IMAGE] * 16 + [9, 4]])
+    logits = model.llm.lm_head(model.llm.model(inputs_embeds=model.embed(pixels, ids))
+                               .last_hidden_state[0, -1]).detach().double() * 8   # far from uniform
+    want = (logits / t).softmax(-1)
+    with torch.no_grad():
+        model.llm.model.norm.weight *= 8
+    got = model.generate(pixels.expand(n, -1, -1, -1), ids.expand(n, -1),
+                         torch.ones(n, ids.shape[1], dtype=torch.long), 1, {-1}, t, range(n))
+    seen = torch.bincount(torch.tensor(got)[:, 0], minlength=len(want)) / n
+    assert ((seen - want).abs() < 4.5 * (want * (1 - want) / n).sqrt() + 1 / n).all()
+    assert want.max() > 2 * want.median() and len({a[0] for a in got}) > 3
+
+    three = [torch.cat([x] * 3) for x in (pixels, ids, torch.ones_like(ids))]
+    together = model.generate(*three, 6, {-1}, t, [5, 6, 7])
+    alone = model.generate(pixels, ids, torch.ones_like(ids), 6, {-1}, t, [6])
+    assert together[1] == alone[0] and together[0] != together[1]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
+def test_every_block_is_compiled(monkeypatch):
+    """Same log-probs and gradients; two graphs, for all encoder blocks are alike, and all layers."""
+    from torch._dynamo.utils import counters
+    model = tiny_model()
+    pairs, pixels = random_pairs(model, 2)
+    whole = copy.deepcopy(model)
+    monkeypatch.setattr(runtime.dist, "get_world_size", lambda: 1)
+    runtime.shard(model, torch.device("cpu"), compiled=True)
+    counters.clear()
+    out = [x(**batch_of(pairs, pixels, "dpo")) for x in (model, whole)]
+    torch.testing.assert_close(*out)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    for x in out:
+        x.sum().backward()
+    for (name, a), b in zip(model.named_parameters(), whole.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda s: name + s)
 
 
 def test_a_step_of_1e_6_moves_fp32_masters():
