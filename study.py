@@ -99,8 +99,8 @@ def execute(task, out, log, live, plan):
     seconds = time.time() - start
     write(record_of(task, out), {
         "run": task.name, "plan": digest(plan), "versions": versions(),
-        "commands": [" ".join(c) for c in commands], "values": values,
-        "seconds": round(seconds, 1)})
+        "commands": [" ".join(c).replace(sys.executable, "python") for c in commands],
+        "values": values, "seconds": round(seconds, 1)})
     if diverged(task, out):
         raise Failed(f"the seed is lost for all that needs this: {values['diverged']}")
     if not task.done.exists():
