@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import runtime
-import data
+import records
 import model as m
 import score
 import torch
@@ -41,7 +41,7 @@ class Lines:
         return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
 
 
-def records(path):
+def table_rows(path):
     """Yield (line it begins at, bytes (start, length), cells) of a TSV; raises SystemExit."""
     csv.field_size_limit(MAX_CELL)
     with open(path, "rb") as file:
@@ -70,7 +70,7 @@ def read_tsv(path):
     """
     path, name = Path(path), Path(path).stem
     kept, pictures, seen, dropped, header = [], {}, set(), Counter(), None
-    for number, span, cells in records(path):
+    for number, span, cells in table_rows(path):
         where = f"{path}:{number}"
         if header is None:
             header = cells
@@ -123,14 +123,14 @@ def picture_file(tsv, cell, where):
     root = tsv.parent / "images"
     root = root / tsv.stem if (root / tsv.stem).is_dir() else root
     try:
-        path = data.image_of({"image": names[0]}, str(root), where)
-    except data.BadRecord as e:
+        path = records.image_of({"image": names[0]}, str(root), where)
+    except records.BadRecord as e:
         raise SystemExit(f"error: {e}")
     return {"image_id": path, "picture": path, "more_images": len(names) > 1}
 
 
 def picture_of(tsv, row):
-    """The picture as data.load_image takes it: bytes, or a path; raises data.BadRecord."""
+    """The picture as records.load_image takes it: bytes, or a path; raises records.BadRecord."""
     if isinstance(row["picture"], str):
         return row["picture"]
     column, start, length = row["picture"]
@@ -142,7 +142,7 @@ def picture_of(tsv, row):
     try:
         return base64.b64decode("".join((score.listed(cell) or [cell])[0].split()), validate=True)
     except ValueError:
-        raise data.BadRecord(f"{row['where']}: 'image' is not base64")
+        raise records.BadRecord(f"{row['where']}: 'image' is not base64")
 
 
 def wrong_pictures(rows):
@@ -165,7 +165,7 @@ class Questions(torch.utils.data.Dataset):
     def __init__(self, tsv, rows, shown, tokenizer, encoder, ocr_tokens=False):
         self.tsv, self.shown, self.size = Path(tsv), shown, encoder.image_size
         image_id = tokenizer.convert_tokens_to_ids(m.IMAGE_TOKEN)
-        prompts = [data.user_turn(score.prompt_of(self.tsv.stem, r, ocr_tokens), True, m.SYSTEM)
+        prompts = [records.user_turn(score.prompt_of(self.tsv.stem, r, ocr_tokens), True, m.SYSTEM)
                    for r in rows]
         self.ids = []
         for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]:
@@ -181,8 +181,8 @@ class Questions(torch.utils.data.Dataset):
     def __getitem__(self, i):
         row = self.shown[i]
         try:
-            pixels = data.load_image(picture_of(self.tsv, row), self.size, row["where"])
-        except data.BadRecord as e:
+            pixels = records.load_image(picture_of(self.tsv, row), self.size, row["where"])
+        except records.BadRecord as e:
             return f"error: {e}"
         return i, self.ids[i], torch.from_numpy(pixels)
 
@@ -247,9 +247,10 @@ def answer(args, model, tokenizer, device, path, rows, shown, folder):
             if isinstance(batch, str):
                 raise SystemExit(batch)
             index, pixels, ids, mask = batch
+            seeds = [seed_of(args.seed, name, rows[i]["index"]) for i in index] \
+                if args.temperature else ()
             tokens = model.generate(pixels.to(device), ids.to(device), mask.to(device),
-                                    args.max_new_tokens, stops, args.temperature,
-                                    [seed_of(args.seed, name, rows[i]["index"]) for i in index])
+                                    args.max_new_tokens, stops, args.temperature, seeds)
             for i, text in zip(index, tokenizer.batch_decode(tokens)):
                 file.write(json.dumps({"index": rows[i]["index"], "prediction": text}) + "\n")
             file.flush()

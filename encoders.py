@@ -227,7 +227,7 @@ class TwoEncoders(nn.Module):
     resampled (bilinear) to the first's. The interface of Encoder, but for the pixels.
 
     forward: pixel_values uint8 (B, 3·S₁² + 3·S₂²): the picture squashed for each encoder by itself
-    (data.planes) → features (B, N₁, D₁ + D₂).
+    (records.planes) → features (B, N₁, D₁ + D₂).
     """
 
     def __init__(self, first, second):

@@ -5,8 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
-import data
 import encoders
+import records
 import torch
 from runtime import print0
 
@@ -93,8 +93,8 @@ def settle_two_steps(parser, stage, second, paper, toy):
     parser.add_argument("--projector-max-steps", type=int,
                         help="bound of the projector step; default: --max-steps")
     args = settle(parser, stage, paper, toy)
-    args.captions = args.captions or data.default_file(args.data, "captions")
-    args.instruct = args.instruct or data.default_file(args.data, second)
+    args.captions = args.captions or records.default_file(args.data, "captions")
+    args.instruct = args.instruct or records.default_file(args.data, second)
     args.images = args.images or f"{args.data}/images"
     if args.projector_max_steps is None:
         args.projector_max_steps = args.max_steps

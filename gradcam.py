@@ -33,6 +33,7 @@ import flags
 import rundir
 import runtime
 import data
+import records
 import model as m
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ def read_mask(args, image, where):
         return None
     try:
         with Image.open(image) as picture, Image.open(path) as mask:
-            turned = picture.getexif().get(0x0112, 1) > 4            # as data.load_image turns it
+            turned = picture.getexif().get(0x0112, 1) > 4            # as load_image turns it
             width, height = picture.size[::-1 if turned else 1]
             if mask.size != (width, height):
                 raise SystemExit(f"error: {where}: mask {path} has {mask.width} × {mask.height} "
@@ -264,7 +265,7 @@ def main():
         words = ["none" if s != s else f"{100 * s:.1f} %" for s in shares[i].tolist()]
         print0(f"  {pairs.where[i]}: inside: SFT {words[0]}, DPO {words[1]}, chance {words[2]}")
         (ids, roles), text = pairs.tokens(i), []
-        for role in (data.PROMPT, data.ANSWER, data.OTHER):
+        for role in (records.PROMPT, records.ANSWER, records.OTHER):
             piece = tokenizer.decode(ids[roles == role]).split(m.IMAGE_TOKEN)[-1]
             text.append(piece.split("<|im_end|>")[0].strip())
         rows.append(([panel(pixels, mask, h, reach) for h in (None, *heats[i])],

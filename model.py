@@ -142,6 +142,11 @@ class MLLM(nn.Module):
         self.encoder, self.llm, self.image_token_id = encoder, llm, image_token_id
         self.projector = Projector(encoder.hidden_size, llm.config.hidden_size)
 
+    @property
+    def blocks(self):
+        """The transformer blocks of both: what is sharded, compiled, counted one by one."""
+        return [*self.encoder.blocks, *self.llm.base_model.layers]
+
     def set_requires_gradient_sync(self, whether):
         """Nothing to do for a lone process; under `fully_shard` FSDP's own method takes over."""
 

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import encoders
 import model as m
+import records
 from runtime import freeze, is_sharded, print0
 
 GPUS = {   # name: memory in bytes, dense bf16 FLOP/s (data sheets, SXM)
@@ -104,7 +105,7 @@ def trace(model, prompt, chosen, rejected, pairs):
         if part._supports_sdpa:
             part.config._attn_implementation = "plan"
     counter, where, flops_in_blocks = FlopCounterMode(display=False), None, 0
-    blocks = [*encoder.blocks, *llm.base_model.layers]
+    blocks = model.blocks
     kept, inputs = {None: 0, **dict.fromkeys(range(len(blocks)), 0)}, [0] * len(blocks)
     seen = {p.untyped_storage()._cdata: p for p in model.parameters()}   # weights are no activation
     Fused.flops = 0
@@ -185,7 +186,7 @@ def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpoin
     """
     every = list(model.parameters())
     trained = [p for p in every if p.requires_grad]
-    units = [list(b.parameters()) for b in (*model.encoder.blocks, *model.llm.base_model.layers)]
+    units = [list(b.parameters()) for b in model.blocks]
     inside = {id(p) for unit in units for p in unit}
     largest = max(sum(p.numel() for p in unit) for unit in units)
     busiest = max(sum(p.numel() for p in unit if p.requires_grad) for unit in units)
@@ -245,8 +246,8 @@ def lengths(args, model, kind, file):
         except SystemExit:                   # a preset's, with no network to fetch it
             why = f"the tokenizer of {args.llm} is not here"
     if why:
-        records, *rows = ASSUMED[kind]
-        records = REPAIR if args.stage == "repair" and kind == "conversations" else records
+        many, *rows = ASSUMED[kind]
+        many = REPAIR if args.stage == "repair" and kind == "conversations" else many
         for i, text in enumerate(rows):
             share = min(1, (data.MAX_LENGTH - n) / sum(text[:2]))       # what the image leaves
             prompt, *answers = (int(share * x) for x in text)
@@ -254,12 +255,12 @@ def lengths(args, model, kind, file):
             if answers[0] < 1:
                 raise SystemExit(f"error: {n} image tokens leave no room for text in a row of at "
                                  f"most {data.MAX_LENGTH} tokens; a smaller --image-size does")
-        return Lengths(min(records, args.num_samples or records), *rows,
+        return Lengths(min(many, args.num_samples or many), *rows,
                        f"{why}: the paper's number, assumed lengths, the rule's longest")
     m.prepare_tokenizer(tokenizer, model.llm.config.vocab_size)
     beside = Path(file).parent / "images"
     root = args.images or (str(beside) if beside.is_dir() else f"{args.data}/images")
-    sources = [(f, r or root) for f, r in data.pair_sources(file)] if kind == "pairs" else \
+    sources = [(f, r or root) for f, r in records.pair_sources(file)] if kind == "pairs" else \
         [(file, args.images)]
     samples = data.Samples(kind, sources, tokenizer, model.encoder,
                            model.llm.config.max_position_embeddings, SAMPLE, args.seed,
@@ -268,7 +269,7 @@ def lengths(args, model, kind, file):
     for i in range(len(samples)):
         ids, roles = samples.tokens(i)
         counts = np.bincount(roles, minlength=3)
-        counts[data.PROMPT] += (n - 1) * (ids == samples.image_id).sum()
+        counts[records.PROMPT] += (n - 1) * (ids == samples.image_id).sum()
         rows.append(counts)
     rows = np.array(rows)
     usable = samples.read * len(samples) // (len(samples) + sum(samples.dropped.values()))

@@ -30,7 +30,7 @@ from pathlib import Path
 import encoders
 import rundir
 import runtime
-import data
+import records
 import model as m
 import numpy as np
 import torch
@@ -74,14 +74,14 @@ def read_pairs(folder):
     """[(where, image path, caption)]; the first bad record ends the run with its file and line."""
     pairs = []
     try:
-        for where, item in data.read_lines(Path(folder, "pairs.jsonl")):
+        for where, item in records.read_lines(Path(folder, "pairs.jsonl")):
             if not isinstance(item, bytes) or item.strip():
-                item = data.parse(where, item)
-                image = data.image_of(item, os.path.join(folder, "images"), where)
+                item = records.parse(where, item)
+                image = records.image_of(item, os.path.join(folder, "images"), where)
                 if image in (None, "many"):
-                    raise data.BadRecord(f"{where}: a pair needs one image")
-                pairs.append((where, image, data.text_of(item, "caption", where)))
-    except data.BadRecord as e:
+                    raise records.BadRecord(f"{where}: a pair needs one image")
+                pairs.append((where, image, records.text_of(item, "caption", where)))
+    except records.BadRecord as e:
         raise SystemExit(f"error: {e}")
     return pairs
 
@@ -114,8 +114,8 @@ def vision_features(name, pairs, device):
     def step(batch):
         blocks.clear()
         try:
-            pixels = [data.load_image(x, encoder.image_size, where) for where, x, _ in batch]
-        except data.BadRecord as e:
+            pixels = [records.load_image(x, encoder.image_size, where) for where, x, _ in batch]
+        except records.BadRecord as e:
             raise SystemExit(f"error: {e}")
         features = encoder(torch.from_numpy(np.stack(pixels)).to(device))
         seen = [torch.stack(blocks, 1)]

@@ -27,7 +27,7 @@ from pathlib import Path
 import rundir
 import runtime
 from runtime import print0
-import data
+import records
 import encoders
 import logistic
 import model as m
@@ -108,8 +108,8 @@ def balanced(train, per_class, seed):
 def read_batch(files, size):
     """Paths → pixels uint8 (B, 3, size, size), or the line of the first that cannot be read."""
     try:
-        return torch.from_numpy(np.stack([data.load_image(f, size, "probe") for f in files]))
-    except data.BadRecord as e:
+        return torch.from_numpy(np.stack([records.load_image(f, size, "probe") for f in files]))
+    except records.BadRecord as e:
         return f"error: {e}"
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import rundir
 import runtime
-import data
+import records
 import encoders
 import numpy as np
 import torch
@@ -73,15 +73,16 @@ def list_pairs(root, split, limit):
 
 def square(image, mask, size, classes):
     """Paths → their largest centred squares: pixels (size, size, 3), labels (size, size), uint8."""
-    pixels = data.load_image(image, None, "probe").transpose(1, 2, 0)
+    pixels = records.load_image(image, None, "probe").transpose(1, 2, 0)
     try:
         labels = np.asarray(Image.open(mask))
     except Exception as e:
-        raise data.BadRecord(f"mask {mask} cannot be read ({type(e).__name__}: {e})")
+        raise records.BadRecord(f"mask {mask} cannot be read ({type(e).__name__}: {e})")
     if labels.shape != pixels.shape[:2]:
-        raise data.BadRecord(f"mask {mask} has shape {labels.shape}, its image {pixels.shape[:2]}")
+        raise records.BadRecord(f"mask {mask} has shape {labels.shape}, its image "
+                                f"{pixels.shape[:2]}")
     if labels.max() >= classes:
-        raise data.BadRecord(f"mask {mask} has label {labels.max()}, the last is {classes - 1}")
+        raise records.BadRecord(f"mask {mask} has label {labels.max()}, the last is {classes - 1}")
     side, h, w = min(labels.shape), *labels.shape
     box = ((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2)
     return [np.asarray(Image.fromarray(x.astype(np.uint8)).crop(box).resize((size, size), how))
@@ -99,7 +100,7 @@ def read_batch(pairs, size, grid, classes):
     for i, (image, mask) in enumerate(pairs):
         try:
             picture, labels = square(image, mask, size, classes)
-        except data.BadRecord as e:
+        except records.BadRecord as e:
             return f"error: {e}"
         pixels[i] = picture.transpose(2, 0, 1)
         counts[i] = np.bincount((cell + labels[:p * grid, :p * grid]).ravel(),

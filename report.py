@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import answer
-import data
+import records
 import encoders
 import numpy as np
 import rundir
@@ -206,8 +206,8 @@ pre {{ white-space: pre-wrap; margin: 0; overflow-wrap: anywhere }} b {{ color: 
 def picture_tag(tsv, row):
     """The picture, decoded and written anew as a small JPEG: nothing of the data's own bytes."""
     try:
-        pixels = data.load_image(answer.picture_of(tsv, row), None, row["where"])
-    except data.BadRecord as e:
+        pixels = records.load_image(answer.picture_of(tsv, row), None, row["where"])
+    except records.BadRecord as e:
         return f"<pre>{html.escape(str(e))}</pre>"
     picture, out = Image.fromarray(pixels.transpose(1, 2, 0)), io.BytesIO()
     picture.thumbnail((480, 480))

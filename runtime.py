@@ -135,7 +135,7 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if attention == "flex":            # the LLM's alone: the encoder's patches all see each other
         model.llm.set_attn_implementation("flex_attention")
-    for block in [*model.encoder.blocks, *model.llm.base_model.layers] if compiled else ():
+    for block in model.blocks if compiled else ():
         block.compile(dynamic=True)    # a block at a time, FSDP gathers between; for all lengths
     words, lm_head = model.llm.get_input_embeddings(), model.llm.get_output_embeddings()
     # A tied table gets a dense gradient from lm_head; the lookup's, a few rows of it, need not be
@@ -147,7 +147,7 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
                             mesh_dim_names=("replicate", "shard")[-1 if replicas == 1 else -2:])
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bf16" else None,
                                   reduce_dtype=torch.float32)
-    for block in [*model.encoder.blocks, *model.llm.base_model.layers]:
+    for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules() if size > 1 else ():     # alone (bf16), FSDP divides by 1

@@ -24,6 +24,7 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import encoders  # noqa: E402
 import model as m  # noqa: E402
+import records  # noqa: E402
 import rundir  # noqa: E402
 import runtime  # noqa: E402
 import train_dpo  # noqa: E402
@@ -96,7 +97,8 @@ def pairs(shape, n, image_id, seed=1):
     """n random samples as data.Samples gives them: [image, prompt, chosen, rejected] and roles."""
     rng = np.random.default_rng(seed)
     size, prompt = PATCH * math.isqrt(shape.image_tokens), shape.image_tokens + shape.prompt
-    roles = np.repeat([data.PROMPT, data.ANSWER, data.OTHER], [prompt, shape.answer, shape.answer])
+    roles = np.repeat([records.PROMPT, records.ANSWER, records.OTHER],
+                      [prompt, shape.answer, shape.answer])
     return [{"index": i, "roles": roles, "ids": np.concatenate([
                 np.full(shape.image_tokens, image_id),
                 rng.integers(image_id + 1, shape.vocab, shape.prompt + 2 * shape.answer)]),

@@ -22,9 +22,9 @@ from copy import deepcopy
 from pathlib import Path
 
 import common as c
-import data
 import model as m
 import numpy as np
+import records
 import torch
 from dpo_vs_trl import our_side
 from turns import Side, alternate, ratio
@@ -38,7 +38,7 @@ OURS = "train_dpo.py's step"
 
 def two_rows(shape, samples):
     """[prompt | chosen] of every pair, then [prompt | rejected]: each (2B, T); images (B, …)."""
-    swapped = [{**s, "roles": np.array([data.PROMPT, data.OTHER, data.ANSWER])[s["roles"]]}
+    swapped = [{**s, "roles": np.array([records.PROMPT, records.OTHER, records.ANSWER])[s["roles"]]}
                for s in samples]
     chosen, rejected = (c.batches(shape, x, "sft") for x in (samples, swapped))
     return [{"pixel_values": a["pixel_values"],

@@ -46,6 +46,13 @@ def run(*command, processes=1, check=True):
     return done
 
 
+def bit_equal(a, b):
+    """Two stage folders ended alike: the same numbers, the same weights, nothing left aside."""
+    for name in ("metrics.jsonl", "final/model.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert not list(a.rglob("*.tmp")) and not (a / "checkpoints").exists()
+
+
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import answer
-import data
+import records
 import report
 import score
 from conftest import run
@@ -435,7 +435,7 @@ def test_image_path_alone(tmp_path):
     head = "index image_path category question answer"
     write_tsv(tmp_path / "MME.tsv", head, [[1, "count/1.png", "count", Q, "Yes"]])
     rows, _ = answer.read_tsv(tmp_path / "MME.tsv")
-    assert data.load_image(answer.picture_of("", rows[0]), None, "here").shape == (3, 20, 24)
+    assert records.load_image(answer.picture_of("", rows[0]), None, "here").shape == (3, 20, 24)
     write_tsv(tmp_path / "MME.tsv", head, [[1, "../../MME.tsv", "count", Q, "Yes"]])
     with pytest.raises(SystemExit, match=r"MME.tsv:2: image ../../MME.tsv leaves its folder"):
         answer.read_tsv(tmp_path / "MME.tsv")
@@ -653,11 +653,11 @@ def test_two_encoders_see_what_each_sees_alone(tmp_path):
     two = encoders.load_encoder(f"{tmp_path}/a+{tmp_path}/b").eval()
     a, b = (encoders.load_encoder(str(tmp_path / n)).eval() for n in "ab")
     raw = [base64.b64decode(p) for p in P[:2]]
-    pixels = torch.from_numpy(np.stack([data.load_image(x, two.image_size, "here") for x in raw]))
+    pixels = torch.from_numpy(np.stack([records.load_image(x, two.image_size, "here") for x in raw]))
     assert pixels.shape == (2, 3 * 32 ** 2 + 3 * 48 ** 2) and pixels.dtype == torch.uint8
     got = two(pixels)
     assert got.shape == (2, 16, 48) == (2, two.num_tokens, two.hidden_size)
-    x, y = (e(torch.from_numpy(np.stack([data.load_image(r, e.image_size, "here") for r in raw])))
+    x, y = (e(torch.from_numpy(np.stack([records.load_image(r, e.image_size, "here") for r in raw])))
             for e in (a, b))
     assert torch.equal(got[..., :32], x)
     grid = y.view(2, 6, 6, 16)

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import data
+import records
 import encoders
 import model as m
 
@@ -189,7 +190,7 @@ def test_cover_meets_every_sample_and_gives_all_processes_equal_counts(tools, fo
 def test_images_look_as_a_person_sees_them(tmp_path, mode, colour, want):
     name = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     Image.new(mode, (5, 9), colour).save(name)
-    pixels = data.load_image(str(name), 16, "here")
+    pixels = records.load_image(str(name), 16, "here")
     assert pixels.shape == (3, 16, 16) and pixels.dtype == np.uint8
     if want:
         assert np.abs(pixels.reshape(3, -1).T.astype(int) - want).max() <= 1
@@ -201,27 +202,27 @@ def test_exif_rotation_palette_alpha_animation_and_one_pixel(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                   # turn 90° clockwise to see it upright
     left.save(tmp_path / "r.png", exif=exif)
-    turned = data.load_image(str(tmp_path / "r.png"), 8, "here")[0]
+    turned = records.load_image(str(tmp_path / "r.png"), 8, "here")[0]
     assert turned[0].mean() > 200 and turned[-1].mean() < 50
     palette = Image.new("RGBA", (4, 4), (255, 0, 0, 0)).convert("P")
     palette.save(tmp_path / "p.png", transparency=0)
-    data.load_image(str(tmp_path / "p.png"), 8, "here")
+    records.load_image(str(tmp_path / "p.png"), 8, "here")
     frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert data.load_image(str(tmp_path / "a.gif"), 8, "here")[0].min() > 200
+    assert records.load_image(str(tmp_path / "a.gif"), 8, "here")[0].min() > 200
     Image.new("RGB", (1, 1), "white").save(tmp_path / "1.png")
-    assert data.load_image(str(tmp_path / "1.png"), 8, "here").min() == 255
+    assert records.load_image(str(tmp_path / "1.png"), 8, "here").min() == 255
 
 
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (3000, 3000)).save(tmp_path / "big.png")
-    monkeypatch.setattr(data, "MAX_PIXELS", 10 ** 6)
-    with pytest.raises(data.BadRecord, match="3000 × 3000 pixels"):
-        data.load_image(str(tmp_path / "big.png"), 8, "here")
+    monkeypatch.setattr(records, "MAX_PIXELS", 10 ** 6)
+    with pytest.raises(records.BadRecord, match="3000 × 3000 pixels"):
+        records.load_image(str(tmp_path / "big.png"), 8, "here")
 
 
 def test_a_very_long_line_is_refused(tools, folder, monkeypatch):
-    monkeypatch.setattr(data, "MAX_LINE", 1000)
+    monkeypatch.setattr(records, "MAX_LINE", 1000)
     with pytest.raises(SystemExit, match="a line of over"):
         samples("pairs", folder, [{**PAIR, "chosen": "x" * 2000}], tools)
 
@@ -231,7 +232,7 @@ def test_pixels_are_those_of_the_saved_processor(tools, folder):
     _, encoder = tools
     g = np.random.default_rng(0)
     Image.fromarray(g.integers(0, 256, (90, 70, 3), dtype=np.uint8)).save(folder / "images/n.png")
-    ours = torch.from_numpy(data.load_image(str(folder / "images/n.png"), 48, "here"))[None]
+    ours = torch.from_numpy(records.load_image(str(folder / "images/n.png"), 48, "here"))[None]
     theirs = encoders.image_processor(encoder)(Image.open(folder / "images/n.png"),
                                                return_tensors="pt")["pixel_values"]
     seen = {}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import data
+import records
 import encoders
 import model as m
 import runtime
@@ -24,7 +25,7 @@ def random_pairs(model, count=3, seed=0):
         prompt += list(g.integers(2, 60, g.integers(2, 7)))
         chosen, rejected = (list(g.integers(2, 60, g.integers(1, 8))) for _ in range(2))
         pairs.append((np.array(prompt + chosen + rejected),
-                      np.repeat([data.PROMPT, data.ANSWER, data.OTHER],
+                      np.repeat([records.PROMPT, records.ANSWER, records.OTHER],
                                 [len(prompt), len(chosen), len(rejected)])))
     pixels = g.integers(0, 256, (count, 3, 32, 32)).astype(np.uint8)
     return pairs, pixels
@@ -62,8 +63,8 @@ def slow_logps(twin, model, pairs, pixels):
     out = []
     for (ids, roles), image in zip(pairs, pixels):
         values = ((torch.from_numpy(image).double() / 255 - mean) / std)[None]
-        for role in (data.ANSWER, data.OTHER):
-            prompt, answer = ids[roles == data.PROMPT], ids[roles == role]
+        for role in (records.ANSWER, records.OTHER):
+            prompt, answer = ids[roles == records.PROMPT], ids[roles == role]
             sequence = torch.from_numpy(np.concatenate([prompt, answer]))[None]
             logits = twin(input_ids=sequence,
                           pixel_values=values.to(next(twin.parameters()).dtype)).logits[0]

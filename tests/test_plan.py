@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import records
 import encoders
 import model as m
 import plan
@@ -204,7 +205,7 @@ def test_lengths_are_those_of_the_batches(world, stage1):
                "--global-batch", 8).stdout
     planned, longest = map(int, re.search(r"rows of (\d+) tokens, at most (\d+)", text).groups())
     model, tokenizer = m.load_mllm(stage1 / "pretrain/final")
-    samples = data.Samples("pairs", data.pair_sources(world / "preferences/meta.json"), tokenizer,
+    samples = data.Samples("pairs", records.pair_sources(world / "preferences/meta.json"), tokenizer,
                            model.encoder, 10_000)
     rows = [len(data.pair_row(s["ids"], s["roles"])["input_ids"]) for s in samples]
     assert abs(planned - sum(rows) / len(rows)) <= 2 and longest == max(rows)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import data
+import records
 import encoders
 import gradcam
 import probe_align
@@ -56,7 +57,7 @@ def batches(seed=0, chosen=(5, 6, 7), rejected=(8, 9)):
     rng = np.random.default_rng(seed)
     prompt = np.array([1] + [63] * N + [2, 3])
     ids = np.concatenate([prompt, chosen, rejected]).astype(np.int64)
-    roles = np.repeat([data.PROMPT, data.ANSWER, data.OTHER],
+    roles = np.repeat([records.PROMPT, records.ANSWER, records.OTHER],
                       [len(prompt), len(chosen), len(rejected)])
     pair = {"index": 0, "ids": ids, "roles": roles,
             "pixels": rng.integers(0, 256, (3, 32, 32), dtype=np.uint8)}
@@ -363,7 +364,7 @@ def test_vision_features_are_the_blocks_and_llm_features_the_layers(stage1, worl
     assert len(columns) == llm.config.num_hidden_layers + 1
     for i, (where, image, caption) in enumerate(pairs):
         with torch.no_grad():
-            features = eye(torch.from_numpy(data.load_image(image, eye.image_size, where))[None])
+            features = eye(torch.from_numpy(records.load_image(image, eye.image_size, where))[None])
             hidden = llm(**tokenizer(caption, return_tensors="pt"),
                          output_hidden_states=True).hidden_states
         torch.testing.assert_close(blocks[i, -1], features[0].mean(0), rtol=1e-4, atol=1e-5)
@@ -382,7 +383,7 @@ def test_prefix_tokens_are_dropped(tmp_path, world):
     (blocks,), _ = probe_align.vision_features(str(tmp_path / "eye"), pairs, "cpu")
     encoder, seen = encoders.load_encoder(str(tmp_path / "eye")).eval(), []
     encoder.blocks[1].register_forward_hook(lambda module, inputs, out: seen.append(out))
-    encoder(torch.from_numpy(np.stack([data.load_image(x, 32, "") for _, x, _ in pairs])))
+    encoder(torch.from_numpy(np.stack([records.load_image(x, 32, "") for _, x, _ in pairs])))
     out = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
     torch.testing.assert_close(blocks[:, 1], out[:, 1:].mean(1))
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import encoders
 import model as m
 import rundir
-from conftest import COMMON, ROOT, metrics, run
+from conftest import COMMON, ROOT, bit_equal, metrics, run
 
 
 def stage2(name, folder, world, *more, **options):
@@ -170,11 +170,6 @@ def test_killed_before_at_and_after_the_border_of_two_phases(trained, world, tmp
     assert killed.returncode == -signal.SIGKILL
     assert f"continuing after step {done}" in run(*command).stdout
     bit_equal(tmp_path / "new/pretrain", trained[0] / "pretrain")
-
-
-def bit_equal(a, b):
-    for what in ("metrics.jsonl", "final/model.safetensors"):
-        assert (a / what).read_bytes() == (b / what).read_bytes(), what
 
 
 def test_a_finished_stage_says_so(trained, world):

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from conftest import COMMON, ROOT, metrics, run
+from conftest import COMMON, ROOT, bit_equal, metrics, run
 from test_stages import close
 
 LONG = os.environ.get("PIVOT_KILLS") == "long"
@@ -67,12 +67,6 @@ def commands(world, stage1, tmp_path_factory):
     return command, calm
 
 
-def same(a, b):
-    for name in ("metrics.jsonl", "final/model.safetensors"):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
-    assert not list(a.rglob("*.tmp")) and not (a / "checkpoints").exists()
-
-
 STAGES = ["dpo", "sft", "pretrain", "repair"] if LONG else ["dpo"]
 
 
@@ -91,7 +85,7 @@ def test_killed_at_named_moments(commands, tmp_path, stage):
             assert (folder / "final/config.json").exists()
     code, out = torchrun(*line)
     assert code == 0, out[-3000:]
-    same(folder, calm(stage))
+    bit_equal(folder, calm(stage))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -130,7 +124,7 @@ def test_killed_at_random(commands, stage, victim):
             break
     code, out = torchrun(*line)
     assert code == 0, out[-3000:]
-    same(folder, calm(stage))
+    bit_equal(folder, calm(stage))
 
 
 @pytest.mark.parametrize("how", ["--standalone"] + ["--master-port=29611"] * LONG)
@@ -151,7 +145,7 @@ def test_torchrun_restarts_a_killed_worker_by_itself(commands, tmp_path, turn):
         "KILL": f"before the update:{1 + turn % 5}:{turn % 2}",
         "KILL_MARK": str(tmp_path / "mark")})
     assert code == 0 and (tmp_path / "mark").exists(), out[-3000:]
-    same(folder, calm("dpo"))
+    bit_equal(folder, calm("dpo"))
 
 
 @pytest.mark.parametrize("before,after", [(2, 1), (1, 4)] if LONG else [(2, 1), (1, 2)])

@@ -1,0 +1,245 @@
+"""What is on disk → records and pixels. LLaVA conversations and captions, MMPR preference pairs.
+
+Nothing is skipped in silence: a bad record raises BadRecord, naming file, line and reason; so does
+a picture that cannot be read. Nothing that a file says is executed, or leaves its folder.
+
+A record's text comes in pieces, each with its role. They are tokenised one by one and the ids are
+concatenated, never the strings: the border between prompt and answer is then where we say it is,
+in training and in generation alike.
+"""
+import functools
+import io
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from model import IMAGE_TOKEN, SYSTEM
+
+MAX_PIXELS = 50_000_000     # a larger image is refused before it is decoded
+MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
+PROMPT, ANSWER, OTHER = 0, 1, 2   # role of a piece's tokens; OTHER is a pair's rejected answer
+Image.MAX_IMAGE_PIXELS = None     # our own bound, above, is checked first
+
+
+class BadRecord(Exception):
+    """A record that cannot be used: the message names file, line and reason."""
+
+
+class Record(NamedTuple):
+    """One item as read: `where` is "file:line"; `image` an absolute path or None; `pieces` a list
+    of (text, role) whose ids are concatenated."""
+    where: str
+    image: str | None
+    pieces: list
+
+
+# -------------------------------------------------------------------------------------- raw records
+
+def read_lines(path):
+    """Yield (where, object) of a .jsonl (line by line) or of a .json list; raises BadRecord."""
+    path = Path(path)
+    if not path.is_file():
+        raise SystemExit(f"error: {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    if path.suffix == ".json":
+        try:
+            items = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as e:
+            raise SystemExit(f"error: {path}:{getattr(e, 'lineno', 1)}: not JSON ({e})")
+        if not isinstance(items, list):
+            raise SystemExit(f"error: {path}: a JSON list of records is expected")
+        for i, item in enumerate(items):
+            yield f"{path}:item {i + 1}", item
+    else:
+        for number, line in enumerate(open_lines(path), 1):
+            yield f"{path}:{number}", line
+
+
+def open_lines(path):
+    """The lines of a .jsonl as bytes, none longer than MAX_LINE; blank ones keep their number."""
+    with open(path, "rb") as f:
+        while line := f.readline(MAX_LINE + 1):
+            if len(line) > MAX_LINE:
+                raise SystemExit(f"error: {path}: a line of over {MAX_LINE >> 20} MB at byte "
+                                 f"{f.tell() - len(line)}; is this a .jsonl?")
+            yield line
+
+
+def parse(where, item):
+    """A raw line (bytes) or an object already parsed → dict; raises BadRecord."""
+    try:
+        item = json.loads(item) if isinstance(item, bytes) else item
+        json.dumps(item, ensure_ascii=False).encode()     # half a surrogate pair is no character
+    except RecursionError:
+        raise BadRecord(f"{where}: JSON nested too deeply")
+    except ValueError as e:
+        raise BadRecord(f"{where}: not JSON ({e})")
+    if not isinstance(item, dict):
+        raise BadRecord(f"{where}: a JSON object is expected, not {type(item).__name__}")
+    return item
+
+
+def text_of(item, key, where):
+    value = item.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise BadRecord(f"{where}: '{key}' is {'empty' if isinstance(value, str) else 'missing'}")
+    return value
+
+
+real_folder = functools.lru_cache(os.path.realpath)
+
+
+def image_of(item, root, where):
+    """The record's one image as a path inside root, None for text alone, "many" for several."""
+    name = item.get("image")
+    if isinstance(name, list):
+        if len(name) > 1:
+            return "many"
+        name = name[0] if name else None
+    if name is None or name == "":
+        return None
+    if not isinstance(name, str) or "\0" in name:
+        raise BadRecord(f"{where}: 'image' is not a file name")
+    path = os.path.realpath(os.path.join(root, name))
+    if os.path.isabs(name) or not path.startswith(real_folder(root) + os.sep):
+        raise BadRecord(f"{where}: image {name} leaves its folder {root}")
+    if not os.path.isfile(path):
+        raise BadRecord(f"{where}: image {name} not found in {root}")
+    return path
+
+
+# ----------------------------------------------------------------------------------------- template
+
+def user_turn(text, image, system=None):
+    """ChatML up to where the assistant speaks; the image, if any, comes first in its turn."""
+    head = f"<|im_start|>system\n{system}<|im_end|>\n" if system else "\n"
+    return (f"{head}<|im_start|>user\n{IMAGE_TOKEN + chr(10) if image else ''}{text}<|im_end|>\n"
+            f"<|im_start|>assistant\n")
+
+
+def caption_record(where, item, image):
+    """LLaVA-Pretrain, stage 1a: `<image>` + caption + newline, loss on the caption. [code]"""
+    turns = turns_of(where, item)
+    if image is None:
+        raise BadRecord(f"{where}: a caption without an image")
+    return Record(where, image, [(IMAGE_TOKEN, PROMPT), (turns[0][1].strip() + "\n", ANSWER)])
+
+
+def turns_of(where, item):
+    """LLaVA's `conversations` → [(question, answer), …], roles checked."""
+    turns = item.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise BadRecord(f"{where}: 'conversations' is missing or empty")
+    if isinstance(turns[0], dict) and turns[0].get("from") == "system":
+        turns = turns[1:]            # ours is explicit and the same everywhere
+    if len(turns) % 2 or not turns:
+        raise BadRecord(f"{where}: 'conversations' must alternate human and gpt")
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get("from") != ("human", "gpt")[i % 2]:
+            raise BadRecord(f"{where}: turn {i + 1} is not from '{('human', 'gpt')[i % 2]}'")
+    return [(text_of(q, "value", f"{where}, turn {2 * i + 1}"),
+             text_of(a, "value", f"{where}, turn {2 * i + 2}"))
+            for i, (q, a) in enumerate(zip(turns[::2], turns[1::2]))]
+
+
+def one_placeholder(text):
+    """Remove the placeholder from the first question; the template puts it back in front."""
+    return text.replace(IMAGE_TOKEN, "", 1).strip() if text.count(IMAGE_TOKEN) == 1 else text
+
+
+def conversation_record(where, item, image):
+    """LLaVA instructions: every answer of the conversation is supervised in one pass."""
+    turns, pieces = turns_of(where, item), []
+    if image is None and IMAGE_TOKEN in turns[0][0]:
+        raise BadRecord(f"{where}: the text has {IMAGE_TOKEN} but the record has no image")
+    for i, (question, answer) in enumerate(turns):
+        question = one_placeholder(question) if i == 0 else question
+        pieces += [(user_turn(question, image and i == 0, SYSTEM if i == 0 else None),
+                    PROMPT), (answer, ANSWER)]
+    return Record(where, image, pieces)
+
+
+def pair_record(where, item, image):
+    """MMPR: image, question, chosen, rejected → prompt, chosen answer, rejected answer."""
+    question, chosen, rejected = (text_of(item, k, where) for k in
+                                  ("question", "chosen", "rejected"))
+    if image is None:
+        raise BadRecord(f"{where}: a preference pair without an image")
+    if chosen == rejected:
+        raise BadRecord(f"{where}: chosen and rejected are the same")
+    return Record(where, image, [(user_turn(one_placeholder(question), image, SYSTEM),
+                                  PROMPT), (chosen, ANSWER), (rejected, OTHER)])
+
+
+def template_count(record, special):
+    """How often each special token stands in a record's pieces when its text holds none."""
+    questions = sum(role == PROMPT for _, role in record.pieces)
+    chat = record.pieces[0][0] != IMAGE_TOKEN
+    expected = Counter({IMAGE_TOKEN: int(record.image is not None)})
+    if chat:
+        expected += Counter({"<|im_start|>": 2 * questions + 1, "<|im_end|>": questions + 1})
+    return {t: expected[t] for t in special}
+
+
+def pair_sources(path):
+    """MMPR's meta.json, or a bare jsonl → [(annotation file, image root), …] in file order."""
+    path = Path(path)
+    if not path.is_file():
+        raise SystemExit(f"error: {path} {'is a folder' if path.is_dir() else 'does not exist'}; "
+                         "--preferences takes MMPR's meta.json or a .jsonl with image, question, "
+                         "chosen, rejected")
+    if path.suffix != ".json":
+        return [(path, None)]
+    try:
+        sets = json.loads(path.read_text(encoding="utf-8")) or {"": "empty"}
+        # Published beside its folders, or one level inside them (MMPR-v1.2/meta.json).
+        base = next((b for b in (path.parent, path.parent.parent)
+                     if all((b / s["annotation"]).is_file() for s in sets.values())), path.parent)
+        return [(base / s["annotation"], base / s["root"]) for s in sets.values()]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+        raise SystemExit(f"error: {path}: not an MMPR meta.json ({type(e).__name__}: {e}); each "
+                         f"set needs 'root' and 'annotation'")
+
+
+def default_file(folder, name):
+    """DATA/name.jsonl, or .json where only that exists."""
+    jsonl, plain = Path(folder, f"{name}.jsonl"), Path(folder, f"{name}.json")
+    return str(plain if plain.exists() and not jsonl.exists() else jsonl)
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+def planes(image, size):
+    """RGB → uint8 (3, size, size), squashed bicubically; None: as it is; two sizes: both, flat."""
+    if isinstance(size, tuple):                          # one model of two encoders
+        return np.concatenate([planes(image, s).ravel() for s in size])
+    image = image.resize((size, size), Image.Resampling.BICUBIC) if size else image
+    return np.asarray(image).transpose(2, 0, 1).copy()
+
+
+def load_image(source, size, where):
+    """A path or bytes → uint8 pixels as `planes` gives them; raises BadRecord.
+    EXIF rotation is applied, 16-bit grey scaled to 8, transparency laid on white, the first frame
+    of an animation taken: what a person sees. HF's processors apply the same bicubic squash.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadRecord(f"{where}: image of {image.width} × {image.height} pixels, over "
+                                f"the bound of {MAX_PIXELS // 10 ** 6} million")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            if "A" in image.mode or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return planes(image.convert("RGB"), size)
+    except BadRecord:
+        raise
+    except Exception as e:   # Pillow's decoders raise nearly anything on broken files
+        name = "embedded image" if isinstance(source, bytes) else f"image {source}"
+        raise BadRecord(f"{where}: {name} cannot be read ({type(e).__name__}: {e})")
