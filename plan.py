@@ -198,11 +198,12 @@ def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpoin
     kept = row.inputs if checkpointing else row.blocks
     again = row.blocks if checkpointing else [0] * len(row.blocks)       # recomputed, one at a time
     accumulates = micro_steps > 1
+    summed = FP32 * sum(p.numel() for p in trained) * accumulates       # between micro-batches
     held = {"weights": shard_bytes(every, processes),
             "optimizer": 2 * shard_bytes(trained, processes),
             "gradients": shard_bytes(trained, processes),
-            # Between micro-batches FSDP2 keeps whole fp32 gradients and reduces them at the last.
-            "accumulated gradients": FP32 * sum(p.numel() for p in trained) * accumulates,
+            # FSDP2 sums whole fp32 gradients and reduces them at the last; alone, in their place.
+            "accumulated gradients": summed * sharded,
             "gathered: root": sharded * root * compute,     # embeddings, projector: whole all along
             "gathered: blocks": sharded * 2 * largest * compute,    # the one that runs and the next
             "block's gradient": busiest * (compute + FP32 if sharded else FP32 * accumulates),
@@ -210,7 +211,7 @@ def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpoin
             # become probabilities and their own gradient in place, in fp32 (model.LogProb)
             "logits": (FP32 + (compute if compute < FP32 else 0)) * logits}
     states = held["weights"] + held["optimizer"] + held["gathered: root"]
-    running = states + held["accumulated gradients"] + held["gathered: blocks"]
+    running = states + summed + held["gathered: blocks"]
     # The worst of three moments. First: all activations are there, the logits, lm_head's gradient.
     begin = running + micro_batch * (row.outside + sum(kept)) + held["logits"] + \
         compute * lm_head.weight.numel() * lm_head.weight.requires_grad

@@ -40,7 +40,7 @@ from study_pairs import write
 from study_plan import FULL, PARTS, QUICK, Study
 
 # Seconds of each command on one thread of an AMD EPYC, alone on its core; of --quick, START.
-COST = {"world": 100, "stage1": 330, "pool": 230, "sft": 65, "dpo": 130, "vqa": 25, "val": 15,
+COST = {"world": 60, "stage1": 110, "pool": 150, "sft": 75, "dpo": 105, "vqa": 20, "val": 20,
         "repair": 110, "linear": 6, "seg": 15, "align": 10, "heat": 40, "extract": 6,
         "toy-vit-l": 1200, "toy-lm-l": 4800, "toy-vit-supervised": 600, "toy-vit-masked": 600}
 START = 6

@@ -6,7 +6,6 @@ The sizes in FULL are registered in results/README.md; a result remembers a dige
 this file's code.
 """
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -31,11 +30,11 @@ VARIANTS = {"head": {"head-l": ("toy-vit", "{}/toy-lm-l")},
 # The plan. Fixed before any test split was read; results/README.md says why each is as it is.
 FULL = dict(
     seeds=5, first_world=100,    # seeds of the worlds: 100, 101, …; `make demo` has drawn world 0
-    world=dict(captions=3200, instruct=10000, repair=2000, preferences=42000, heldout=600,
+    world=dict(captions=3200, instruct=3400, repair=2000, preferences=34000, heldout=600,
                bench=600, imagenet_train=60, imagenet_val=50, ade20k_training=600,
                ade20k_validation=400, align=2048),
-    validation=300, rates=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3], tuning_seeds=2, pairs=1600, passes=3,
-    sizes=[240, 400, 800, 3200], heat=300, stage={},
+    validation=600, rates=[3e-6, 1e-5, 3e-5, 1e-4, 3e-4], tuning_seeds=2, pairs=3200, passes=2,
+    sizes=[480, 800, 1600, 6400], heat=300, stage={},
     weights={"toy-lm-l": {"--steps": 9000}})       # and 6,750; toy-lm had 12,000 and 6,000
 QUICK = dict(
     seeds=5, first_world=200,

@@ -536,7 +536,7 @@ def test_section_from_full_results(tmp_path):
     assert not [f for f in summary["findings"] if f["verdict"] == "not run yet"]
     text = report.section(summary, plan)
     assert "| +2.2 [+2.0, +2.4] | holds |" in text and "5 seeds" in text
-    assert "4,000 to 4,000 of 42,000" in text and "lr.png" in text
+    assert "4,000 to 4,000 of 34,000" in text and "lr.png" in text
     assert text.count("\n| DPO, ") == 5 and text.count("\n| *DPO, ") == 3
     assert "seeds from 2 on, which chose no rate: the model +2.3 [+2.1, +2.5]" in text
     assert "edge of the grid" not in text and "lost" not in text
@@ -546,14 +546,14 @@ def test_section_says_what_diverged_and_where_the_grid_ends(tmp_path):
     plan, out = study_plan.FULL, tmp_path / "results"
     fake_results(out, plan)
     lost = {"values": {"diverged": "loss nan"}, "seconds": 1}
-    study_pairs.write(out / "made/seed-3-size-240-dpo.json", lost)
-    (out / "size/seed-3-240.json").unlink()
+    study_pairs.write(out / "made/seed-3-size-480-dpo.json", lost)
+    (out / "size/seed-3-480.json").unlink()
     study_pairs.write(out / "repair/seed-1.json", lost)
     study_pairs.write(out / "lr/chosen.json", {"values": {
         "sft": {"rate": plan["rates"][-1]}, "dpo": {"rate": 1e-4}}, "seconds": 1})
     summary = report.summarise(report.Results(out), plan)
     found = {f["finding"]: f["verdict"] for f in summary["findings"]}
-    assert found["240 pairs: DPO above SFT"] == "4 of 5 seeds; 1 lost, diverged"
+    assert found["480 pairs: DPO above SFT"] == "4 of 5 seeds; 1 lost, diverged"
     assert found["re-paired, average: DPO above SFT"] == "4 of 5 seeds; 1 lost, diverged"
     assert found["the model, average: DPO above SFT"] == "holds"
     assert found["400 pairs: DPO above SFT"] == "holds"
