@@ -387,61 +387,6 @@ def own_statistics(path):
     return facts.get("image_mean"), facts.get("image_std")
 
 
-def published(name):
-    """The published class of a preset, folder or file, whole (but for a ViT's pooler, which MAE and
-    MoCo do not have), on the meta device. A timm, open_clip or MoCo file says its shapes itself: it
-    must be there, and its header alone is read."""
-    import convert
-    import transformers as t
-    if name not in ENCODERS or ENCODERS[name].path.startswith("weights/toy"):
-        path = resolve(name)
-        if file := convert.find(path):
-            return convert.load(file, "meta")[0]
-        config = convert.as_vit(config_of(name, path))
-    else:
-        kind, hidden, depth, heads, mlp, patch, size = ENCODERS[name].geometry
-        facts = dict(hidden_size=hidden, num_hidden_layers=depth, num_attention_heads=heads,
-                     intermediate_size=mlp, patch_size=patch, image_size=size)
-        config = {
-            SIGLIP: lambda: t.SiglipVisionConfig(**facts),
-            CLIP: lambda: t.CLIPVisionConfig(**facts),
-            VIT: lambda: t.ViTConfig(**facts), "vit_mae": lambda: t.ViTConfig(**facts),
-            # the giant's MLP is gated, of two thirds of 4 × hidden
-            "dinov2": lambda: t.Dinov2Config(**facts, use_swiglu_ffn=mlp < 4 * hidden),
-            "convnext": lambda: t.ConvNextConfig(hidden_sizes=list(hidden), depths=list(depth),
-                                                 patch_size=patch, image_size=size)}[kind]()
-    with torch.device("meta"):
-        return t.AutoModel.from_config(config, **class_options(config))
-
-
-def empty_encoder(name, image_size=None):
-    """The encoder as load_encoder would give it, without weights, on the meta device."""
-    import convert
-    if len(parts := parts_of(name)) == 2:
-        return TwoEncoders(*(empty_encoder(part, image_size) for part in parts))
-    vision = truncate(published(name))
-    with torch.device("meta"):
-        size = image_size or side(vision.config.image_size)
-        return Encoder(convert.resize_positions(vision, size), HALF, HALF)
-
-
-def empty_llm(name):
-    """The LLM of a preset or local folder without weights, on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
-    if name in LLMS and LLMS[name].geometry:
-        hidden, layers, heads, kv, mlp, rows, tied = LLMS[name].geometry
-        config = Qwen2Config(hidden_size=hidden, num_hidden_layers=layers, vocab_size=rows,
-                             num_attention_heads=heads, num_key_value_heads=kv,
-                             intermediate_size=mlp, tie_word_embeddings=tied)
-    else:
-        try:
-            config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
-        except (OSError, ValueError) as e:
-            raise SystemExit(f"error: cannot open --llm {name}: {first_line(e)}")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-
-
 def open_model(kind, name, path, **options):
     """kind.from_pretrained in fp32; raises SystemExit, one line, where transformers would make up
     what a folder lacks: a tensor missing, or of another shape than config.json says."""

@@ -4,11 +4,9 @@
     python train_dpo.py --encoder siglip2-so400m --llm qwen2.5-7b --plan 4xa100
     python plan.py                                                # the table of the README
 
-What can be counted is counted, not estimated: the real modules run forward and backward on torch's
-meta device, which has shapes but neither numbers nor memory. FLOPs are summed over the products
-that run; activations are the tensors autograd saves. Assumed are the kernels (fused attention: q,
-k, v, output and one number a row are kept, not the T × T scores), the utilisation, and, where there
-is no data yet, the lengths: all of them are printed. Not run on a GPU.
+What can be counted is counted, not estimated: a row's FLOPs and the bytes it keeps (meta.py), the
+bytes of weights, gradients and moments on each GPU. Assumed are the kernels, the utilisation, and,
+where there is no data yet, the lengths: all of them are printed. Not run on a GPU.
 """
 import os
 import sys
@@ -16,11 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import encoders
+import meta
 import model as m
 import records
 from runtime import freeze, is_sharded, print0
@@ -47,126 +44,6 @@ class Lengths(NamedTuple):
     mean: tuple
     longest: tuple
     source: str
-
-
-class Trace(NamedTuple):
-    """One row, forward and backward. FLOPs: forward, of that inside blocks, backward. Bytes that
-    autograd keeps: outside blocks; inside each block; each block's input. rows: of lm_head."""
-    forward: int
-    in_blocks: int
-    backward: int
-    outside: int
-    blocks: list
-    inputs: list
-    rows: int
-
-
-# ------------------------------------------------------------------------------------- counting
-
-def row_length(prompt, chosen, rejected, pairs):
-    """Tokens of one row: prompt + answer, or the pair layout of model.py."""
-    return prompt + chosen + (rejected + 1 if pairs else 0)
-
-
-class Fused(torch.autograd.Function):
-    """Attention as a fused kernel does it, shapes alone. q, k, v (B, H, T, d) → (B, H, T, d).
-    Two products forward, four backward (the kernels' own recomputation is not credited)."""
-    flops = 0
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.product = 2 * q.numel() * k.shape[2]
-        Fused.flops += 2 * ctx.product
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        Fused.flops += 4 * ctx.product
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-def attention(module, query, key, value, attention_mask, **kwargs):
-    """transformers' hook for an attention kernel; with a mask it repeats the shared heads first."""
-    from transformers.integrations.sdpa_attention import repeat_kv
-    groups = query.shape[1] // key.shape[1]
-    if attention_mask is not None:
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    return Fused.apply(query, key, value).transpose(1, 2), None
-
-
-def trace(model, prompt, chosen, rejected, pairs):
-    """Run one row of an MLLM on the meta device and write down what it takes. → Trace."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    ALL_ATTENTION_FUNCTIONS.register("plan", attention)
-    encoder, llm = model.encoder, model.llm
-    for part in (*(p.vision for p in encoder.parts), llm):
-        if part._supports_sdpa:
-            part.config._attn_implementation = "plan"
-    counter, where, flops_in_blocks = FlopCounterMode(display=False), None, 0
-    blocks = model.blocks
-    kept, inputs = {None: 0, **dict.fromkeys(range(len(blocks)), 0)}, [0] * len(blocks)
-    seen = {p.untyped_storage()._cdata: p for p in model.parameters()}   # weights are no activation
-    Fused.flops = 0
-
-    def count():
-        return counter.get_total_flops() + Fused.flops
-
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage._cdata not in seen:
-            seen[storage._cdata] = storage      # kept alive here: its address is not used again
-            kept[where] += storage.nbytes()
-        return x
-
-    def enter(i):
-        def hook(block, args, kwargs):
-            nonlocal where, flops_in_blocks
-            where, x = i, args[0] if args else kwargs["hidden_states"]
-            inputs[i] = x.nbytes if torch.is_grad_enabled() else 0
-            flops_in_blocks -= count()
-        return hook
-
-    def leave(*_):
-        nonlocal where, flops_in_blocks
-        where = None
-        flops_in_blocks += count()
-    hooks = [h for i, block in enumerate(blocks) for h in (
-        block.register_forward_pre_hook(enter(i), with_kwargs=True),
-        block.register_forward_hook(leave))]
-
-    length = row_length(prompt, chosen, rejected, pairs)
-    rows = chosen + (rejected if pairs else 0)
-    learns = any(p.requires_grad for p in encoder.parameters())
-    with counter, torch.device("meta"):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            pixels = [torch.zeros(1, 3, p.image_size, p.image_size, dtype=torch.uint8)
-                      for p in encoder.parts]
-            with torch.set_grad_enabled(learns):    # A+B: both pictures in one row, flat
-                features = encoder(pixels[0] if len(pixels) == 1 else
-                                   torch.cat([p.flatten(1) for p in pixels], 1))
-            features = model.projector(features)
-            # Stands for masked_scatter, whose backward depends on data: the same bytes, no FLOPs.
-            words = torch.nn.functional.embedding(torch.zeros(1, length, dtype=torch.long),
-                                                  llm.get_input_embeddings().weight)
-            embeds = torch.cat([features, words[:, encoder.num_tokens:]], 1)     # (1, T, d_llm)
-            mask = torch.zeros(1, 1, length, length, dtype=embeds.dtype) if pairs else None
-            positions = torch.zeros(1, length, dtype=torch.long)
-            hidden = llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
-                                    position_ids=positions).last_hidden_state
-            picked = hidden[:, :rows].flatten(0, 1).clone()                      # (R, d_llm)
-        # lm_head's own tensors are counted in memory(), by hand: they come in chunks
-        logps = m.token_logps(picked, llm.get_output_embeddings(),
-                              torch.zeros(rows, dtype=torch.long))
-        forward = count()
-        logps.sum().backward()
-    for hook in hooks:
-        hook.remove()
-    model.zero_grad()
-    extra = 0 if mask is None else mask.nbytes
-    return Trace(forward, flops_in_blocks, count() - forward, kept.pop(None) + extra,
-                 list(kept.values()), inputs, rows)
 
 
 # --------------------------------------------------------------------------------------- memory
@@ -282,15 +159,6 @@ def lengths(args, model, kind, file):
 
 # ---------------------------------------------------------------------------------------- plans
 
-def empty_mllm(encoder, llm, image_size=None, dtype="bf16"):
-    """The model without weights, on the meta device, in the dtype that it computes in."""
-    encoder, llm = encoders.empty_encoder(encoder, image_size), encoders.empty_llm(llm)
-    m.refuse_llm(llm, llm.config.model_type)
-    with torch.device("meta"):
-        model = m.MLLM(encoder, llm, image_token_id=0)
-    return m.no_dropout(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32))
-
-
 def machine(spec):
     """"8xh100" → (8, "h100", bytes, FLOP/s)."""
     count, _, name = spec.lower().rpartition("x")
@@ -310,7 +178,7 @@ def phase_plan(args, model, phase):
     freeze(model, rates)
     pairs = args.stage == "dpo"
     long = lengths(args, model, kind, file)
-    mean, worst = (trace(model, *getattr(long, w), pairs) for w in ("mean", "longest"))
+    mean, worst = (meta.trace(model, *getattr(long, w), pairs) for w in ("mean", "longest"))
     steps = epochs * (long.records // args.global_batch)
     steps = steps if bound is None else min(steps, bound)
     options = dict(processes=gpus // args.replicas, compute=2 if args.dtype == "bf16" else 4,
@@ -337,7 +205,7 @@ def phase_plan(args, model, phase):
 def show_plan(args, phases):
     """Print the plan of a stage: what `--plan` does, instead of training."""
     gpus, gpu, size, speed = machine(args.plan)
-    model = empty_mllm(args.encoder, args.llm, args.image_size, args.dtype)
+    model = meta.empty_mllm(args.encoder, args.llm, args.image_size, args.dtype)
     encoder = model.encoder
     print0(f"{args.stage}: {args.encoder} + {args.llm} on {gpus} × {gpu.upper()} ({size / 1e9:.0f} "
            f"GB, {speed / 1e12:.0f} TFLOP/s bf16); computed, nothing is loaded")
@@ -353,12 +221,12 @@ def show_plan(args, phases):
         long, gb = p["lengths"], 1e9
         print0(f"{p['name']}: " + ", ".join(f"{k} at {v:g}" if v else f"{k} frozen"
                                             for k, v in p["rates"].items()))
-        print0(f"  rows of {row_length(*long.mean, p['pairs'])} tokens, at most "
-               f"{row_length(*long.longest, p['pairs'])} ({long.source})")
+        print0(f"  rows of {meta.row_length(*long.mean, p['pairs'])} tokens, at most "
+               f"{meta.row_length(*long.longest, p['pairs'])} ({long.source})")
         print0(f"  {p['steps']:,} steps of {args.global_batch}: {p['step'] / 1e15:.2f} PFLOP a "
                f"step, {p['run'] / 1e18:.3f} EFLOP in all"
                + (", the reference's one pass included" if p["pairs"] else ""))
-        print0(f"  {p['seconds']:.1f} s a step, {p['hours']:.1f} h, if {UTILISATION:.0%} of the "
+        print0(f"  {p['seconds']:.1f} s a step, {p['hours']:.2f} h, if {UTILISATION:.0%} of the "
                f"GPUs' FLOP/s are reached")
         print0(f"  memory a GPU at --micro-batch {p['micro']}, longest rows, "
                f"{'with' if args.activation_checkpointing else 'without'} "
@@ -372,7 +240,7 @@ def show_plan(args, phases):
         for checkpointing, b in p["fits"].items():
             print0(f"    {'with' if checkpointing else 'without'} it "
                    + (f"--micro-batch {b} fits" if b else "no micro-batch fits"))
-    print0(f"in all {hours:.1f} h")
+    print0(f"in all {hours:.2f} h")
 
 
 # --------------------------------------------------------------------------- the README's table
@@ -389,7 +257,7 @@ def table():
             sys.argv[1:] = ["--llm", llm, "--plan", "--activation-checkpointing",
                             "--data", "nowhere", "--run-dir", "nowhere"]     # no data: the paper's
             args = stage.get_args()
-            model = empty_mllm(args.encoder, args.llm)
+            model = meta.empty_mllm(args.encoder, args.llm)
             plans += [phase_plan(args, model, p) for p in stage.phases(args)]
         _, full, dpo = plans
         states = sum(dpo["held"][k] for k in ("weights", "optimizer", "gradients",

@@ -98,7 +98,7 @@ def execute(task, out, log, live, plan):
         values = task.gather() if task.gather else None
     seconds = time.time() - start
     write(record_of(task, out), {
-        "run": task.name, "plan": digest(plan), "versions": versions(),
+        "run": task.name, "plan": digest(plan), "code": CODE, "versions": versions(),
         "commands": [" ".join(c).replace(sys.executable, "python") for c in commands],
         "values": values, "seconds": round(seconds, 1)})
     if diverged(task, out):
@@ -138,6 +138,21 @@ def digest(plan):
     """What a result is a result of: the sizes, and the code that makes commands and pairs."""
     code = [code_of(Path(__file__).with_name(f"study_{n}.py")) for n in ("plan", "pairs", "models")]
     return hashlib.sha256(json.dumps([plan, code], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def whole_code():
+    """The same of all code that makes results, and of the pretrained models: noted in each. A change
+    that leaves the plan as it is is not refused; the report says how many states there were."""
+    root, sha = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.glob("*.py")):
+        if path.name not in ("study_findings.py", "study_report.py"):
+            sha.update(json.dumps([path.name, code_of(path)]).encode())
+    for path in sorted(root.glob("weights/toy-*/*")):
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:12]
+
+
+CODE = whole_code()        # as it was when this call began
 
 
 def versions():

@@ -56,10 +56,11 @@ class Results:
     """All values there are: {(part, run without its seed): {seed: {condition: {measure: …}}}}."""
 
     def __init__(self, out):
-        self.out, self.values, self.seconds, self.made = Path(out), {}, 0.0, {}
+        self.out, self.values, self.seconds, self.codes = Path(out), {}, 0.0, set()
         for path in sorted(self.out.glob("*/*.json")):
             found = json.loads(path.read_text())
             self.seconds += found["seconds"]
+            self.codes.add(found["code"])
             part, name = path.parent.name, path.stem
             seed = re.match(r"seed-(\d+)-?", name)
             key = (part, name[seed.end():] if seed else name)
@@ -79,12 +80,13 @@ class Results:
                 if seed >= first]
 
     def lost(self, terms):
-        """How many seeds have none of it since a run that these terms need diverged."""
+        """How many seeds have none of it since a run that these terms need diverged: both methods
+        of a folder are judged together, or not at all."""
         seeds = set()
-        for _, (_, part, run, condition) in terms:
+        for _, (_, part, run, _) in terms:
             folder = f"size-{run}" if part == "size" else run or "main"
-            for key in ((part, run), ("made", f"{folder}-{condition}"), ("made", folder),
-                        ("made", "stage1")):
+            for key in ((part, run), ("made", f"{folder}-sft"), ("made", f"{folder}-dpo"),
+                        ("made", folder), ("made", "stage1")):
                 seeds |= {s for s, v in self.values.get(key, {}).items() if "diverged" in (v or {})}
         return len(seeds)
 
@@ -162,11 +164,9 @@ def findings(plan):
     return out
 
 
-def baseline(measure, condition="stage1"):
-    """Where the main comparison keeps a measure's value at stage 1, or of the original encoder."""
-    if measure.startswith("repair"):
-        return main_of("original", "repair")
-    return main_of(condition, "vqa" if measure.startswith("vqa") else "eye")
+def baseline(measure):
+    """Where the main comparison keeps a measure's value at stage 1."""
+    return main_of("stage1", next((p for p in ("vqa", "repair") if measure.startswith(p)), "eye"))
 
 
 def against_stage1():
@@ -174,13 +174,12 @@ def against_stage1():
     return [*((f"the model, {g}", f"vqa {g}", "vqa") for g in (*GROUPS, "average")),
             ("linear probe", "linear", "eye"), ("segmentation", "seg", "eye"),
             ("alignment × 100", "align", "eye"),
-            *((f"re-paired, {g} (minus the original)", f"repair {g}", "repair")
-              for g in (*GROUPS, "average"))]
+            *((f"re-paired, {g}", f"repair {g}", "repair") for g in (*GROUPS, "average"))]
 
 
 def control_rows():
-    """What of the signal trains the eye: [(label, {measure: (part, run)}, condition, kind)]; minus
-    stage 1 or, where a kind is named, minus its DPO."""
+    """What of the signal trains the eye: [(label, {measure: (part, run)}, condition, other)]; minus
+    stage 1 or, where another (kind, condition) of the controls is named, minus that."""
     main = {"vqa average": ("vqa", ""), "linear": ("eye", ""), "seg": ("eye", ""),
             "repair average": ("repair", "")}
 
@@ -193,6 +192,10 @@ def control_rows():
             ("DPO, the model's wrong answer, another image", other("images"), "dpo", None),
             ("SFT, easy items", other("easy"), "sft", None),
             ("DPO, easy items, one attribute swapped", other("easy"), "dpo", None),
-            ("*DPO, own wrong answer, minus* one attribute swapped", main, "dpo", "swapped"),
-            ("*DPO, own wrong answer, minus* another question's", main, "dpo", "shuffled"),
-            ("*DPO, own wrong answer, minus* another image", main, "dpo", "images")]
+            ("*DPO, own wrong answer, minus* one attribute swapped", main, "dpo",
+             ("swapped", "dpo")),
+            ("*DPO, own wrong answer, minus* another question's", main, "dpo",
+             ("shuffled", "dpo")),
+            ("*DPO, own wrong answer, minus* another image", main, "dpo", ("images", "dpo")),
+            ("*DPO, own wrong answer, minus* SFT, easy items", main, "dpo", ("easy", "sft")),
+            ("*DPO, easy items, minus* SFT, easy items", other("easy"), "dpo", ("easy", "sft"))]

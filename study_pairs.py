@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+from collections import Counter, defaultdict
 from pathlib import Path
 
 KINDS = ("sampled", "swapped", "shuffled", "images", "easy")
@@ -34,11 +35,13 @@ def write(path, value):
 
 def draw(out, seed, world, validation):
     """The world of a seed, and beside its test benchmarks others of other images to choose learning
-    rates on: `validation` questions a group, drawn with another seed."""
+    rates on: `validation` questions a group, drawn with another seed. Its preference pairs ask for
+    single words, as the benchmarks do: in a sentence a model may misquote the question, and such a
+    pair is settled without looking."""
     import toy
     aside = Path(f"{out}.drawing")
     shutil.rmtree(aside, ignore_errors=True)
-    toy.draw_world(aside, seed, 1.0, world)
+    toy.draw_world(aside, seed, 1.0, world, sentences=0)
     other = toy.World(aside / "other", seed + 1000, 1.0)
     with other.bar:
         for name in toy.BENCH:
@@ -85,15 +88,24 @@ def wrong(said, right):
     return said != right and len(said.split()) == len(right.split())
 
 
+def asks(record):
+    """What a record asks for: colour-00012 → colour."""
+    return record["id"].rpartition("-")[0]
+
+
 def kinds_of(pool, said, seed, n):
     """Pairs of every kind; pool: [record, …], said: {id: the model's answer}, n: so many easy ones.
 
     `sampled`, `swapped`, `shuffled` and `images` hold the same items in the same order: those that
-    the model got wrong. → {kind: [record, …]}.
+    the model got wrong, with an answer that is right elsewhere ("star" is no count).
+    → {kind: [record, …]}.
     """
     from score import plain
-    rng = random.Random(f"{seed}/kinds")
-    items = [r for r in pool if wrong(said[r["id"]], r["chosen"])]
+    rng, known = random.Random(f"{seed}/kinds"), defaultdict(set)
+    for r in pool:
+        known[asks(r)].add(plain(r["chosen"]))
+    items = [r for r in pool if wrong(said[r["id"]], r["chosen"])
+             and plain(said[r["id"]]) in known[asks(r)]]
     rng.shuffle(items)
     out = {"swapped": items, "sampled": [{**r, "rejected": like(said[r["id"]], r["chosen"])}
                                          for r in items]}
@@ -107,6 +119,17 @@ def kinds_of(pool, said, seed, n):
                      (o := others(i, lambda o: o["image"] != r["image"]))]
     out["easy"] = rng.sample(pool, min(n, len(pool)))
     return {kind: out[kind] for kind in KINDS}
+
+
+def blind(records):
+    """The share of pairs that a rule settles without looking: of two answers, prefer the one that
+    is chosen over the other more often in all other pairs. A draw counts half; 0.5: none is."""
+    over = Counter((asks(r), r["chosen"], r["rejected"]) for r in records)
+
+    def settled(kind, chosen, rejected):
+        right, wrong = over[kind, chosen, rejected] - 1, over[kind, rejected, chosen]
+        return (right > wrong) + (right == wrong) / 2
+    return sum(settled(asks(r), r["chosen"], r["rejected"]) for r in records) / len(records)
 
 
 def hard_pairs(data, bench, seed, plan):
@@ -131,4 +154,6 @@ def hard_pairs(data, bench, seed, plan):
     for image in {r["image"] for r in pool} - shown:
         for where in ("images", "masks"):
             (folder / where / image).unlink(missing_ok=True)
-    return {"counts": counts}
+    same = [s["rejected"] == r["rejected"] for s, r in zip(kinds["sampled"], kinds["swapped"])]
+    return {"counts": counts, "blind": {k: round(blind(v), 3) for k, v in kinds.items()},
+            "sampled_is_swapped": round(sum(same) / len(same), 3)}

@@ -30,7 +30,7 @@ VARIANTS = {"head": {"head-l": ("toy-vit", "{}/toy-lm-l")},
 # The plan. Fixed before any test split was read; results/README.md says why each is as it is.
 FULL = dict(
     seeds=5, first_world=100,    # seeds of the worlds: 100, 101, …; `make demo` has drawn world 0
-    world=dict(captions=3200, instruct=3400, repair=2000, preferences=34000, heldout=600,
+    world=dict(captions=3200, instruct=2427, repair=2000, preferences=45000, heldout=600,
                bench=600, imagenet_train=60, imagenet_val=50, ade20k_training=600,
                ade20k_validation=400, align=2048),
     validation=600, rates=[3e-6, 1e-5, 3e-5, 1e-4, 3e-4], tuning_seeds=2, pairs=3200, passes=2,
@@ -231,10 +231,10 @@ class Study:
 
     def repair(self, seed):
         """Frozen encoders under toy-lm as pretrained and a new projector, all alike."""
-        steps, gather = self.repairs(seed, "main", "toy-vit")
+        steps, gather = self.repairs(seed, "main", "toy-vit", ("pretrain", "sft", "dpo"))
         self.result("repair", f"seed-{seed}",
                     [self.trained(seed, "main", m) for m in ("sft", "dpo")],
-                    {"repair": 3}, steps, gather)
+                    {"repair": 4}, steps, gather)
 
     def controls(self, seed):
         """DPO with other rejected answers or images on the same items; both on easy ones."""
@@ -341,18 +341,18 @@ class Study:
         projector drawn with a seed that no stage used."""
         run, data = self.run(seed, name), self.data(seed)
         eyes = {**({"original": original} if original else {}),
-                **{m: run / m / "encoder" for m in methods}}
+                **{"stage1" if m == "pretrain" else m: run / m / "encoder" for m in methods}}
 
         def steps():
             return [["repair_eval.py", "--encoder", eye, "--llm", "toy-lm", "--data", data, "--run",
-                     run, "--seed", 1000 + seed, "--workers", 0, "--show-wrong", 0,
+                     run, "--seed", 1000 + seed, "--workers", 0, "--show-wrong", 0, "--overwrite",
                      *flat(self.plan["stage"])] for eye in eyes.values()]
 
         def gather():
             where = [Path(eye).parent.name if Path(eye).name == "encoder" else Path(eye).name
                      for eye in eyes.values()]
             where = [run / "repair" / w for w in where]
-            same_items(run / m for m in methods)
+            same_items(run / m for m in methods if m != "pretrain")
             same_items(where)
             start = agree("projector_digest", config_of(where, "projector_digest"))
             if start in config_of([run / "pretrain"], "projector_digest").values():
@@ -369,9 +369,10 @@ def flat(options):
 
 
 def evaluate(final, data, *more):
-    """The command that answers and scores DATA/bench (or --bench) with the model in `final`."""
+    """The command that answers and scores DATA/bench (or --bench) with the model in `final`. From
+    the beginning: half of the answers, and the rest in other batches, might differ in a last bit."""
     return ["repair_eval.py", "--mllm", final, "--llm", "toy-lm", "--data", data, "--workers", 0,
-            "--show-wrong", 0, *more]
+            "--show-wrong", 0, "--overwrite", *more]
 
 
 def extract(run, stage):

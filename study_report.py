@@ -57,8 +57,8 @@ def summarise(results, plan=FULL):
                      **{c: cell(results.combined(minus(measure, main_of(c, part), before)))
                         for c in ("sft", "dpo")}})
     controls = [{"trained": label, **{m: cell(results.combined(
-        minus(m, (*where, condition), ("controls", kind, "dpo") if kind else baseline(m))))
-        for m, where in runs.items()}} for label, runs, condition, kind in control_rows()]
+        minus(m, (*where, condition), ("controls", *other) if other else baseline(m))))
+        for m, where in runs.items()}} for label, runs, condition, other in control_rows()]
     kinds = results.values.get(("made", "pairs"), {})
     rates = {m: [{"rate": rate, **(cell(results.combined([(1, (
         "vqa average", "lr", f"{m}-{rate:g}", m))])) or {"mean": None})}
@@ -68,7 +68,9 @@ def summarise(results, plan=FULL):
             "chosen": rate, "rates": rates, "untuned": untuned,
             "edge": [m for m in rate if rate[m] in (plan["rates"][0], plan["rates"][-1])],
             "hours_of_one_core": round(results.seconds / 3600, 1),
+            "codes": len(results.codes),
             "wrong_answers": {str(s): v["counts"] for s, v in kinds.items()},
+            "blind": cell([100 * v["blind"]["sampled"] for v in kinds.values()]),
             "smallest_effect": {"group": smallest_effect(5, plan["world"]["bench"]),
                                 "average": smallest_effect(5, 4 * plan["world"]["bench"]),
                                 "linear": smallest_effect(5, 12 * plan["world"]["imagenet_val"])}}
@@ -96,14 +98,17 @@ def section(summary, plan=FULL):
     if s["seeds"]:
         counts = [c["sampled"] for c in s["wrong_answers"].values()]
         found = f" ({min(counts):,} to {max(counts):,} of {plan['world']['preferences']:,} " \
-                "questions)" if counts else ""
+                f"questions; {s['blind']['mean']:.0f} % of these pairs a rule settles that knows " \
+                "how often each answer is chosen over the other, and does not look)" \
+            if counts else ""
         out += [f"{s['seeds']} seeds, {s['hours_of_one_core']} hours of runs, each on one core. "
                 f"Rejected answers: the stage-1 model's own wrong ones{found}; {plan['pairs']:,} "
                 f"pairs, {plan['passes']} passes. Learning rates by validation: "
                 f"SFT {s['chosen']['sft']:g}, DPO {s['chosen']['dpo']:g} (the paper's: 5e-6 and "
                 f"1e-6; the grid: {plan['rates'][0]:g} to {plan['rates'][-1]:g})."
                 + "".join(f" **{m.upper()}'s is at the edge of the grid**: a better one may lie "
-                          "outside." for m in s["edge"]), ""]
+                          "outside." for m in s["edge"])
+                + (f" Made by {s['codes']} states of this code." if s["codes"] > 1 else ""), ""]
     else:
         out += ["**The full study has not been run yet.**", ""]
     out += [f"With 5 seeds the smallest difference it can see (4 times in 5, where a tenth of the "
@@ -116,14 +121,13 @@ def section(summary, plan=FULL):
         out += ["", f"DPO minus SFT on the seeds from {plan['tuning_seeds']} on, which chose no "
                 "rate: " + ", ".join(f"{k} {show(c)}" for k, c in s["untuned"].items()) + "."]
     if any(e["sft"] for e in s["each_minus_stage1"]):
-        out += ["", "Each minus stage 1 (of a re-paired encoder: minus the original):", "",
+        out += ["", "Each minus stage 1 (re-paired: minus stage 1's encoder re-paired):", "",
                 "| | stage 1 | SFT | DPO |", "|---|---|---|---|"]
         out += [f"| {e['measure']} | {show(e['stage1'], '')} | {show(e['sft'])} | "
                 f"{show(e['dpo'])} |" for e in s["each_minus_stage1"] if e["stage1"]]
     if any(c["linear"] for c in s["controls"][2:]):
         out += ["", "Is it the contrast, or the rejected text? In all rows but the easy ones the "
-                "items are the same; points above stage 1, of a re-paired encoder above the "
-                "original:", "",
+                "items are the same; points above stage 1:", "",
                 "| trained with | model, average | linear | segmentation | re-paired, average |",
                 "|---|---|---|---|---|"]
         out += [f"| {c['trained']} | " + " | ".join(show(c[m]) for m in (
@@ -165,9 +169,9 @@ def draw_lr(axis, s):
 def draw_each(axis, s, wanted):
     """The rows of "each minus stage 1" that say `wanted`, SFT beside DPO, in points."""
     rows = [e for e in s["each_minus_stage1"] if wanted in e["measure"] and e["sft"]]
-    labels = [e["measure"].split(", ")[-1].split(" (")[0] for e in rows]
+    labels = [e["measure"].split(", ")[-1] for e in rows]
     bars(axis, labels, {m.upper(): [e[m] for e in rows] for m in ("sft", "dpo")})
-    axis.set_ylabel("points above " + ("stage 1" if wanted == "the model" else "the original"))
+    axis.set_ylabel("points above stage 1")
 
 
 def draw_eye(axis, s):

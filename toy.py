@@ -43,10 +43,12 @@ CALM = 0.5 if sys.stderr.isatty() else 10    # seconds between updates of a bar
 
 
 class World:
-    """Writes below `root`; no two pictures of a world have the same bytes."""
+    """Writes below `root`; no two pictures of a world have the same bytes. sentences: the share of
+    preference pairs whose answers are sentences, not single words."""
 
-    def __init__(self, root, seed, scale):
+    def __init__(self, root, seed, scale, sentences=2 / 3):
         self.root, self.seed, self.scale, self.seen = root, seed, scale, set()
+        self.sentences = sentences
         self.bar = tqdm(desc="drawing", unit=" images", mininterval=CALM)
 
     def rng(self, name):
@@ -123,7 +125,7 @@ class World:
             q, name = rng.choice(qs), f"{prefix}-{len(records) + 1:05d}.png"
             wrong, good = rng.choice(q.wrong), q.answer
             question = q.ask(rng, heldout=rng.random() < heldout)
-            if rng.random() < 2 / 3:                     # the others are single words
+            if rng.random() < self.sentences:
                 question, good, wrong = question + IN_WORDS, q.sentence(good), q.sentence(wrong)
             mask = np.any([scene.masks[m] for m in q.about], axis=0)
             self.save(f"preferences/images/{name}", scene.png)
@@ -212,11 +214,11 @@ COUNTS = {"captions": 3200, "instruct": 10000, "repair": 2000, "preferences": 72
           "ade20k_training": 600, "ade20k_validation": 200, "align": 2048}
 
 
-def draw_world(out, seed, scale, counts=COUNTS):
-    """Draws into OUT.tmp and renames, so that half a world never looks whole."""
+def draw_world(out, seed, scale, counts=COUNTS, **options):
+    """Draws into OUT.tmp and renames, so that half a world never looks whole. options: World's."""
     aside = out.with_name(out.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    world = World(aside, seed, scale)
+    world = World(aside, seed, scale, **options)
     n = {name: world.count(c) for name, c in counts.items()}
     with world.bar:
         world.captions(n["captions"])

@@ -7,7 +7,6 @@ the model was built (VmHWM, the kernel's own high-water mark), and what plan.mem
 same shapes.
 """
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import encoders
+import meta
 import model as m
 import plan
 import runtime
@@ -83,7 +83,7 @@ def count_bytes():
                              for k in ("exp_avg", "exp_avg_sq"))}
     empty = build("meta")
     runtime.freeze(empty, {"encoder": 1e-5, "projector": 1e-5, "llm": 0})
-    held, _ = plan.memory(empty, plan.trace(empty, 430, 60, 40, True), size, 1, 1, 4,
+    held, _ = plan.memory(empty, meta.trace(empty, 430, 60, 40, True), size, 1, 1, 4,
                           sharded=runtime.is_sharded(size, "fp32"))
     if rank == 0:
         print(json.dumps({"real": real, "planned": {k: held[k] for k in real}}))
@@ -112,7 +112,7 @@ def main():
 
     empty = build("meta")
     runtime.freeze(empty, rates)
-    held, total = plan.memory(empty, plan.trace(empty, *length, pairs), size, rows, micro_steps,
+    held, total = plan.memory(empty, meta.trace(empty, *length, pairs), size, rows, micro_steps,
                               4, bool(checkpointing),
                               sharded=runtime.is_sharded(size, "fp32"))
     if rank == 0:

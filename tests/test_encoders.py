@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import convert
 import encoders
+import meta
 import model as m
-import plan
 from conftest import COMMON, VISION, run
 from test_stages import opens_in_transformers
 
@@ -146,7 +146,7 @@ def test_presets_have_the_published_size(name):
     """The count of the class built from the preset = a closed formula = the published figure; what
     is cut off is exactly one block and the pooling head; the grid is the paper's."""
     geometry, exact, nominal, tokens = PUBLISHED[name]
-    vision = encoders.published(name)
+    vision = meta.published(name)
     formula = count_convnext((384, 768, 1536, 3072), (3, 4, 30, 3)) if geometry is None else \
         count(*geometry)
     assert sum(p.numel() for p in vision.parameters()) == formula == exact
@@ -159,7 +159,7 @@ def test_presets_have_the_published_size(name):
     else:                           # "So400m", "1B": one digit is all their names claim
         assert float(f"{formula - head:.0e}") == float(nominal)
 
-    encoder = encoders.empty_encoder(name)
+    encoder = meta.empty_encoder(name)
     cut = block(d, mlp) + head if kind in ("siglip", "clip") else 0
     assert sum(p.numel() for p in encoder.parameters()) == exact - cut
     assert encoder.num_tokens == tokens
@@ -178,7 +178,7 @@ def test_llm_presets_have_the_published_size(name, exact):
     side = d // heads * kv
     formula = rows * d * (1 if tied else 2) + d + layers * (
         linear(d, d) + 2 * linear(d, side) + d * d + 3 * d * mlp + 2 * d)
-    llm = encoders.empty_llm(name)
+    llm = meta.empty_llm(name)
     assert sum(p.numel() for p in llm.parameters()) == formula == exact
     assert (llm.lm_head.weight is llm.model.embed_tokens.weight) == tied
 
@@ -400,17 +400,17 @@ def test_other_layouts_are_planned_from_the_header_alone(tmp_path, monkeypatch):
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm/config.json").write_text(json.dumps({"architecture": "vit_tiny_patch8_32"}))
     with pytest.raises(SystemExit, match="without its weights, whose shapes say"):
-        encoders.empty_encoder(str(tmp_path / "timm"))
+        meta.empty_encoder(str(tmp_path / "timm"))
     save_file(state, tmp_path / "timm/model.safetensors")
     for name in ("moco.pth.tar", "timm"):
         real = shapes(encoders.load_encoder(str(tmp_path / name), 48))
-        empty = encoders.empty_encoder(str(tmp_path / name), 48)
+        empty = meta.empty_encoder(str(tmp_path / name), 48)
         assert shapes(empty) == real and {p.device.type for p in empty.parameters()} == {"meta"}
         assert empty(torch.zeros(1, 3, 48, 48, dtype=torch.uint8, device="meta")).shape[1] == 36
-        row = plan.trace(plan.empty_mllm(str(tmp_path / name), "toy-lm"), 40, 5, 0, False)
+        row = meta.trace(meta.empty_mllm(str(tmp_path / name), "toy-lm"), 40, 5, 0, False)
         assert row.forward > 0 and len(row.blocks) == 2 + 6
     monkeypatch.setattr(encoders, "HERE", tmp_path)
-    assert encoders.empty_encoder("moco-v3-base").num_tokens == 196
+    assert meta.empty_encoder("moco-v3-base").num_tokens == 196
 
 
 @pytest.mark.parametrize("spoil,words", [
@@ -464,12 +464,12 @@ def test_open_clip_convnext(tmp_path):
     pixels = pixels_for(encoder)
     assert torch.equal(encoder(pixels), theirs("convnext", vision, values_of(encoder, pixels)))
     assert encoders.load_encoder(str(tmp_path / "oc"), 160).num_tokens == 25
-    assert shapes(encoders.empty_encoder(str(tmp_path / "oc"))) == shapes(encoder)
+    assert shapes(meta.empty_encoder(str(tmp_path / "oc"))) == shapes(encoder)
 
 
 def test_convnext_xxl_norms_have_its_own_eps(tmp_path):
     """timm gives the XXL 1e-5 where the class hard-codes 1e-6; saved and reopened it stays."""
-    vision = encoders.published("convnext-xxl")
+    vision = meta.published("convnext-xxl")
     state = {timm_convnext_names(k): v for k, v in vision.state_dict().items()}
     config, names = convert.timm_convnext(state, {})
     assert config.depths == [3, 4, 30, 3] and config.pivot_norm_eps == 1e-5
@@ -501,7 +501,7 @@ def test_open_clip_vit(tmp_path):
         "quick_gelu": False, "vision_cfg": {"image_size": 32, "layers": 3, "width": d,
                                             "patch_size": 8}}}))
     encoder = encoders.load_encoder(str(tmp_path)).eval()
-    assert shapes(encoders.empty_encoder(str(tmp_path))) == shapes(encoder)
+    assert shapes(meta.empty_encoder(str(tmp_path))) == shapes(encoder)
     pixels = pixels_for(encoder)
     x = F.conv2d(values_of(encoder, pixels), state["conv1.weight"], stride=8).flatten(2).mT
     x = torch.cat([state["class_embedding"].expand(2, 1, -1), x], 1) + state["positional_embedding"]

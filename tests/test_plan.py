@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import records
 import encoders
+import meta
 import model as m
 import plan
 import repair_eval
@@ -60,7 +61,7 @@ def test_flops_are_those_torch_counts(layout, vision, llm, tie, frozen):
     for each in (model, empty):
         runtime.freeze(each, rates)
     counts = [int((pairs[0][1] == role).sum()) for role in range(3)]
-    row = plan.trace(empty, *counts, layout == "dpo")
+    row = meta.trace(empty, *counts, layout == "dpo")
     assert (row.forward, row.backward) == real_flops(model, batch)
     assert row.rows == int((batch["labels"] != m.IGNORE).sum())
 
@@ -77,7 +78,7 @@ def test_flops_and_bytes_of_two_encoders():
     pairs, _ = random_pairs(model, 1)
     batch = batch_of(pairs, torch.zeros(1, 2 * 3 * 32 ** 2, dtype=torch.uint8), "sft")
     counts = [int((pairs[0][1] == role).sum()) for role in range(3)]
-    row = plan.trace(empty, *counts, False)
+    row = meta.trace(empty, *counts, False)
     assert (row.forward, row.backward) == real_flops(model, batch)
     assert len(row.blocks) == 2 + 3 + 2 and not any(row.blocks[:5]) and all(row.blocks[5:])
 
@@ -85,7 +86,7 @@ def test_flops_and_bytes_of_two_encoders():
 def test_flops_by_hand():
     """2 × weights × tokens, and attention's two products: nobody's counter, one row of SFT."""
     model = tiny_model().to("meta")
-    row = plan.trace(model, 20, 5, 0, False)
+    row = meta.trace(model, 20, 5, 0, False)
     d, mlp, n, t = 32, 48, 16, 25
     eye = 2 * n * d * 3 * 64 + 2 * (n * 2 * (4 * d * d + 2 * d * mlp) + 4 * n * n * d)
     bridge = 2 * n * (d * d + d * d)
@@ -115,7 +116,7 @@ def test_peak_memory_of_a_real_run(arguments, processes):
 
 def test_the_fitting_micro_batch_is_the_largest_that_fits():
     model = tiny_model().to("meta")
-    row = plan.trace(model, 20, 5, 5, True)
+    row = meta.trace(model, 20, 5, 5, True)
 
     def total(b, limit=16):
         return plan.memory(model, row, 2, b, -(-limit // b), 4)[1]
@@ -144,7 +145,7 @@ def test_every_preset_is_planned_in_seconds(i, tmp_path, monkeypatch, capsys):
     train_dpo.main()
     assert time.process_time() - began < 10
     text = capsys.readouterr().out
-    count = sum(p.numel() for p in encoders.empty_encoder(ENCODERS[i]).parameters())
+    count = sum(p.numel() for p in meta.empty_encoder(ENCODERS[i]).parameters())
     assert f"{count:,} parameters" in text and "usable" in text and "in all" in text
     assert not (tmp_path / "r").exists()
 
@@ -157,7 +158,7 @@ def test_two_encoders_are_planned(tmp_path, monkeypatch, capsys):
     repair_eval.main()
     text = capsys.readouterr().out
     count = sum(p.numel() for name in encoder.split("+")
-                for p in encoders.empty_encoder(name).parameters())
+                for p in meta.empty_encoder(name).parameters())
     assert "image 384 × 384 and 768 × 768 → 729 tokens of width 4224" in text
     assert f"{count:,} parameters" in text
     assert text.count("encoder frozen") == 2 and "in all" in text

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-import data as data_module
+import records as record_files
 import study
 import study_findings
 import study_pairs
@@ -111,14 +111,38 @@ def test_form_does_not_tell_the_rejected_from_the_chosen(said, right, form):
     assert study_pairs.like(said, right) == form
     pool = [{"id": str(i), "image": f"{i}.png", "question": "Which?", "chosen": right,
              "rejected": "x"} for i in range(2)]
-    kinds = study_pairs.kinds_of(pool, {"0": said, "1": said}, seed=0, n=1)
+    pool.append({**pool[0], "id": "2", "chosen": said})          # what was said is right elsewhere
+    kinds = study_pairs.kinds_of(pool, {k: said for k in "012"}, seed=0, n=1)
     assert {r["rejected"] for k in ("sampled", "images") for r in kinds[k]} == (
         {form} if len(form.split()) == len(right.split()) else set())
     assert not study_pairs.wrong("Red!", "red") and not study_pairs.wrong("red", "Red.")
 
 
+def test_what_is_right_nowhere_is_not_rejected():
+    """"star" is no count: that it is wrong can be told without looking."""
+    pool = [{"id": f"{kind}-{i}", "image": f"{i}.png", "question": "?", "chosen": right,
+             "rejected": "x"} for kind, right in (("count", "23"), ("shape", ["star", "ring"]))
+            for i, right in enumerate(right)]
+    said = {"count-0": "star", "count-1": "2", "shape-0": "ring", "shape-1": "3"}
+    kinds = study_pairs.kinds_of(pool, said, seed=0, n=1)
+    assert {r["id"] for r in kinds["sampled"]} == {"count-1", "shape-0"}
+
+
+def test_blind_is_what_the_other_pairs_say():
+    """Each pair is judged by the others alone, kind by kind; by hand."""
+    def pairs(*rows):
+        return [{"id": f"{kind}-{i}", "chosen": a, "rejected": b}
+                for i, (kind, a, b) in enumerate(rows)]
+    ab, ba = ("k", "a", "b"), ("k", "b", "a")
+    assert study_pairs.blind(pairs(ab, ab, ab)) == 1 and study_pairs.blind(pairs(ab)) == 0.5
+    assert study_pairs.blind(pairs(ab, ba)) == 0             # the one other pair says the contrary
+    assert study_pairs.blind(pairs(ab, ab, ba)) == pytest.approx((0.5 + 0.5 + 0) / 3)
+    assert study_pairs.blind(pairs(ab, ("other", "b", "a"))) == 0.5
+
+
 def test_kinds_differ_in_one_thing_each():
     pool = a_pool(80)
+    pool.append({**pool[0], "id": "q80", "image": "80.png", "chosen": "6"})
     said = {r["id"]: (r["chosen"] if i % 4 == 0 else "7 8" if i % 4 == 1 else " 6")
             for i, r in enumerate(pool)}
     kinds = study_pairs.kinds_of(pool, said, seed=3, n=30)
@@ -184,12 +208,12 @@ def test_hard_pairs_can_be_trained_on(small):
     assert said["pool"] == 120 and 32 <= said["sampled"] <= 60
     used = set()
     for kind in study_pairs.KINDS:
-        records = list(data_module.read_lines(folder / f"{kind}.jsonl"))
+        records = list(record_files.read_lines(folder / f"{kind}.jsonl"))
         assert len(records) == said[kind]
         for where, raw in records:
-            item = data_module.parse(where, raw)
-            image = data_module.image_of(item, str(folder / "images"), where)
-            data_module.pair_record(where, item, image)
+            item = record_files.parse(where, raw)
+            image = record_files.image_of(item, str(folder / "images"), where)
+            record_files.pair_record(where, item, image)
             used.add(item["image"])
     kept = {p.name for p in (folder / "images").iterdir() if not p.name.startswith("heldout")}
     assert kept == used and len(used) < 120
@@ -518,9 +542,10 @@ def fake_results(out, plan, seeds=5):
         if name == "chosen":
             values = {m: {"rate": 1e-4} for m in ("sft", "dpo")}
         if name == "pairs":
-            values = {"counts": {"sampled": 4000}}
+            values = {"counts": {"sampled": 4000}, "blind": {"sampled": 0.6}}
         where = task.done if task.part else out / "made" / f"{task.name.replace('/', '-')}.json"
-        study_pairs.write(where, {"values": values, "seconds": 36.0, "plan": study.digest(plan)})
+        study_pairs.write(where, {
+            "values": values, "seconds": 36.0, "plan": study.digest(plan), "code": "now"})
     return report.Results(out)
 
 
@@ -536,28 +561,29 @@ def test_section_from_full_results(tmp_path):
     assert not [f for f in summary["findings"] if f["verdict"] == "not run yet"]
     text = report.section(summary, plan)
     assert "| +2.2 [+2.0, +2.4] | holds |" in text and "5 seeds" in text
-    assert "4,000 to 4,000 of 34,000" in text and "lr.png" in text
-    assert text.count("\n| DPO, ") == 5 and text.count("\n| *DPO, ") == 3
+    assert "4,000 to 4,000 of 45,000 questions; 60 % of these" in text and "lr.png" in text
+    assert text.count("\n| DPO, ") == 5 and text.count("\n| *DPO, ") == 5
     assert "seeds from 2 on, which chose no rate: the model +2.3 [+2.1, +2.5]" in text
-    assert "edge of the grid" not in text and "lost" not in text
+    assert not [x for x in ("edge of the grid", "lost", "states of this code") if x in text]
 
 
 def test_section_says_what_diverged_and_where_the_grid_ends(tmp_path):
     plan, out = study_plan.FULL, tmp_path / "results"
     fake_results(out, plan)
-    lost = {"values": {"diverged": "loss nan"}, "seconds": 1}
+    lost = {"values": {"diverged": "loss nan"}, "seconds": 1, "code": "then"}
     study_pairs.write(out / "made/seed-3-size-480-dpo.json", lost)
     (out / "size/seed-3-480.json").unlink()
     study_pairs.write(out / "repair/seed-1.json", lost)
     study_pairs.write(out / "lr/chosen.json", {"values": {
-        "sft": {"rate": plan["rates"][-1]}, "dpo": {"rate": 1e-4}}, "seconds": 1})
+        "sft": {"rate": plan["rates"][-1]}, "dpo": {"rate": 1e-4}}, "seconds": 1, "code": "now"})
     summary = report.summarise(report.Results(out), plan)
     found = {f["finding"]: f["verdict"] for f in summary["findings"]}
     assert found["480 pairs: DPO above SFT"] == "4 of 5 seeds; 1 lost, diverged"
     assert found["re-paired, average: DPO above SFT"] == "4 of 5 seeds; 1 lost, diverged"
     assert found["the model, average: DPO above SFT"] == "holds"
-    assert found["400 pairs: DPO above SFT"] == "holds"
+    assert found["800 pairs: DPO above SFT"] == "holds"
     text = report.section(summary, plan)
+    assert "Made by 2 states of this code." in text
     assert "**SFT's is at the edge of the grid**" in text and "DPO's is at the edge" not in text
 
 
@@ -665,7 +691,8 @@ def test_every_run_reads_what_its_commands_write_and_every_finding_is_fed(tmp_pa
     for task in study.pending(s, list(study_plan.PARTS)):
         if task.part is None:
             study_pairs.write(study.record_of(task, s.out), {
-                "values": {"counts": {"sampled": 96}}, "seconds": 1})
+                "values": {"counts": {"sampled": 96}, "blind": {"sampled": 0.5}}, "seconds": 1,
+                "code": "c"})
         if task.name.endswith(("/world", "/pairs")):
             study_pairs.write(task.done, {})
             continue
@@ -676,7 +703,7 @@ def test_every_run_reads_what_its_commands_write_and_every_finding_is_fed(tmp_pa
             pretend(command)
         values = task.gather() if task.gather else None
         if task.part:
-            study_pairs.write(task.done, {"values": values, "seconds": 1})
+            study_pairs.write(task.done, {"values": values, "seconds": 1, "code": "c"})
         assert task.done.exists(), task.name
     assert study.pending(s, list(study_plan.PARTS)) == []
     summary = report.summarise(report.Results(s.out), plan)
