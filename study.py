@@ -141,8 +141,9 @@ def digest(plan):
 
 
 def whole_code():
-    """The same of all code that makes results, and of the pretrained models: noted in each. A change
-    that leaves the plan as it is is not refused; the report says how many states there were."""
+    """The same of all code that makes results, and of the pretrained models: noted in each result.
+    A change that leaves the plan alone is not refused; the report says how many states there were.
+    """
     root, sha = Path(__file__).parent, hashlib.sha256()
     for path in sorted(root.glob("*.py")):
         if path.name not in ("study_findings.py", "study_report.py"):

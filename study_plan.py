@@ -370,7 +370,7 @@ def flat(options):
 
 def evaluate(final, data, *more):
     """The command that answers and scores DATA/bench (or --bench) with the model in `final`. From
-    the beginning: half of the answers, and the rest in other batches, might differ in a last bit."""
+    the beginning: half the answers, and the rest in other batches, might differ in a last bit."""
     return ["repair_eval.py", "--mllm", final, "--llm", "toy-lm", "--data", data, "--workers", 0,
             "--show-wrong", 0, "--overwrite", *more]
 
