@@ -158,13 +158,18 @@ class Samples(torch.utils.data.Dataset):
                 f"{self.text_only} text-only")
 
 
-def preference_pairs(args, path, tokenizer, model, keep_all=False):
-    """The pairs SFT and DPO share: one reader, one filter, one seeded subset. keep_all: no subset
-    (held-out pairs). Images lie where meta.json says, else in --images or beside the file."""
+def pair_files(args, path):
+    """[(annotation file, image root), …]: images lie where meta.json says, else in --images or
+    beside the file."""
     beside = Path(path).parent / "images"
     root = args.images or (str(beside) if beside.is_dir() else f"{args.data}/images")
-    sources = [(file, folder or root) for file, folder in records.pair_sources(path)]
-    return Samples("pairs", sources, tokenizer, model.encoder,
+    return [(file, folder or root) for file, folder in records.pair_sources(path)]
+
+
+def preference_pairs(args, path, tokenizer, model, keep_all=False):
+    """The pairs SFT and DPO share: one reader, one filter, one seeded subset. keep_all: no subset
+    (held-out pairs)."""
+    return Samples("pairs", pair_files(args, path), tokenizer, model.encoder,
                    model.llm.config.max_position_embeddings,
                    None if keep_all else args.num_samples, args.seed, args.skip_bad)
 

@@ -39,10 +39,6 @@ class Family(NamedTuple):
     mean: tuple
     std: tuple
 
-    @property
-    def normed(self):
-        return self.read == "norm"
-
 
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 SIGLIP, CLIP, VIT = "siglip_vision_model", "clip_vision_model", "vit"
@@ -201,7 +197,7 @@ class Encoder(nn.Module):
         if self.family.read == "map":
             return out.last_hidden_state.flatten(2).transpose(1, 2)      # (B, D, h, w), row by row
         # SigLIP: hidden_states[-1] is *before* post_layernorm, last_hidden_state is after it.
-        features = out.last_hidden_state if self.family.normed else out.hidden_states[-1]
+        features = out.last_hidden_state if self.family.read == "norm" else out.hidden_states[-1]
         return features[:, self.prefix:]
 
 

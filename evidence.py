@@ -9,6 +9,7 @@ preference pair), with the interval its instrument states; see there for what it
 """
 import argparse
 from pathlib import Path
+from statistics import mean
 
 import encoders
 import report
@@ -49,8 +50,6 @@ def linear(facts, names):
 
 
 def segmentation(facts, names):
-    def mean(values):
-        return sum(values) / len(values)
     scores, apart = facts["encoders"], facts["differences"].get(f"{names[2]} - {names[1]}")
     return [("recall of patches",
              [number(mean(scores[n]["recall"])) if n in scores else "–" for n in names]

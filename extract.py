@@ -81,12 +81,6 @@ def blocks_of(moved):
     return [v for k, v in moved.items() if k.split(".")[-1].isdigit()]
 
 
-def write_folder(vision, encoder, folder, card):
-    vision.save_pretrained(folder)
-    encoders.image_processor(encoder).save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -158,7 +152,9 @@ def main():
     aside = Path(f"{out}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    write_folder(vision, encoder, aside, card)
+    vision.save_pretrained(aside)
+    encoders.image_processor(encoder).save_pretrained(aside)
+    (aside / "README.md").write_text(card, encoding="utf-8")
     pixels = torch.randint(0, 256, (2, 3, encoder.image_size, encoder.image_size),
                            dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     if not torch.equal(encoders.load_encoder(str(aside)).eval()(pixels), encoder.eval()(pixels)):

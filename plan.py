@@ -136,10 +136,7 @@ def lengths(args, model, kind, file):
         return Lengths(min(many, args.num_samples or many), *rows,
                        f"{why}: the paper's number, assumed lengths, the rule's longest")
     m.prepare_tokenizer(tokenizer, model.llm.config.vocab_size)
-    beside = Path(file).parent / "images"
-    root = args.images or (str(beside) if beside.is_dir() else f"{args.data}/images")
-    sources = [(f, r or root) for f, r in records.pair_sources(file)] if kind == "pairs" else \
-        [(file, args.images)]
+    sources = data.pair_files(args, file) if kind == "pairs" else [(file, args.images)]
     samples = data.Samples(kind, sources, tokenizer, model.encoder,
                            model.llm.config.max_position_embeddings, SAMPLE, args.seed,
                            args.skip_bad)

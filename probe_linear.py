@@ -123,7 +123,7 @@ def features(args, name, encoder, projector, files, device, path):
              for f, s in ((f, os.stat(f)) for f in files)]
     key = {"encoder": rundir.tensors_digest(encoder.vision),
            "projector": rundir.tensors_digest(projector) if projector else "none",
-           "layer": f"block {len(encoder.blocks)}" + ", normed" * encoder.family.normed,
+           "layer": f"block {len(encoder.blocks)}" + ", normed" * (encoder.family.read == "norm"),
            "preprocessing": f"bicubic {encoder.image_size}, {encoder.mean}, {encoder.std}",
            "images": hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}
     if path.exists() and not args.overwrite:
