@@ -36,15 +36,14 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(self, kind, sources, tokenizer, encoder, max_length, num_samples=None, seed=0,
                  skip_bad=False, verbose=os.environ.get("RANK", "0") == "0"):
-        read = {"captions": records.caption_record, "conversations": records.conversation_record,
+        make = {"captions": records.caption_record, "conversations": records.conversation_record,
                 "pairs": records.pair_record}[kind]
         self.kind, self.size, self.num_image_tokens = kind, encoder.image_size, encoder.num_tokens
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.max_length = min(MAX_LENGTH, max_length)
         special = {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", IMAGE_TOKEN} - {""}
         raw = [(where, item, root) for file, root in sources
-               for where, item in records.read_lines(file)
-               if not (isinstance(item, bytes) and not item.strip())]
+               for where, item in records.read_lines(file)]
         if num_samples is not None:
             raw = [raw[i] for i in np.random.default_rng(seed).permutation(len(raw))]
         self.dropped, kept, texts = Counter(), [], []
@@ -57,7 +56,7 @@ class Samples(torch.utils.data.Dataset):
                                      add_special_tokens=False)["input_ids"]) if texts else ()
             end = [tokenizer.convert_tokens_to_ids("<|im_end|>")] if kind != "captions" else []
             for record in texts:
-                parts = [next(encoded) + (end if role else []) for _, role in record.pieces]
+                parts = [next(encoded) + (end if role != PROMPT else []) for _, role in record.pieces]
                 text = sum(map(len, parts)) - (record.image is not None)
                 if kind == "pairs":        # each branch by itself
                     text -= min(len(parts[1]), len(parts[2]))
@@ -82,7 +81,7 @@ class Samples(torch.utils.data.Dataset):
                 if image == "many":
                     self.dropped["multi-image"] += 1
                     continue
-                record = read(where, item, image)
+                record = make(where, item, image)
                 # The template's own special tokens are ours; any in the data's text would be read
                 # as structure (a second image, a forged turn), so the item is dropped.
                 bare = "".join(p for p, _ in record.pieces)
@@ -159,8 +158,8 @@ class Samples(torch.utils.data.Dataset):
 
 
 def pair_files(args, path):
-    """[(annotation file, image root), …]: images lie where meta.json says, else in --images or
-    beside the file."""
+    """[(annotation file, image root), …]: images lie where meta.json says, else in --images, else
+    in images/ beside the file, else in DATA/images."""
     beside = Path(path).parent / "images"
     root = args.images or (str(beside) if beside.is_dir() else f"{args.data}/images")
     return [(file, folder or root) for file, folder in records.pair_sources(path)]
@@ -236,7 +235,6 @@ class BatchPlan:
         self.steps_per_epoch = len(samples) // global_batch
         self.micro_steps = -(-(global_batch // world) // self.micro_batch)
         self.lengths, self.epoch, self.order = np.diff(samples.offsets), None, None
-        self.batch(0)
 
     def batch(self, step):
         """Sample indices of one global batch, (global_batch,), the same in every process."""

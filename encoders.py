@@ -420,7 +420,7 @@ def first_line(error):
 
 
 def image_processor(encoder):
-    """The transformers processor that does exactly what data.py does: bicubic squash, rescale,
+    """The transformers processor that does exactly what records.py does: bicubic squash, rescale,
     normalise. The Pillow backend is the definition; torchvision's resize differs in the last bit.
     """
     from transformers import SiglipImageProcessorPil

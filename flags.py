@@ -86,7 +86,7 @@ def settle_two_steps(parser, stage, second, paper, toy):
     """`settle` for stage 1 and re-pairing, with the flags those two add: a projector step on
     captions, then a step on DATA/<second>.jsonl."""
     parser.add_argument("--captions", help="LLaVA-Pretrain json for the projector step; default "
-                        "DATA/captions.json")
+                        "DATA/captions.jsonl or .json")
     parser.add_argument("--instruct", help="LLaVA conversations for the second step, .json or "
                         f".jsonl; default DATA/{second}.jsonl")
     parser.add_argument("--projector-epochs", type=int, help="passes over the captions (default 1)")

@@ -128,7 +128,8 @@ def attention(module, query, key, value, attention_mask, **kwargs):
 
 
 def trace(model, prompt, chosen, rejected, pairs):
-    """Run one row of an MLLM on the meta device and write down what it takes. → Trace."""
+    """Run one row of an MLLM on the meta device and write down what it takes. → Trace. Afterwards
+    the model, with its attention that computes nothing, is good for this alone."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     ALL_ATTENTION_FUNCTIONS.register("plan", attention)
     encoder, llm = model.encoder, model.llm
@@ -187,7 +188,7 @@ def trace(model, prompt, chosen, rejected, pairs):
             hidden = llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
                                     position_ids=positions).last_hidden_state
             picked = hidden[:, :rows].flatten(0, 1).clone()                      # (R, d_llm)
-        # lm_head's own tensors are counted in memory(), by hand: they come in chunks
+        # lm_head's own tensors are counted in plan.memory, by hand: they come in chunks
         logps = m.token_logps(picked, llm.get_output_embeddings(),
                               torch.zeros(rows, dtype=torch.long))
         forward = count()
@@ -195,6 +196,6 @@ def trace(model, prompt, chosen, rejected, pairs):
     for hook in hooks:
         hook.remove()
     model.zero_grad()
-    extra = 0 if mask is None else mask.nbytes
+    extra = 0 if mask is None else mask.nbytes            # a real kernel keeps it, Fused does not
     return Trace(forward, flops_in_blocks, count() - forward, kept.pop(None) + extra,
                  list(kept.values()), inputs, rows)

@@ -331,7 +331,7 @@ def full_tensors(model):
         yield name, (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu().contiguous()
 
 
-def llava_config(model, tokenizer):
+def llava_config(model):
     """The config of the folder. A feature layer after the final norm (DINOv2, ViT) cannot be said
     in LLaVA's terms: such a folder gets a model_type that transformers refuses to open."""
     from transformers import LlavaConfig
@@ -345,7 +345,7 @@ def llava_config(model, tokenizer):
     config["architectures"] = ["LlavaForConditionalGeneration"]
     if encoder.family.read != "block":
         config.update(model_type="pivot_normed_features", architectures=["MLLM (model.py)"])
-    if len(parts := getattr(encoder, "parts", ())) == 2:         # A+B: no class of theirs has two
+    if len(parts := encoder.parts) == 2:         # A+B: no class of theirs has two
         config.update(model_type="pivot_two_encoders", architectures=["MLLM (model.py)"], second={
             "vision_config": parts[1].vision.config.to_dict(), "image_mean": parts[1].mean,
             "image_std": parts[1].std})
@@ -388,7 +388,7 @@ def save_mllm(model, tokenizer, folder, is_main, shard_bytes=5 * 10 ** 9):
         (folder / "model.safetensors.index.json").write_text(json.dumps(
             {"metadata": {"total_size": total},
              "weight_map": {k: names[i] for k, i in sorted(index.items())}}, indent=1))
-    (folder / "config.json").write_text(json.dumps(llava_config(model, tokenizer), indent=1))
+    (folder / "config.json").write_text(json.dumps(llava_config(model), indent=1))
     encoder = model.encoder
     LlavaProcessor(encoders.image_processor(encoder), tokenizer, chat_template=CHAT_TEMPLATE,
                    patch_size=encoder.patch_size,

@@ -54,12 +54,12 @@ def shard_bytes(parameters, processes):
 
 
 def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpointing=False,
-           sharded=True):
+           sharded=True, live=False):
     """Bytes a process needs at its worst moment, by component: {name: bytes}.
 
     model: MLLM (meta or real) whose requires_grad says what is trained; row: its Trace in the
     compute dtype, of `compute` bytes; processes: those that share one copy of the model; sharded:
-    under FSDP2 (runtime.is_sharded).
+    under FSDP2 (runtime.is_sharded); live: DPO's --reference live, a second model that is frozen.
     """
     every = list(model.parameters())
     trained = [p for p in every if p.requires_grad]
@@ -76,18 +76,20 @@ def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpoin
     again = row.blocks if checkpointing else [0] * len(row.blocks)       # recomputed, one at a time
     accumulates = micro_steps > 1
     summed = FP32 * sum(p.numel() for p in trained) * accumulates       # between micro-batches
-    held = {"weights": shard_bytes(every, processes),
+    weights, gathered = shard_bytes(every, processes), sharded * root * compute
+    held = {"weights": weights,
             "optimizer": 2 * shard_bytes(trained, processes),
             "gradients": shard_bytes(trained, processes),
-            # FSDP2 sums whole fp32 gradients and reduces them at the last; alone, in their place.
+            # FSDP2 sums whole gradients, reduces them last; unsharded these are "gradients" itself
             "accumulated gradients": summed * sharded,
-            "gathered: root": sharded * root * compute,     # embeddings, projector: whole all along
+            "gathered: root": gathered,                     # embeddings, projector: whole all along
+            "reference model": live * (weights + gathered),
             "gathered: blocks": sharded * 2 * largest * compute,    # the one that runs and the next
             "block's gradient": busiest * (compute + FP32 if sharded else FP32 * accumulates),
             "activations": micro_batch * (row.outside + sum(kept) + max(again)),
             # become probabilities and their own gradient in place, in fp32 (model.LogProb)
             "logits": (FP32 + (compute if compute < FP32 else 0)) * logits}
-    states = held["weights"] + held["optimizer"] + held["gathered: root"]
+    states = weights + held["optimizer"] + gathered + held["reference model"]
     running = states + summed + held["gathered: blocks"]
     # The worst of three moments. First: all activations are there, the logits, lm_head's gradient.
     begin = running + micro_batch * (row.outside + sum(kept)) + held["logits"] + \
@@ -173,13 +175,13 @@ def phase_plan(args, model, phase):
         raise SystemExit(f"error: --global-batch {args.global_batch} or --replicas "
                          f"{args.replicas} does not fit {gpus} GPUs")
     freeze(model, rates)
-    pairs = args.stage == "dpo"
+    pairs, live = args.stage == "dpo", getattr(args, "reference", None) == "live"
     long = lengths(args, model, kind, file)
     mean, worst = (meta.trace(model, *getattr(long, w), pairs) for w in ("mean", "longest"))
     steps = epochs * (long.records // args.global_batch)
     steps = steps if bound is None else min(steps, bound)
     options = dict(processes=gpus // args.replicas, compute=2 if args.dtype == "bf16" else 4,
-                   sharded=is_sharded(gpus, args.dtype))
+                   sharded=is_sharded(gpus, args.dtype), live=live)
     share = args.global_batch // gpus
     fits = {c: fitting(model, worst, USABLE * size, share, checkpointing=c, **options)
             for c in (False, True)}
@@ -187,9 +189,7 @@ def phase_plan(args, model, phase):
     held, total = memory(model, worst, micro_batch=micro, micro_steps=-(-share // micro),
                          checkpointing=args.activation_checkpointing, **options)
     per_row = mean.forward + mean.backward + mean.in_blocks * args.activation_checkpointing
-    reference = mean.forward * (args.global_batch * steps // epochs if pairs else 0)   # once
-    if pairs and getattr(args, "reference", "cached") == "live":
-        reference *= epochs
+    reference = mean.forward * pairs * (args.global_batch * steps if live else long.records)
     step = per_row * args.global_batch
     run = step * steps + reference
     return dict(name=name, rates=rates, lengths=long, pairs=pairs, steps=steps, fits=fits,
@@ -222,13 +222,13 @@ def show_plan(args, phases):
                f"{meta.row_length(*long.longest, p['pairs'])} ({long.source})")
         print0(f"  {p['steps']:,} steps of {args.global_batch}: {p['step'] / 1e15:.2f} PFLOP a "
                f"step, {p['run'] / 1e18:.3f} EFLOP in all"
-               + (", the reference's one pass included" if p["pairs"] else ""))
+               + (", the reference included" if p["pairs"] else ""))
         print0(f"  {p['seconds']:.1f} s a step, {p['hours']:.2f} h, if {UTILISATION:.0%} of the "
                f"GPUs' FLOP/s are reached")
         print0(f"  memory a GPU at --micro-batch {p['micro']}, longest rows, "
                f"{'with' if args.activation_checkpointing else 'without'} "
                f"--activation-checkpointing:")
-        for part, size_ in p["held"].items():
+        for part, size_ in ((k, v) for k, v in p["held"].items() if v):
             print0(f"    {part:<22} {size_ / gb:8.2f} GB")
         print0(f"    {'worst moment':<22} {p['total'] / gb:8.2f} GB of {p['usable'] / gb:.0f} "
                f"usable: {'fits' if p['total'] <= p['usable'] else 'DOES NOT FIT'}")
@@ -257,8 +257,7 @@ def table():
             model = meta.empty_mllm(args.encoder, args.llm)
             plans += [phase_plan(args, model, p) for p in stage.phases(args)]
         _, full, dpo = plans
-        states = sum(dpo["held"][k] for k in ("weights", "optimizer", "gradients",
-                                              "accumulated gradients"))
+        states = sum(dpo["held"][k] for k in ("weights", "optimizer", "gradients"))
         count = sum(p.numel() for p in model.parameters())
         lines.append(f"| {llm} | {count / 1e9:.2f} B | {states / 1e9:.1f} GB | "
                      f"{full['fits'][True]} / {dpo['fits'][True]} | "

@@ -75,12 +75,11 @@ def read_pairs(folder):
     pairs = []
     try:
         for where, item in records.read_lines(Path(folder, "pairs.jsonl")):
-            if not isinstance(item, bytes) or item.strip():
-                item = records.parse(where, item)
-                image = records.image_of(item, os.path.join(folder, "images"), where)
-                if image in (None, "many"):
-                    raise records.BadRecord(f"{where}: a pair needs one image")
-                pairs.append((where, image, records.text_of(item, "caption", where)))
+            item = records.parse(where, item)
+            image = records.image_of(item, os.path.join(folder, "images"), where)
+            if image in (None, "many"):
+                raise records.BadRecord(f"{where}: a pair needs one image")
+            pairs.append((where, image, records.text_of(item, "caption", where)))
     except records.BadRecord as e:
         raise SystemExit(f"error: {e}")
     return pairs

@@ -24,6 +24,7 @@ MAX_PIXELS = 50_000_000     # a larger image is refused before it is decoded
 MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
 PROMPT, ANSWER, OTHER = 0, 1, 2   # role of a piece's tokens; OTHER is a pair's rejected answer
 Image.MAX_IMAGE_PIXELS = None     # our own bound, above, is checked first
+real_folder = functools.lru_cache(os.path.realpath)
 
 
 class BadRecord(Exception):
@@ -32,7 +33,8 @@ class BadRecord(Exception):
 
 class Record(NamedTuple):
     """One item as read: `where` is "file:line"; `image` an absolute path or None; `pieces` a list
-    of (text, role) whose ids are concatenated."""
+    of (text, role) whose ids are concatenated. Of a chat, data.Samples closes each answer with the
+    id of `<|im_end|>`."""
     where: str
     image: str | None
     pieces: list
@@ -41,7 +43,8 @@ class Record(NamedTuple):
 # -------------------------------------------------------------------------------------- raw records
 
 def read_lines(path):
-    """Yield (where, object) of a .jsonl (line by line) or of a .json list; raises BadRecord."""
+    """Yield (where, line as bytes) of a .jsonl, blank ones left out, or (where, item) of a .json
+    list: what `parse` takes. raises SystemExit where the file is neither."""
     path = Path(path)
     if not path.is_file():
         raise SystemExit(f"error: {path} {'is a folder' if path.is_dir() else 'does not exist'}")
@@ -56,7 +59,8 @@ def read_lines(path):
             yield f"{path}:item {i + 1}", item
     else:
         for number, line in enumerate(open_lines(path), 1):
-            yield f"{path}:{number}", line
+            if line.strip():
+                yield f"{path}:{number}", line
 
 
 def open_lines(path):
@@ -90,9 +94,6 @@ def text_of(item, key, where):
     return value
 
 
-real_folder = functools.lru_cache(os.path.realpath)
-
-
 def image_of(item, root, where):
     """The record's one image as a path inside root, None for text alone, "many" for several."""
     name = item.get("image")
@@ -122,7 +123,7 @@ def user_turn(text, image, system=None):
 
 
 def caption_record(where, item, image):
-    """LLaVA-Pretrain, stage 1a: `<image>` + caption + newline, loss on the caption. [code]"""
+    """LLaVA-Pretrain, stage 1a: `<image>` + caption + newline, loss on the caption."""
     turns = turns_of(where, item)
     if image is None:
         raise BadRecord(f"{where}: a caption without an image")
@@ -186,7 +187,8 @@ def template_count(record, special):
 
 
 def pair_sources(path):
-    """MMPR's meta.json, or a bare jsonl → [(annotation file, image root), …] in file order."""
+    """MMPR's meta.json → [(annotation file, image root), …] in file order; a bare jsonl → itself,
+    with None for the root, which it does not name."""
     path = Path(path)
     if not path.is_file():
         raise SystemExit(f"error: {path} {'is a folder' if path.is_dir() else 'does not exist'}; "

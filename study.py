@@ -120,7 +120,7 @@ class Live(set):
     def stop(self):
         self.stopping = True
         for process in list(self):
-            process.terminate()           # a stage saves first; the same command goes on there
+            process.terminate()           # a training stage saves, the same command goes on there
 
 
 def code_of(path):

@@ -170,7 +170,7 @@ def baseline(measure):
 
 
 def against_stage1():
-    """[(label, measure, part, extra conditions)] of the table of each minus stage 1."""
+    """[(label, measure, part)] of the table of each minus stage 1."""
     return [*((f"the model, {g}", f"vqa {g}", "vqa") for g in (*GROUPS, "average")),
             ("linear probe", "linear", "eye"), ("segmentation", "seg", "eye"),
             ("alignment × 100", "align", "eye"),

@@ -41,7 +41,7 @@ def batch_of(pairs, pixels, layout):
 def llava_twin(model):
     """transformers' LlavaForConditionalGeneration with the same weights: another implementation."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
-    config = LlavaConfig(**{k: v for k, v in m.llava_config(model, None).items()
+    config = LlavaConfig(**{k: v for k, v in m.llava_config(model).items()
                             if k not in ("model_type", "architectures", "transformers_version")})
     twin = LlavaForConditionalGeneration(config).to(next(model.parameters()).dtype)
     rename = {"language_model.model.": "model.language_model.",

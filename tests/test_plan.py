@@ -186,13 +186,31 @@ def test_a_plan_of_every_stage_from_the_data(world, stage1, tmp_path):
     before = sorted(p for p in stage1.rglob("*"))
     for script, words in (("pretrain.py", ["1a: encoder frozen, projector at 0.005", "1b: "]),
                           ("train_sft.py", ["sft: encoder at 0.0001"]),
-                          ("train_dpo.py", ["dpo: encoder at 5e-05", "the reference's one pass"]),
+                          ("train_dpo.py", ["dpo: encoder at 5e-05", "the reference included"]),
                           ("repair_eval.py", ["projector: encoder frozen", "re-pair: encoder"])):
         text = run(script, "--run-dir", stage1, "--llm", "toy-lm", "--data", world, "--plan",
                    "2xa100", "--encoder", "toy-vit", "--global-batch", 8).stdout
         for word in [*words, "a sample of", "2 × A100", "36 tokens", "fits"]:
             assert word in text, (script, word, text)
     assert sorted(p for p in stage1.rglob("*")) == before
+
+
+def test_the_reference_is_one_pass_over_all_pairs_or_a_second_model(world, stage1, monkeypatch):
+    """Cached: the same for one step as for two. Live: a forward at every step, and in memory."""
+    def planned(*words):
+        monkeypatch.setattr(sys, "argv", [
+            "train_dpo.py", "--run-dir", str(stage1), "--data", str(world), "--global-batch", "8",
+            "--plan", "1xh100", "--dtype", "fp32", *words])
+        args = train_dpo.get_args()
+        p = plan.phase_plan(args, meta.empty_mllm(args.encoder, args.llm, dtype="fp32"),
+                            train_dpo.phases(args)[0])
+        return p, p["run"] - p["step"] * p["steps"]
+    (one, reference), (two, again), (live, forwards) = (planned("--max-steps", *words) for words in (
+        "1", "2", ("2", "--reference", "live")))
+    assert (one["steps"], two["steps"], live["steps"]) == (1, 2, 2) and reference == again > 0
+    assert forwards * one["lengths"].records == reference * 2 * 8
+    assert live["held"]["reference model"] == live["held"]["weights"] > 0
+    assert live["total"] - two["total"] == live["held"]["weights"]
 
 
 def test_data_without_its_tokenizer_is_planned_all_the_same(world, tmp_path):
