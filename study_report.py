@@ -19,6 +19,11 @@ from study_plan import FULL, QUICK
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
 
 
+def short(rate):
+    """0.0001 → 1e-4."""
+    return f"{rate:.0e}".replace("e-0", "e-")
+
+
 def summarise(results, plan=FULL):
     """Everything the section and the figures show, as one JSON-able dict."""
     def cell(values):
@@ -47,7 +52,7 @@ def summarise(results, plan=FULL):
     rate = {method: v["rate"] for method, v in chosen.items()}
     found.append({"part": "lr", "finding": "best learning rate: DPO's below SFT's (no interval)",
                   "paper": "1e-6, 5e-6", "verdict": "not run yet", **({
-                      "text": f"{rate['dpo']:g}, {rate['sft']:g}",
+                      "text": f"{short(rate['dpo'])}, {short(rate['sft'])}",
                       "verdict": "holds" if rate["dpo"] < rate["sft"] else
                       "does not" if rate["dpo"] > rate["sft"] else "undecided"} if rate else {})})
     each = []
@@ -65,7 +70,8 @@ def summarise(results, plan=FULL):
                  for rate in plan["rates"]] for m in ("sft", "dpo")}
     return {"seeds": len(results.values.get(("vqa", ""), {})), "findings": found,
             "each_minus_stage1": each, "controls": controls,
-            "chosen": rate, "rates": rates, "untuned": untuned,
+            "chosen": rate, "rates": rates, "untuned": untuned, "validation_stage1": cell(
+                results.combined([(1, ("vqa average", "lr", "stage1", "stage1"))])),
             "edge": [m for m in rate if rate[m] in (plan["rates"][0], plan["rates"][-1])],
             "hours_of_one_core": round(results.seconds / 3600, 1),
             "codes": len(results.codes),
@@ -104,8 +110,9 @@ def section(summary, plan=FULL):
         out += [f"{s['seeds']} seeds, {s['hours_of_one_core']} hours of runs, each on one core. "
                 f"Rejected answers: the stage-1 model's own wrong ones{found}; {plan['pairs']:,} "
                 f"pairs, {plan['passes']} passes. Learning rates by validation: "
-                f"SFT {s['chosen']['sft']:g}, DPO {s['chosen']['dpo']:g} (the paper's: 5e-6 and "
-                f"1e-6; the grid: {plan['rates'][0]:g} to {plan['rates'][-1]:g})."
+                f"SFT {short(s['chosen']['sft'])}, DPO {short(s['chosen']['dpo'])} (the paper's: "
+                f"5e-6 and 1e-6; the grid: {short(plan['rates'][0])} to "
+                f"{short(plan['rates'][-1])})."
                 + "".join(f" **{m.upper()}'s is at the edge of the grid**: a better one may lie "
                           "outside." for m in s["edge"])
                 + (f" Made by {s['codes']} states of this code." if s["codes"] > 1 else ""), ""]
@@ -149,21 +156,20 @@ def bars(axis, labels, groups):
     axis.legend()
 
 
-def lines(axis, groups):
-    """Curves with intervals over a logarithmic axis; groups: {legend: [(x, cell), …]}."""
-    for name, points in groups.items():
-        points = [(x, c) for x, c in points if c and c["mean"] is not None]
-        axis.errorbar([x for x, _ in points], [c["mean"] for _, c in points],
-                      yerr=[c["half"] or 0 for _, c in points], marker="o", capsize=2, label=name)
-    axis.set_xscale("log")
-    axis.legend()
-
-
 def draw_lr(axis, s):
-    """The paper's App. B.2."""
-    lines(axis, {m.upper(): [(r["rate"], r) for r in rates] for m, rates in s["rates"].items()})
+    """The paper's App. B.2: means, and a dot a seed (of two an interval would say nothing)."""
+    for m, rates in s["rates"].items():
+        rates = [r for r in rates if r["mean"] is not None]
+        curve, = axis.plot([r["rate"] for r in rates], [r["mean"] for r in rates], label=m.upper())
+        axis.plot([r["rate"] for r in rates for _ in r["by_seed"]],
+                  [x for r in rates for x in r["by_seed"]], ".", color=curve.get_color())
+    if s["validation_stage1"]:
+        axis.axhline(s["validation_stage1"]["mean"], color="black", linewidth=0.6, linestyle="--",
+                     label="stage 1")
+    axis.set_xscale("log")
     axis.set_xlabel("learning rate")
     axis.set_ylabel("validation average, %")
+    axis.legend()
 
 
 def draw_each(axis, s, wanted):
@@ -186,10 +192,15 @@ def draw_size(axis, s):
     """DPO minus SFT by number of pairs (the paper's data-size figure, as a difference)."""
     rows = [f for f in s["findings"] if f["part"] == "size" and "pairs: " in f["finding"]
             and "mean" in f]
-    lines(axis, {"DPO − SFT": [(int(f["finding"].split()[0].replace(",", "")), f) for f in rows]})
+    sizes = [f["finding"].split()[0] for f in rows]
+    axis.errorbar([int(n.replace(",", "")) for n in sizes], [f["mean"] for f in rows],
+                  yerr=[f["half"] or 0 for f in rows], marker="o", capsize=2)
     axis.axhline(0, color="black", linewidth=0.6)
+    axis.set_xscale("log")
+    axis.set_xticks([int(n.replace(",", "")) for n in sizes], sizes)
+    axis.minorticks_off()
     axis.set_xlabel("pairs")
-    axis.set_ylabel("points, the model's average")
+    axis.set_ylabel("DPO − SFT, points of the average")
 
 
 def draw_controls(axis, s):
@@ -198,7 +209,7 @@ def draw_controls(axis, s):
              "repair average": "re-paired"}
     bars(axis, list(names.values()), {c["trained"]: [c[m] for m in names] for c in s["controls"]
                                       if not c["trained"].startswith("*")})
-    axis.legend(fontsize=6)
+    axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     axis.set_ylabel("points above stage 1")
 
 
