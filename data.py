@@ -56,7 +56,8 @@ class Samples(torch.utils.data.Dataset):
                                      add_special_tokens=False)["input_ids"]) if texts else ()
             end = [tokenizer.convert_tokens_to_ids("<|im_end|>")] if kind != "captions" else []
             for record in texts:
-                parts = [next(encoded) + (end if role != PROMPT else []) for _, role in record.pieces]
+                parts = [next(encoded) + (end if role != PROMPT else [])
+                         for _, role in record.pieces]
                 text = sum(map(len, parts)) - (record.image is not None)
                 if kind == "pairs":        # each branch by itself
                     text -= min(len(parts[1]), len(parts[2]))

@@ -137,8 +137,11 @@ def section(summary, plan=FULL):
                 "items are the same; points above stage 1:", "",
                 "| trained with | model, average | linear | segmentation | re-paired, average |",
                 "|---|---|---|---|---|"]
-        out += [f"| {c['trained']} | " + " | ".join(show(c[m]) for m in (
-            "vqa average", "linear", "seg", "repair average")) + " |" for c in s["controls"]]
+        names, every = ("vqa average", "linear", "seg", "repair average"), plan["seeds"]
+        for c in s["controls"]:
+            n = min(c[m]["n"] if c[m] else 0 for m in names)
+            out += [f"| {c['trained']}{f' ({n} of {every} seeds)' * (n < every)} | "
+                    + " | ".join(show(c[m]) for m in names) + " |"]
     figures = [f"![{alt}](results/{name}.png)" for name, alt, _ in FIGURES if drawn(s, name)]
     return "\n".join(out + ([""] + figures if figures else [])) + "\n"
 

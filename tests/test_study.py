@@ -600,6 +600,7 @@ def test_one_seed_decides_nothing(tmp_path):
     assert {f["verdict"] for f in summary["findings"]} == {"1 of 5 seeds", "undecided"}    # rates
     four = report.summarise(fake_results(tmp_path / "four", study_plan.FULL, seeds=4))
     assert {f["verdict"] for f in four["findings"]} == {"4 of 5 seeds", "undecided"}
+    assert report.section(four).count(" (4 of 5 seeds) | ") == 12             # rows of controls
 
 
 def test_readme_section_is_the_committed_jsons():
