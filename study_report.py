@@ -231,8 +231,8 @@ def drawn(s, name):
     if name == "lr":
         return any(r["mean"] is not None for r in s["rates"]["sft"])
     if name == "controls":
-        return any(c["linear"] for c in s["controls"][2:])
-    return any(f["part"] == name and "mean" in f for f in s["findings"])
+        return all(c["linear"] and c["linear"]["n"] == s["seeds"] for c in s["controls"])
+    return sum(f["part"] == name and "mean" in f for f in s["findings"]) > 1     # "3,200 pairs"
 
 
 def draw_figures(summary, out):
