@@ -2,6 +2,7 @@
 
     python study.py --plan                  # what it would run and how long; runs nothing
     python study.py                         # everything, 5 seeds, two runs at a time (hours)
+    python study_report.py --against runs/study/results     # the same numbers as in results/?
     python study.py --parts lr vqa eye      # the most important parts first; later the others
     python study.py --minutes 140           # a slice: call it again, and it goes on
     python study.py --quick --seeds 1       # every command once, tiny sizes: does it all work?
@@ -19,7 +20,8 @@ question), or the picture alone, `images` (another item's); `easy` are random it
 Everything goes through the stages' public commands. Writes OUT/<part>/<run>.json, a file a run,
 whole or not at all: stopped at any moment and started again, it goes on; what is there is never
 done again. Then study_report.py writes the table, the figures and the README's section.
-OUT/README.md of the full study, results/README.md, fixes beforehand what counts as a finding.
+The committed results are in results/, and so is the registration: results/README.md fixed
+beforehand what counts as a finding.
 """
 import argparse
 import ast
@@ -44,6 +46,10 @@ COST = {"world": 60, "stage1": 110, "pool": 150, "sft": 75, "dpo": 105, "vqa": 2
         "repair": 110, "linear": 6, "seg": 15, "align": 10, "heat": 40, "extract": 6,
         "toy-vit-l": 1200, "toy-lm-l": 4800, "toy-vit-supervised": 600, "toy-vit-masked": 600}
 START = 6
+# How sums are rounded depends on threads, GPU and vector units, and 300 steps later a model on it
+# in its fourth digit. So: one thread, no GPU, AVX2 also where there is AVX-512.
+ARITHMETIC = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ATEN_CPU_CAPABILITY": "avx2",
+              "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 class Failed(Exception):
@@ -63,15 +69,15 @@ def diverged(task, out):
         "diverged" in (json.loads(record.read_text())["values"] or {})
 
 
-def execute(task, out, log, live, plan):
+def execute(task, out, log, live, ours):
     """Run a task's commands, one after the other, on one thread; write its result or, of what only
     others need, a note in OUT/made/: what it was made of and what it cost. Where just the note was
-    lost, nothing is run. `live`: what runs now, for a stop to end it. → seconds it took."""
+    lost, nothing is run. `live`: what runs now, for a stop to end it; `ours`: what made_by says.
+    → seconds it took."""
     start = time.time()
     commands = [] if task.done.exists() else [[str(x) for x in c] for c in task.steps()]
     log.parent.mkdir(parents=True, exist_ok=True)
-    # One thread, whatever the machine: with another number sums are rounded otherwise.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, **ARITHMETIC, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     for command in commands:
         if live.stopping:
             raise Failed("stopped")
@@ -98,7 +104,7 @@ def execute(task, out, log, live, plan):
         values = task.gather() if task.gather else None
     seconds = time.time() - start
     write(record_of(task, out), {
-        "run": task.name, "plan": digest(plan), "code": CODE, "versions": versions(),
+        "run": task.name, **ours,
         "commands": [" ".join(c).replace(sys.executable, "python") for c in commands],
         "values": values, "seconds": round(seconds, 1)})
     if diverged(task, out):
@@ -153,11 +159,14 @@ def whole_code():
     return sha.hexdigest()[:12]
 
 
-CODE = whole_code()        # as it was when this call began
-
-
 def versions():
     return {name: version(name) for name in ("torch", "transformers", "numpy", "pillow")}
+
+
+def made_by(plan):
+    """What every result says of its making."""
+    return {"plan": digest(plan), "code": whole_code(), "versions": versions(),
+            "arithmetic": "AVX2"}
 
 
 def pending(study, parts):
@@ -214,6 +223,7 @@ def go(study, parts, jobs, quick, limit=float("inf"), lock=()):
     queue, failed, live, spent, planned = pending(study, parts), {}, Live(lock), 0.0, 0.0
     count, done, cost = len(queue), 0, {t.name: seconds_of(t, quick) for t in queue}
     running, start, pace = {}, time.time(), 1.0
+    ours = made_by(study.plan)                  # as it is now, when runs begin
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while queue or running:
@@ -227,8 +237,7 @@ def go(study, parts, jobs, quick, limit=float("inf"), lock=()):
                             time.time() - start + cost[task.name] * pace < limit:
                         queue.remove(task)
                         log = study.work / "logs" / (task.name.replace("/", "-") + ".log")
-                        running[pool.submit(execute, task, study.out, log, live,
-                                            study.plan)] = task
+                        running[pool.submit(execute, task, study.out, log, live, ours)] = task
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -261,12 +270,17 @@ def go(study, parts, jobs, quick, limit=float("inf"), lock=()):
 def refuse_other_plans(study):
     """Results and models of another plan, or of other libraries, are not mixed with these; raises
     SystemExit."""
-    ours = {"plan": digest(study.plan), "versions": versions()}
+    ours = made_by(study.plan)
+
+    def differ(old, new):             # +cpu and +cu130 are builds of one torch
+        return old != new if isinstance(old, str) else \
+            {k: v.split("+")[0] for k, v in old.items()} != \
+            {k: v.split("+")[0] for k, v in new.items()}
     for path in [study.work / "plan.json", *sorted(study.out.glob("*/*.json"))]:
         found = json.loads(path.read_text()) if path.exists() else ours
         for key, why in (("plan", "by another plan"), ("versions", "with other libraries")):
-            if found.get(key) != ours[key]:
-                raise SystemExit(f"error: {path} was made {why} ({found.get(key)}, now {ours[key]})"
+            if differ(found[key], ours[key]):
+                raise SystemExit(f"error: {path} was made {why} ({found[key]}, now {ours[key]})"
                                  "; name another --out and --work, or delete both")
     return ours
 
@@ -280,13 +294,13 @@ def get_args():
     add("--seeds", type=int, default=5, help="how many (default 5, as registered; fewer: a "
         "part of the study, which decides nothing)")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)")
-    add("--quick", action="store_true", help="tiny sizes, into results-quick/: says whether "
-        "everything works, and nothing else")
+    add("--quick", action="store_true", help="tiny sizes: says whether everything works, and "
+        "nothing else")
     add("--minutes", type=float, default=float("inf"), help="start nothing that would not end "
         "within so many; the same command goes on later (default: no limit)")
-    add("--out", help="folder of results (default results, or results-quick)")
     add("--work", help="folder of worlds, models and logs (default runs/study, or "
         "runs/study-quick)")
+    add("--out", help="folder of results (default WORK/results)")
     add("--plan", action="store_true", help="print what is to be run and its cost; run nothing")
     args = parser.parse_args()
     for name in ("seeds", "jobs"):
@@ -294,8 +308,8 @@ def get_args():
             raise SystemExit(f"error: --{name} must be at least 1")
     if args.seeds > FULL["seeds"]:
         raise SystemExit(f"error: --seeds must be at most {FULL['seeds']}: so many are registered")
-    tail = "-quick" if args.quick else ""
-    args.out, args.work = args.out or f"results{tail}", args.work or f"runs/study{tail}"
+    args.work = args.work or ("runs/study-quick" if args.quick else "runs/study")
+    args.out = args.out or f"{args.work}/results"
     return args
 
 

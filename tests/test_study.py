@@ -370,7 +370,7 @@ def test_a_command_started_while_stopping_is_ended(toy_study, monkeypatch):
     sleep = [sys.executable, "-c", "__import__('time').sleep(9)"]
     s.add("a", None, s.work, [], {}, lambda: [sleep])
     with pytest.raises(study.Failed, match="stopped"):
-        study.execute(s.tasks["a"], s.out, s.work / "log", live, s.plan)
+        study.execute(s.tasks["a"], s.out, s.work / "log", live, study.made_by(s.plan))
 
 
 def test_the_lock_lives_as_long_as_a_child_of_a_killed_driver(toy_study):
@@ -514,7 +514,7 @@ def test_the_driver_says_when_the_report_failed(tmp_path, monkeypatch):
     study.main()
     assert json.loads((work / "plan.json").read_text())["plan"] == study.digest(study_plan.FULL)
     assert all(len(lock) == 1 for lock in seen) and len(seen) == 2
-    (work / "plan.json").write_text('{"plan": "another"}')
+    (work / "plan.json").write_text('{"plan": "another", "versions": {}}')
     with pytest.raises(SystemExit, match="by another plan"):
         study.main()
 
