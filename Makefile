@@ -83,6 +83,7 @@ SEEDS ?= 5
 reproduce: .venv/done
 	$(PY) study.py --seeds $(SEEDS) $(if $(QUICK),--quick) $(if $(PARTS),--parts $(PARTS)) \
 	    $(if $(MINUTES),--minutes $(MINUTES))
+	$(if $(QUICK),,$(PY) study_report.py --against runs/study/results)
 
 # Figures of speed and memory, on an idle machine; `make bench BENCH=--quick` checks that they run.
 BENCHPY := .venv-bench/bin/python
@@ -102,4 +103,4 @@ bench: .venv-bench/done data/toy
 	$(BENCHPY) benchmarks/checkpoint.py data/toy
 
 clean:
-	rm -rf .venv .venv-bench data/toy runs results-quick
+	rm -rf .venv .venv-bench data/toy runs

@@ -6,6 +6,7 @@ asked. Answers are appended to a .jsonl a process as they come: an interrupted c
 """
 import base64
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -18,37 +19,20 @@ import records
 import model as m
 import score
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 MAX_CELL = 256 * 2 ** 20         # characters; an unclosed quote would read on to the file's end
 
 
 # ------------------------------------------------------------------------------------ the files
 
-class Lines:
-    """The lines of a file, for csv.reader: decoded, counted, the byte of the next one known."""
-
-    def __init__(self, file):
-        self.file, self.at, self.number = file, 0, 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        line = self.file.readline()
-        if not line:
-            raise StopIteration
-        self.at, self.number = self.at + len(line), self.number + 1
-        return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
-
-
 def table_rows(path):
     """Yield (line it begins at, bytes (start, length), cells) of a TSV; raises SystemExit."""
     csv.field_size_limit(MAX_CELL)
     with open(path, "rb") as file:
-        lines = Lines(file)
-        table = csv.reader(lines, delimiter="\t")
+        table = csv.reader((line.decode("utf-8-sig") for line in file), delimiter="\t")
         while True:
-            start, number = lines.at, lines.number + 1
+            start, number = file.tell(), table.line_num + 1
             try:
                 cells = next(table)
             except StopIteration:
@@ -56,7 +40,7 @@ def table_rows(path):
             except (UnicodeDecodeError, csv.Error) as e:
                 raise SystemExit(f"error: {path}:{number}: not a TSV in UTF-8 ({e})")
             if cells:
-                yield number, (start, lines.at - start), cells
+                yield number, (start, file.tell() - start), cells
 
 
 def read_tsv(path):
@@ -192,10 +176,10 @@ def collate(items):
     for item in items:
         if isinstance(item, str):
             return item
-    width = max(len(ids) for _, ids, _ in items)
-    return ([i for i, _, _ in items], torch.stack([p for _, _, p in items]),
-            torch.tensor([[0] * (width - len(ids)) + ids for _, ids, _ in items]),
-            torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids, _ in items]))
+    index, ids, pixels = zip(*items)
+    ids, there = (pad_sequence(rows, batch_first=True, padding_side="left") for rows in (
+        [torch.tensor(row) for row in ids], [torch.ones(len(row), dtype=int) for row in ids]))
+    return index, torch.stack(pixels), ids, there
 
 
 # ---------------------------------------------------------------------------------- the answers
@@ -227,8 +211,8 @@ def answer(args, model, tokenizer, device, path, rows, shown, folder):
     """
     name = path.stem
     rank, world = runtime.world()
-    done = predictions(folder, name)
-    runtime.dist.barrier()                             # all have read before anyone writes
+    # By one, for all: the nodes of a cluster may see a shared folder differently for a while.
+    done, mine = runtime.from_main(lambda: predictions(folder, name)), {}
     own = folder / f"{name}.{rank}.jsonl"
     if own.exists():
         whole = own.read_bytes()
@@ -252,7 +236,7 @@ def answer(args, model, tokenizer, device, path, rows, shown, folder):
             tokens = model.generate(pixels.to(device), ids.to(device), mask.to(device),
                                     args.max_new_tokens, stops, args.temperature, seeds)
             for i, text in zip(index, tokenizer.batch_decode(tokens)):
+                mine[rows[i]["index"]] = text
                 file.write(json.dumps({"index": rows[i]["index"], "prediction": text}) + "\n")
             file.flush()
-    runtime.dist.barrier()
-    return predictions(folder, name)
+    return functools.reduce(dict.__or__, runtime.gather(mine), done)

@@ -83,9 +83,10 @@ def load(file, device="cpu"):
     raw = read(file, device)
     moco = any(k.startswith("module.base_encoder.") for k in raw)
     state = under(under(under(raw, "module.base_encoder."), "visual."), "trunk.")
-    said = file.parent / "open_clip_config.json"
+    said, timm = file.parent / "open_clip_config.json", file.parent / "config.json"
     said = read_json(said, "model_cfg") if said.is_file() else {}
-    pixels = said.get("preprocess_cfg", {})
+    timm = read_json(timm) if timm.is_file() else {}
+    pixels = said.get("preprocess_cfg") or timm.get("pretrained_cfg") or {}    # mean, std
     if "stem.0.weight" in state:
         config, names = timm_convnext(state, said)
     elif "cls_token" in state and "patch_embed.proj.weight" in state:

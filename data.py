@@ -6,14 +6,17 @@ instead). And the order of samples is a function of (seed, epoch) alone.
 """
 import functools
 import hashlib
+import itertools
 import os
 import signal
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import records
@@ -42,16 +45,31 @@ class Samples(torch.utils.data.Dataset):
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.max_length = min(MAX_LENGTH, max_length)
         special = {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", IMAGE_TOKEN} - {""}
-        raw = [(where, item, root) for file, root in sources
-               for where, item in records.read_lines(file)]
+        raw = ((where, item, root) for file, root in sources        # all of them: one by one
+               for where, item in records.read_lines(file))
         if num_samples is not None:
+            raw = list(raw)
             raw = [raw[i] for i in np.random.default_rng(seed).permutation(len(raw))]
         self.dropped, kept, texts = Counter(), [], []
-        self.text_only = 0
+        self.text_only = self.read = 0
         ids, roles, offsets = [], [], [0]
+        cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+        def readable(record):
+            try:
+                if record.image:
+                    records.load_image(record.image, self.size, record.where)
+                return True
+            except BadRecord:
+                return False
 
         def flush():
             """Tokenise what was collected, in one call, and apply the length rule."""
+            if skip_bad:           # Pillow decodes beside Python: a thread a core
+                with ThreadPoolExecutor(cores) as pool:
+                    good = list(pool.map(readable, texts))
+                self.dropped.update(["bad"] * good.count(False))
+                texts[:] = itertools.compress(texts, good)
             encoded = iter(tokenizer([t for r in texts for t, _ in r.pieces],
                                      add_special_tokens=False)["input_ids"]) if texts else ()
             end = [tokenizer.convert_tokens_to_ids("<|im_end|>")] if kind != "captions" else []
@@ -76,6 +94,7 @@ class Samples(torch.utils.data.Dataset):
         for where, item, root in tqdm(raw, f"reading {kind}", disable=not verbose, leave=False):
             if num_samples is not None and len(kept) >= num_samples:
                 break
+            self.read += 1
             try:
                 item = records.parse(where, item)
                 image = records.image_of(item, root, where)
@@ -90,8 +109,6 @@ class Samples(torch.utils.data.Dataset):
                 if any(bare.count(t) != n for t, n in expected.items()):
                     self.dropped["special token in text"] += 1
                     continue
-                if skip_bad and record.image:
-                    records.load_image(record.image, self.size, where)
             except BadRecord as e:
                 if not skip_bad:
                     raise SystemExit(f"error: {e}  (--skip-bad drops and counts such records)")
@@ -102,7 +119,7 @@ class Samples(torch.utils.data.Dataset):
                 flush()
         flush()
         self.where, self.images = [r.where for r in kept], [r.image for r in kept]
-        self.read = len(raw)
+        self.read = self.read if num_samples is None else len(raw)
         if not kept:
             raise SystemExit(f"error: no usable record in {sources[0][0]} "
                              f"(dropped: {dict(self.dropped)})")
@@ -144,7 +161,8 @@ class Samples(torch.utils.data.Dataset):
             pixels = records.load_image(image, self.size, self.where[i]) if image else \
                 records.planes(Image.new("RGB", (1, 1)), self.size)             # black
         except BadRecord as e:
-            return {"error": f"error: {e}  (--skip-bad drops and counts such records)"}
+            return {"error": f"error: {e}; with a good file in its place the same command goes on "
+                    f"(--skip-bad would drop the record, from the first step on: --overwrite)"}
         return {"index": i, "ids": ids, "roles": roles, "pixels": pixels}
 
     def fingerprint(self):
@@ -187,11 +205,9 @@ def collate(samples, layout):
         if "error" in sample:
             return sample
     rows = [(pair_row if layout == "dpo" else answer_row)(s["ids"], s["roles"]) for s in samples]
-    width = max(len(r["input_ids"]) for r in rows)
     fill = {"input_ids": 0, "labels": IGNORE, "branch": PADDING, "position_ids": 0}
-    batch = {k: torch.from_numpy(np.stack([np.pad(r[k], (0, width - len(r[k])),
-                                                  constant_values=fill[k]) for r in rows]))
-             for k in rows[0]}
+    batch = {k: pad_sequence([torch.from_numpy(row[k]) for row in rows], batch_first=True,
+                             padding_value=fill[k]) for k in rows[0]}
     batch["pixel_values"] = torch.from_numpy(np.stack([s["pixels"] for s in samples]))
     batch["index"] = torch.tensor([s["index"] for s in samples])
     return batch

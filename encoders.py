@@ -174,7 +174,7 @@ class Encoder(nn.Module):
         self.num_tokens = (self.image_size // self.patch_size) ** 2
         self.mean, self.std = tuple(mean), tuple(std)
         for name, p in vision.named_parameters():
-            p.requires_grad_(not name.startswith(self.family.frozen or ("\0",)))
+            p.requires_grad_(not name.startswith(self.family.frozen))
         for m in vision.modules():        # open_clip's ConvNeXt-XXL: the class hard-codes 1e-6
             if isinstance(m, nn.LayerNorm) and getattr(config, "pivot_norm_eps", None):
                 m.eps = config.pivot_norm_eps
@@ -201,23 +201,6 @@ class Encoder(nn.Module):
         return features[:, self.prefix:]
 
 
-class Towers(nn.ModuleList):
-    """Two vision models under the names they are stored by; what is asked of one, the first says.
-    Both are frozen and keep no activations: there is nothing to checkpoint."""
-    supports_gradient_checkpointing = True
-
-    @property
-    def config(self):
-        return self[0].config
-
-    @property
-    def dtype(self):
-        return self[0].dtype
-
-    def gradient_checkpointing_enable(self, options):
-        pass
-
-
 class TwoEncoders(nn.Module):
     """`--encoder A+B`, frozen: features side by side on the channel axis, the second's grid
     resampled (bilinear) to the first's. The interface of Encoder, but for the pixels.
@@ -229,7 +212,7 @@ class TwoEncoders(nn.Module):
     def __init__(self, first, second):
         super().__init__()
         self.parts = (first, second)          # a tuple: their modules are registered once, below
-        self.vision = Towers([first.vision, second.vision])
+        self.vision = nn.ModuleList([first.vision, second.vision])
         self.family = first.family._replace(frozen=tuple(
             f"{i}.{name}" for i, part in enumerate(self.parts) for name in part.family.frozen))
         self.image_size = (first.image_size, second.image_size)

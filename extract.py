@@ -18,6 +18,7 @@ from pathlib import Path
 import encoders
 import flags
 import model as m
+import rundir
 import runtime
 import torch
 
@@ -60,20 +61,15 @@ deviation; the Pillow backend is the definition.
 
 
 def movement(vision, original):
-    """Relative weight change ‖w − w₀‖ / ‖w₀‖ of every group: {name: float}, in fp64.
-
-    Groups are the embeddings, each block, and whatever else the class holds.
-    """
-    before, squares = dict(original.named_parameters()), {}
-    for name, p in vision.named_parameters():
+    """Relative weight change of the embeddings, each block, and whatever else the class holds:
+    {name: float}."""
+    def group(name):
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-        group = ".".join(parts[:number + 1])
-        change, size = squares.get(group, (0.0, 0.0))
-        old = before[name].detach().double()
-        squares[group] = (change + (p.detach().double() - old).square().sum().item(),
-                          size + old.square().sum().item())
-    return {g: (c / s) ** 0.5 if s else 0.0 for g, (c, s) in squares.items()}
+        return ".".join(parts[:number + 1])
+    before = dict(original.named_parameters())
+    return rundir.relative_change([(k, p, before[k]) for k, p in vision.named_parameters()],
+                                  group)[0]
 
 
 def blocks_of(moved):
@@ -115,7 +111,7 @@ def main():
     moved = movement(encoder.vision, original.vision)
     print(f"relative weight change of {stage}/final against {base}")
     for name, change in moved.items():
-        frozen = encoder.family.frozen and f"{name}.".startswith(encoder.family.frozen)
+        frozen = f"{name}.".startswith(encoder.family.frozen)
         print(f"  {name:<32} {change:9.2e}" + ("  (never trained: unused)" if frozen else ""))
     if args.stage != "pretrain":      # stage 1 moved it already: what did this stage add?
         first, _ = m.load_mllm(Path(args.run, "pretrain", "final"))
@@ -158,6 +154,7 @@ def main():
     pixels = torch.randint(0, 256, (2, 3, encoder.image_size, encoder.image_size),
                            dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     if not torch.equal(encoders.load_encoder(str(aside)).eval()(pixels), encoder.eval()(pixels)):
+        shutil.rmtree(aside)
         raise SystemExit(f"error: {aside} reopened gives other features; nothing was written")
     if out.exists():
         shutil.rmtree(out)

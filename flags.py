@@ -69,6 +69,13 @@ def arguments(doc, paper):
     return parser
 
 
+def at_least(args, least, *names):
+    """raises SystemExit for the first of these flags that was given less; None stays None."""
+    for name in names:
+        if getattr(args, name, None) is not None and getattr(args, name) < least:
+            raise SystemExit(f"error: --{name.replace('_', '-')} must be at least {least}")
+
+
 def trained_stage(run, stage):
     """RUN/STAGE, whose final/ is there; raises SystemExit with the command that makes it."""
     folder = Path(run, stage)
@@ -76,6 +83,13 @@ def trained_stage(run, stage):
         raise SystemExit(f"error: no trained model at {folder}/final; make it with:  "
                          f"python {script_of(stage)} --run-dir {run}")
     return folder
+
+
+def one_eyed(model, path):
+    """The trained model in `path`; raises SystemExit where it was made of two encoders, A+B."""
+    if len(model.encoder.parts) > 1:
+        raise SystemExit(f"error: {path} has two encoders: probe each by itself (--encoder)")
+    return model
 
 
 def script_of(stage):
@@ -160,13 +174,10 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
         raise SystemExit("error: --compile needs a C++ compiler on a CPU, and there is no g++; "
                          "leave it out")
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() or args.plan else "fp32")
-    for key in ("epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas",
-                "log_every", "max_steps", "projector_max_steps", "num_samples", "limit",
-                "projector_epochs", "image_size", "eval_batch", "max_new_tokens", "workers",
-                "seed"):
-        least = 0 if key in ("workers", "seed") else 1
-        if getattr(args, key, None) is not None and getattr(args, key) < least:
-            raise SystemExit(f"error: --{key.replace('_', '-')} must be at least {least}")
+    at_least(args, 1, "epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas",
+             "log_every", "max_steps", "projector_max_steps", "num_samples", "limit",
+             "projector_epochs", "image_size", "eval_batch", "max_new_tokens")
+    at_least(args, 0, "workers", "seed", "show_wrong")
     for key in ("lr", "encoder_lr", "projector_lr", "warmup", "beta", "temperature"):   # no NaN
         value, most = getattr(args, key, None), 1 if key == "warmup" else sys.float_info.max
         if value is not None and not (0 <= value <= most and (value or key != "beta")):

@@ -25,6 +25,7 @@ Reads   runs/NAME/STAGE/final; pairs in MMPR's layout; masks: the image's path w
 Writes  runs/NAME/probes/gradcam/: gradcam.png (image | SFT | DPO), results.json.
 """
 import argparse
+import math
 from functools import partial
 from pathlib import Path
 
@@ -71,17 +72,19 @@ def get_args():
     add("--out", help="default RUN/probes/gradcam")
     args = parser.parse_args()
     stage = flags.trained_stage(args.run, args.stage)
-    if args.num_samples < 1 or args.steps < 0:
-        raise SystemExit("error: --num-samples must be at least 1, --steps at least 0")
+    flags.at_least(args, 1, "num_samples")
+    flags.at_least(args, 0, "steps", "seed")
     made_with = encoders.read_json(stage / "config.json", "arguments")["arguments"]
     args.data = args.data or made_with["data"]
     heldout = Path(args.data, "preferences", "heldout.jsonl")
     args.preferences = args.preferences or str(
         heldout if heldout.exists() else heldout.with_name("meta.json"))
     defaults = "TOY" if encoders.short_name(made_with["llm"]).startswith("toy-") else "PAPER"
-    args.sft_lr = args.sft_lr or getattr(train_sft, defaults)["lr"]
-    args.dpo_lr = args.dpo_lr or getattr(train_dpo, defaults)["lr"]
-    args.beta = args.beta or getattr(train_dpo, defaults)["beta"]
+    for key, stage in (("sft_lr", train_sft), ("dpo_lr", train_dpo), ("beta", train_dpo)):
+        if getattr(args, key) is None:
+            setattr(args, key, getattr(stage, defaults)[key.split("_")[-1]])
+        elif not 0 < getattr(args, key) < math.inf:
+            raise SystemExit(f"error: --{key.replace('_', '-')} must be a number above 0")
     args.out = args.out or str(Path(args.run, "probes", "gradcam"))
     return args
 

@@ -18,7 +18,6 @@ The pair layout (shared prefix, one image, one sequence a pair; `p` is the last 
     positions that run on through the rejected answer are wrong by 2e-3: small enough to miss).
 """
 import json
-import os
 from copy import deepcopy
 from pathlib import Path
 
@@ -80,12 +79,13 @@ def pair_mask(branch):
 
 def attention_mask(branch, kernel, dtype):
     """The mask in the form the attention kernel takes: FlexAttention's blocks, or floats."""
+    (B, T), device = branch.shape, branch.device
     if kernel == "flex_attention":     # blocks of 128 × 128 that are empty are never computed
-        (B, T), device = branch.shape, branch.device
         return create_block_mask(visible(branch), B, None, T, T, device=device)
-    # Floats, made once: of booleans every layer would make and keep its own.
-    return torch.zeros((), dtype=dtype, device=branch.device) \
-        .masked_fill(~pair_mask(branch), -torch.inf)
+    # Floats, made once, in rows that begin at multiples of 8: of booleans, or of other rows
+    # (CUDA's memory-efficient kernel), every layer would make and keep its own.
+    rows = torch.zeros(B, 1, T, -(-T // 8) * 8, dtype=dtype, device=device)
+    return rows[..., :T].masked_fill_(~pair_mask(branch), -torch.inf)
 
 
 class LogProb(torch.autograd.Function):
@@ -316,19 +316,19 @@ def file_name_of(name):
     return PREFIXES[ours] + name.removeprefix(ours)
 
 
-def full_tensors(model):
-    """Yield (name, whole fp32 tensor on the CPU), one at a time; every process must iterate.
-
-    One tensor is gathered at a time: nobody ever holds a second copy of the model. Tied weights
-    come once (safetensors refuses shared storage).
-    """
-    seen = set()
+def own_tensors(model):
+    """[(name, parameter)] of what is saved; tied weights once: safetensors refuses shared ones."""
+    own, seen = [], set()
     for name, p in model.state_dict(keep_vars=True).items():
-        if id(p) in seen:
-            continue
+        own += [(name, p)] if id(p) not in seen else []
         seen.add(id(p))
-        p = p.detach()
-        yield name, (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu().contiguous()
+    return own
+
+
+def whole(p):
+    """A parameter, or all processes' shards of one (each must ask) → fp32 on the CPU."""
+    p = p.detach()
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu().contiguous()
 
 
 def llava_config(model):
@@ -337,7 +337,8 @@ def llava_config(model):
     from transformers import LlavaConfig
     encoder = model.encoder
     config = LlavaConfig(     # copies: LlavaConfig resets the attention kernel of what it is given
-        vision_config=deepcopy(encoder.vision.config), text_config=deepcopy(model.llm.config),
+        vision_config=deepcopy(encoder.parts[0].vision.config),
+        text_config=deepcopy(model.llm.config),
         image_token_index=model.image_token_id, image_seq_length=encoder.num_tokens,
         vision_feature_layer=-1, projector_hidden_act="gelu",
         vision_feature_select_strategy="default" if encoder.prefix else "full",
@@ -359,35 +360,30 @@ def save_mllm(model, tokenizer, folder, is_main, shard_bytes=5 * 10 ** 9):
     """
     from safetensors.torch import save_file
     from transformers import GenerationConfig, LlavaProcessor
-    folder = Path(folder)
-    part, size, index, parts = {}, 0, {}, []
-
-    def flush():
-        if is_main and part:
-            parts.append(f"part-{len(parts)}")
-            save_file(part, folder / parts[-1], metadata={"format": "pt"})
-        part.clear()
-
-    for name, tensor in full_tensors(model):
-        if size and size + tensor.nbytes > shard_bytes:
-            flush()
-            size = 0
-        size += tensor.nbytes
+    folder, files, room = Path(folder), [], 0          # files: what goes into each
+    for name, p in own_tensors(model):
+        room -= p.nbytes
+        if room < 0:
+            files.append([])
+            room = shard_bytes - p.nbytes
+        files[-1].append((file_name_of(name), p))
+    index = {}
+    for i, inside in enumerate(files, 1):
+        file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if files[1:] else \
+            "model.safetensors"
+        part = {}
+        for name, p in inside:         # one at a time: nobody ever holds a second copy of the model
+            index[name], tensor = file, whole(p)
+            if is_main:
+                part[name] = tensor
         if is_main:
-            part[file_name_of(name)] = tensor
-            index[file_name_of(name)] = len(parts)
-    flush()
+            save_file(part, folder / file, metadata={"format": "pt"})
     if not is_main:
         return
-    names = ["model.safetensors"] if len(parts) == 1 else \
-        [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
-    for temporary, final in zip(parts, names):
-        os.replace(folder / temporary, folder / final)
-    if len(parts) > 1:
-        total = sum((folder / n).stat().st_size for n in names)
+    if files[1:]:
+        total = sum((folder / file).stat().st_size for file in {*index.values()})
         (folder / "model.safetensors.index.json").write_text(json.dumps(
-            {"metadata": {"total_size": total},
-             "weight_map": {k: names[i] for k, i in sorted(index.items())}}, indent=1))
+            {"metadata": {"total_size": total}, "weight_map": index}, indent=1, sort_keys=True))
     (folder / "config.json").write_text(json.dumps(llava_config(model), indent=1))
     encoder = model.encoder
     LlavaProcessor(encoders.image_processor(encoder), tokenizer, chat_template=CHAT_TEMPLATE,
@@ -398,6 +394,19 @@ def save_mllm(model, tokenizer, folder, is_main, shard_bytes=5 * 10 ** 9):
     stops = stop_ids(tokenizer)
     GenerationConfig(do_sample=False, eos_token_id=stops,
                      pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+
+
+def stored(folder):
+    """{name of a tensor: the open file it lies in} of a model's folder; raises SystemExit."""
+    from safetensors import SafetensorError, safe_open
+    found = {}
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        try:
+            file = safe_open(path, "pt")
+        except SafetensorError as e:
+            raise SystemExit(f"error: cannot read {path}: {encoders.first_line(e)}")
+        found |= dict.fromkeys(file.keys(), file)
+    return found
 
 
 def stop_ids(tokenizer):
@@ -411,7 +420,6 @@ def load_mllm(folder):
 
     raises SystemExit, one line, when the folder is not one or a tensor is missing or left over.
     """
-    from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     folder = Path(folder)
     if not (folder / "config.json").exists():
@@ -435,25 +443,17 @@ def load_mllm(folder):
         encoder = encoders.TwoEncoders(encoder, eye(**facts["second"]))
     model = MLLM(encoder, llm, facts["image_token_index"])
     # Names and shapes first, then tensor by tensor: the model is never in memory twice.
-    own, stored = {file_name_of(n): t for n, t in model.state_dict().items()}, {}
+    own, files = {file_name_of(n): t for n, t in model.state_dict().items()}, stored(folder)
     if llm.config.tie_word_embeddings:
         own.pop("language_model.lm_head.weight", None)
-    files = sorted(folder.glob("model*.safetensors"))
-    try:
-        for file in files:
-            with safe_open(file, "pt") as tensors:
-                stored |= {k: tuple(tensors.get_slice(k).get_shape()) for k in tensors.keys()}
-    except SafetensorError as e:
-        raise SystemExit(f"error: cannot read {file}: {encoders.first_line(e)}")
-    for what, keys in (("lacks", own.keys() - stored.keys()),
-                       ("has an unknown", stored.keys() - own.keys()),
+    for what, keys in (("lacks", own.keys() - files.keys()),
+                       ("has an unknown", files.keys() - own.keys()),
                        ("has, of another shape than its config.json says,",
-                        [k for k in own.keys() & stored.keys() if own[k].shape != stored[k]])):
+                        [k for k in own.keys() & files.keys()
+                         if list(own[k].shape) != files[k].get_slice(k).get_shape()])):
         if keys:
             raise SystemExit(f"error: {folder} {what} tensor {sorted(keys)[0]} "
                              f"({len(keys)} in all)")
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():
-                own[key].copy_(tensors.get_tensor(key))
+    for key, file in files.items():
+        own[key].copy_(file.get_tensor(key))
     return no_dropout(model), open_tokenizer(folder)

@@ -20,7 +20,7 @@ overlap much). Unrelated features share k / (n − 1), but a maximum over many c
 
 Reads   DATA/pairs.jsonl, {"image": name below DATA/images, "caption": text} a line.
 Writes  align.png (every block against every LLM layer) and results.json to runs/NAME/probes/align
-        where all trained encoders are of one run, else to runs/probes/align.
+        of the first trained encoder, else to runs/probes/align.
 """
 import argparse
 import os
@@ -28,6 +28,7 @@ from itertools import combinations, product, repeat
 from pathlib import Path
 
 import encoders
+import flags
 import rundir
 import runtime
 import records
@@ -35,7 +36,7 @@ import model as m
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from probe_linear import short_names
+from probe_linear import default_out, short_names
 from runtime import print0
 from torch.nn import functional as F
 
@@ -58,15 +59,8 @@ def get_args():
     add("--seed", type=int, default=0, help="the first one's seed (default 0)")
     add("--out", help="where to write; default: see above")
     args = parser.parse_args()
-    if min(args.k, args.seeds, args.limit) < 1:
-        raise SystemExit("error: --k, --limit and --seeds must be at least 1")
-    for flag, names in (("encoder", args.encoder), ("llm", args.llm)):
-        paths = [os.path.realpath(encoders.resolve(name)) for name in names]
-        if twice := [name for name, path in zip(names, paths) if paths.count(path) > 1]:
-            raise SystemExit(f"error: --{flag} {twice[-1]} is given twice")
-    runs = {Path(e).parent.parent for e in args.encoder
-            if Path(e).parent.name in ("pretrain", "sft", "dpo")}
-    args.out = args.out or str(Path(runs.pop() if len(runs) == 1 else "runs", "probes", "align"))
+    flags.at_least(args, 1, "k", "limit", "seeds")
+    args.out = args.out or str(default_out(args.encoder, "align"))
     return args
 
 
@@ -100,7 +94,7 @@ def vision_features(name, pairs, device):
     """→ [blocks (n, L, D), of a trained model projector (n, 1, d_llm)], names of all these rows."""
     path, projector, blocks = encoders.resolve(name), None, []
     if Path(path, "processor_config.json").exists():          # a trained model, not an encoder
-        model = m.load_mllm(path)[0].eval().to(device)
+        model = flags.one_eyed(m.load_mllm(path)[0], path).eval().to(device)
         encoder, projector = model.encoder, model.projector
     else:
         encoder = encoders.load_encoder(name).eval().to(device)
@@ -207,6 +201,7 @@ def spread(values):
 
 def main():
     args = get_args()
+    eyes, llms = short_names(args.encoder), short_names(args.llm, "llm")
     device = runtime.start()
 
     # ---- one subset a seed; features of their union, once; neighbours in each subset
@@ -221,7 +216,6 @@ def main():
     drawn = [np.sort(np.random.default_rng(args.seed + s).permutation(len(pairs))[:size])
              for s in range(args.seeds)]
     union, found, labels = np.unique(drawn), {}, {}
-    eyes, llms = short_names(args.encoder), short_names(args.llm)
     for kind, short, name in [*zip(repeat("llm"), llms, args.llm),
                               *zip(repeat("eye"), eyes, args.encoder)]:
         extract = llm_features if kind == "llm" else vision_features

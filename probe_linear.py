@@ -24,6 +24,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
+import flags
 import rundir
 import runtime
 from runtime import print0
@@ -57,19 +58,21 @@ def get_args():
     parser.add_argument("--workers", type=int, default=2, help="image-decoding processes")
     parser.add_argument("--overwrite", action="store_true", help="compute cached features anew")
     args = parser.parse_args()
+    flags.at_least(args, 1, "limit", "seeds")
+    flags.at_least(args, 0, "workers")
     args.per_class = min(args.per_class, args.limit or args.per_class)
-    if not args.encoder + args.mllm or args.per_class < 2 or args.seeds < 1:
-        raise SystemExit("error: needed are an --encoder or --mllm, --seeds of 1 and --per-class "
-                         "(and --limit) of 2 or more: some images of a class fit, others pick C")
+    if not args.encoder + args.mllm or args.per_class < 2:
+        raise SystemExit("error: needed are an --encoder or --mllm, and --per-class (and --limit) "
+                         "of 2 or more: some images of a class fit, others pick C")
     return args
 
 
-def short_names(paths):
+def short_names(paths, flag="encoder"):
     """runs/x/dpo/encoder → dpo; where names agree, as much more of the path as tells them apart."""
     places = [Path(encoders.resolve(p)).resolve() for p in paths]
     for path, place in zip(paths, places):
         if places.count(place) > 1:
-            raise SystemExit(f"error: encoder {path} is given twice")
+            raise SystemExit(f"error: --{flag} {path} is given twice")
     parts = [p.parts[:-1] if p.name in ("encoder", "final") else p.parts for p in map(Path, paths)]
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(p[-depth:]).lower() for p in parts]
@@ -191,7 +194,7 @@ def bootstrap(values, draws=10_000):
 
 def main():
     args = get_args()
-    names = short_names(args.encoder) + [f"{n}/final" for n in short_names(args.mllm)]
+    names = short_names(args.encoder) + [f"{n}/final" for n in short_names(args.mllm, "mllm")]
     paths, root = args.encoder + args.mllm, Path(args.data)
     out = Path(args.out or default_out(paths, "linear"))
     train, val = class_folders(root / "train"), class_folders(root / "val")
@@ -205,7 +208,7 @@ def main():
     device, views = runtime.start(), {}
     (out / "features").mkdir(parents=True, exist_ok=True)
     for i, (name, path) in enumerate(zip(names, paths)):
-        trained = m.load_mllm(path)[0] if i >= len(args.encoder) else None
+        trained = flags.one_eyed(m.load_mllm(path)[0], path) if i >= len(args.encoder) else None
         projector = trained.projector.to(device) if trained else None
         encoder = trained.encoder if trained else encoders.load_encoder(path)
         stem = name.replace("/", "-") + (f"-limit{args.limit}" if args.limit else "")

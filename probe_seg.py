@@ -27,6 +27,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
+import flags
 import rundir
 import runtime
 import records
@@ -54,7 +55,10 @@ def get_args():
     parser.add_argument("--pictures", type=int, default=8, help="images shown in overlays.png")
     parser.add_argument("--out", metavar="DIR", help="default: probes/seg in the run folder")
     parser.add_argument("--workers", type=int, default=2, help="image-decoding processes")
-    return parser.parse_args()
+    args = parser.parse_args()
+    flags.at_least(args, 1, "seeds", "epochs", "limit")
+    flags.at_least(args, 0, "pictures", "workers")
+    return args
 
 
 # --------------------------------------------------------------------------------- images and masks
@@ -75,12 +79,13 @@ def square(image, mask, size, classes):
     """Paths → their largest centred squares: pixels (size, size, 3), labels (size, size), uint8."""
     pixels = records.load_image(image, None, "probe").transpose(1, 2, 0)
     try:
-        labels = np.asarray(Image.open(mask))
+        with Image.open(mask) as file:               # its size is known before it is decoded
+            labels = np.asarray(file) if file.size == pixels.shape[1::-1] else None
+            shape = (*file.size[::-1], *file.getbands()[1:])
     except Exception as e:
         raise records.BadRecord(f"mask {mask} cannot be read ({type(e).__name__}: {e})")
-    if labels.shape != pixels.shape[:2]:
-        raise records.BadRecord(f"mask {mask} has shape {labels.shape}, its image "
-                                f"{pixels.shape[:2]}")
+    if labels is None or labels.ndim != 2:
+        raise records.BadRecord(f"mask {mask} has shape {shape}, its image {pixels.shape[:2]}")
     if labels.max() >= classes:
         raise records.BadRecord(f"mask {mask} has label {labels.max()}, the last is {classes - 1}")
     side, h, w = min(labels.shape), *labels.shape

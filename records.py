@@ -58,19 +58,13 @@ def read_lines(path):
         for i, item in enumerate(items):
             yield f"{path}:item {i + 1}", item
     else:
-        for number, line in enumerate(open_lines(path), 1):
-            if line.strip():
-                yield f"{path}:{number}", line
-
-
-def open_lines(path):
-    """The lines of a .jsonl as bytes, none longer than MAX_LINE; blank ones keep their number."""
-    with open(path, "rb") as f:
-        while line := f.readline(MAX_LINE + 1):
-            if len(line) > MAX_LINE:
-                raise SystemExit(f"error: {path}: a line of over {MAX_LINE >> 20} MB at byte "
-                                 f"{f.tell() - len(line)}; is this a .jsonl?")
-            yield line
+        with open(path, "rb") as f:
+            for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
+                if len(line) > MAX_LINE:
+                    raise SystemExit(f"error: {path}: a line of over {MAX_LINE >> 20} MB at byte "
+                                     f"{f.tell() - len(line)}; is this a .jsonl?")
+                if line.strip():
+                    yield f"{path}:{number}", line
 
 
 def parse(where, item):

@@ -4,6 +4,7 @@ Nothing is half-written under its final name: files are written aside and rename
 final/ are fsynced before. So a run killed at any moment and started again ends as if it had never
 been killed, bit for bit on the same number of processes.
 """
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,11 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from runtime import from_main, is_main, print0, reduce_sum, reshard, stop, world
+from runtime import from_main, is_main, print0, reduce_sum, reshard, restarted, stop, world
 import encoders
 import model as m
 import torch
-from safetensors import safe_open
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
@@ -81,21 +81,17 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
-def moved(folder, parent):
-    """‖w − w₀‖ / ‖w₀‖ of encoder, projector and LLM between two final/ folders, tensor by tensor:
-    ({part: change}, names of the tensors that are bit-equal)."""
-    places = [{key: file for path in sorted(Path(where).glob("*.safetensors"))
-               for file in [safe_open(path, "pt")] for key in file.keys()}
-              for where in (folder, parent)]
+def relative_change(tensors, group):
+    """‖w − w₀‖ / ‖w₀‖ of every group of tensors, norms in fp64: ({group: change}, names of those
+    that are bit-equal). tensors: (name, w, w₀), …; group: name → its group."""
     squares, still = {}, []
-    for key, file in places[0].items():
-        new, old = file.get_tensor(key), places[1][key].get_tensor(key)
-        change, size = squares.get(key.split(".")[0], (0.0, 0.0))
-        squares[key.split(".")[0]] = (change + (new - old).norm(dtype=torch.float64).item() ** 2,
-                                      size + old.norm(dtype=torch.float64).item() ** 2)
+    for name, new, old in tensors:
+        change, size = squares.get(group(name), (0.0, 0.0))
+        squares[group(name)] = (change + (new - old).norm(dtype=torch.float64).item() ** 2,
+                                size + old.norm(dtype=torch.float64).item() ** 2)
         if torch.equal(new, old):
-            still.append(key)
-    return {part: (c / s) ** 0.5 if s else 0.0 for part, (c, s) in squares.items()}, still
+            still.append(name)
+    return {g: (c / s) ** 0.5 if s else 0.0 for g, (c, s) in squares.items()}, still
 
 
 def difference(folder, arguments, facts={}):
@@ -136,11 +132,11 @@ def finished(folder, args, facts={}):
 
 def starts_anew(folder, args):
     """--overwrite? No longer, where torchrun restarts a run that has deleted what was old."""
-    def restarted():
+    def begun():
         path = folder / "config.json"
-        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and path.exists() and \
+        return restarted() and path.exists() and \
             json.loads(path.read_text()).get("anew_by") == os.environ["TORCHELASTIC_RUN_ID"]
-    return args.overwrite and not from_main(restarted)
+    return args.overwrite and not from_main(begun)
 
 
 class Run:
@@ -181,7 +177,11 @@ class Run:
             try:
                 fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except OSError as e:
+                if e.errno not in (errno.EACCES, errno.EAGAIN):
+                    print0(f"  {self.folder}: its file system knows no locks ({e.strerror}); see "
+                           f"to it yourself that one run alone trains there")
+                    break
                 time.sleep(1)
             if (patience := patience - 1) < 0:
                 return (f"error: another process is training in {self.folder}; wait for it, or "
@@ -262,7 +262,8 @@ class Run:
             words = [f"{k} {metrics[k]:.4g}" for k in ("loss", "margin", "accuracy")
                      if k in metrics] + [f"|g| {k} {v:.3g}" for k, v in
                                          metrics["grad_norm"].items()]
-            print0(f"  step {metrics['step']}: {', '.join(words)}")
+            print0(f"  step {metrics['step']}: {', '.join(words)}; {timing['tokens_per_s']:.0f} "
+                   f"tokens/s, peak {timing['peak_bytes'] / 2 ** 30:.2f} GiB")
         if is_main():
             for name, line in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
                 if line is None:
@@ -319,7 +320,10 @@ class Run:
         rows |= {k.replace("_", " "): v for k, v in config.items() if k.endswith("_digest")}
         rows |= {"data": config.get("data"), "versions": config["versions"]}
         if "parent_digest" in config:
-            parts, still = moved(folder, parent)
+            new, old = m.stored(folder), m.stored(parent)
+            parts, still = relative_change(((k, file.get_tensor(k), old[k].get_tensor(k))
+                                            for k, file in new.items()),
+                                           lambda name: name.split(".")[0])
             rows["moved since stage 1"] = ", ".join(f"{k} {v:.2e}" for k, v in parts.items()) + \
                 " (‖w − w₀‖ / ‖w₀‖)"
             rows["bit-equal to stage 1"] = ", ".join(still) or "no tensor"

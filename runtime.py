@@ -30,12 +30,13 @@ MODULES = ("encoder", "projector", "llm")
 
 # --------------------------------------------------------------------------------------- processes
 
-def start(timeout_minutes=30):
+def start():
     """Join the processes torchrun started, or be a group of one. → torch.device."""
     cuda = torch.cuda.is_available()
+    limit = timedelta(minutes=30)       # a lost peer ends in an error, not in a hang
+    store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         die_with_parent()
-        limit = timedelta(minutes=timeout_minutes)   # a lost peer ends in an error, not in a hang
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
         # torchrun's store outlives a restart of its workers, and with it the addresses of the
         # dead: whoever is quicker than its peer would knock there and be refused. A name for each
@@ -43,14 +44,12 @@ def start(timeout_minutes=30):
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt {attempt}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit,
-                                store=store, rank=rank, world_size=size)
-    else:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=0, world_size=1,
-                                store=dist.HashStore())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit, store=store,
+                            rank=rank, world_size=size)
     torch.manual_seed(0)
     if not cuda:
         return torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False      # "fp32" means it, in the patch convolution, too
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -105,6 +104,18 @@ def sum_tensor(tensor):
     return tensor
 
 
+def gather(value):
+    """A picklable value of every process: [value, …], the same list on each."""
+    box = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def restarted():
+    """Did torchrun start this process again, after a failure?"""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def from_main(make):
     """Compute a small picklable value on the main process and give it to all."""
     box = [make() if is_main() else None]
@@ -126,13 +137,9 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
     fp32 trains the plain module, a few percent faster.
     """
     size = dist.get_world_size()
-    if activation_checkpointing:       # non-reentrant: it must also work on frozen inputs
-        for part, blocks in ((model.encoder.vision, model.encoder.blocks), (model.llm, ())):
-            if part.supports_gradient_checkpointing:
-                part.gradient_checkpointing_enable({"use_reentrant": False})
-                continue
-            for block in blocks:           # ConvNeXt: transformers has no switch for it
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for block in model.blocks if activation_checkpointing else ():
+        # Inside FSDP's hooks, and non-reentrant: it must also work on frozen inputs.
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if attention == "flex":            # the LLM's alone: the encoder's patches all see each other
         model.llm.set_attn_implementation("flex_attention")
     for block in model.blocks if compiled else ():
@@ -294,6 +301,7 @@ def launch(main):
             if not is_main():
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)     # torchrun ends us meanwhile
                 time.sleep(10)   # a refusal all share is printed once; one of our own follows
+            sys.stdout.flush()
             print(" ".join(e.code.splitlines()), file=sys.stderr, flush=True)
             os._exit(1)      # not through a collective that the other processes may never enter
         raise

@@ -57,10 +57,12 @@ class Results:
 
     def __init__(self, out):
         self.out, self.values, self.seconds, self.codes = Path(out), {}, 0.0, set()
+        self.processors = set()
         for path in sorted(self.out.glob("*/*.json")):
             found = json.loads(path.read_text())
             self.seconds += found["seconds"]
             self.codes.add(found["code"])
+            self.processors.add(found.get("arithmetic"))
             part, name = path.parent.name, path.stem
             seed = re.match(r"seed-(\d+)-?", name)
             key = (part, name[seed.end():] if seed else name)
@@ -175,6 +177,12 @@ def against_stage1():
             ("linear probe", "linear", "eye"), ("segmentation", "seg", "eye"),
             ("alignment × 100", "align", "eye"),
             *((f"re-paired, {g}", f"repair {g}", "repair") for g in (*GROUPS, "average"))]
+
+
+def against_original():
+    """[(label, measure, part)] of the table of each encoder minus the one it began as."""
+    return [("linear probe", "linear", "eye"), ("segmentation", "seg", "eye"),
+            ("alignment × 100", "align", "eye"), ("re-paired, average", "repair average", "repair")]
 
 
 def control_rows():

@@ -680,6 +680,7 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
     import torch
     from transformers import AutoModelForImageTextToText
     import encoders
+    import flags
     import model as m
     from conftest import COMMON
     tiny_encoder("dinov2", 32, 8, 16).save_pretrained(tmp_path / "dino")
@@ -692,6 +693,8 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
         for key, p in encoders.load_encoder(name).state_dict().items():
             assert torch.equal(p, part.state_dict()[key]), key
     assert model.projector.linear_1.in_features == 128 + 16
+    with pytest.raises(SystemExit, match="final has two encoders: probe each by itself"):
+        flags.one_eyed(model, folder / "final")
     pixels = torch.randint(0, 256, (2, 3 * 48 ** 2 + 3 * 32 ** 2), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.equal(model.encoder(pixels), encoders.load_encoder(line[4]).eval()(pixels))

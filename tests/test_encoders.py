@@ -381,8 +381,11 @@ def test_a_timm_folder(tmp_path):
     state = timm_state()
     save_file({**state, "head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)},
               tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch8_32"}))
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architecture": "vit_tiny_patch8_32", "pretrained_cfg": {"mean": [0.5, 0.5, 0.4],
+                                                                 "std": [0.5, 0.5, 0.6]}}))
     encoder = encoders.load_encoder(str(tmp_path)).eval()
+    assert (encoder.mean, encoder.std) == ((0.5, 0.5, 0.4), (0.5, 0.5, 0.6))     # the file's own
     pixels = pixels_for(encoder)
     want = timm_forward(state, values_of(encoder, pixels), heads=3)
     assert (encoder(pixels) - want).abs().max() < 1e-5

@@ -68,11 +68,16 @@ def test_readme_counts_and_names_every_file():
     assert int(total.replace(",", "")) == sum(len(lines(p)) for p in FILES)
 
 
-def test_readme_commands_exist():
-    """Every command and flag the README shows is one the scripts accept."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    found = re.findall(r"(?:python|torchrun[^\n]*?) (\w+\.py)([^\n#`]*)", readme)
-    assert len(found) >= 8
+def test_commands_of_all_pages_exist():
+    """Every command and flag that README and docs/ show is one the scripts accept; every file of
+    ours that a page links to is there."""
+    pages, found = [ROOT / "README.md", *ROOT.glob("*/*.md")], []
+    for page in pages:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        found += re.findall(r"(?:python|torchrun[^\n]*?) (\w+\.py)([^\n#`]*)", text)
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+    assert len(pages) >= 5 and len(found) >= 20
     texts = {}
     for script, rest in found:
         if script not in texts:

@@ -1,4 +1,4 @@
-"""--plan against truth: bytes and FLOPs exactly, peak memory closely, the README to the letter."""
+"""--plan against truth: bytes and FLOPs exactly, peak memory closely, its page to the letter."""
 import copy
 import json
 import os
@@ -237,8 +237,8 @@ def test_a_machine_that_is_none(tmp_path, spec, words):
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_readme_prints_what_plan_prints():
+def test_the_page_for_real_use_prints_what_plan_prints():
     done = subprocess.run([sys.executable, "plan.py"], cwd=ROOT, capture_output=True, text=True)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "docs/real-use.md").read_text(encoding="utf-8")
     stated = re.search(r"<!-- plan -->\n(.*?)\n<!-- /plan -->", readme, re.S)[1]
     assert done.stdout.strip() == stated.strip(), done.stdout + done.stderr[-500:]

@@ -388,13 +388,14 @@ def test_seg_tells_seer_from_blind(call, eyes, ade, capsys):
 
 @pytest.mark.parametrize("spoil, says", [
     ("size", "001.png has shape (12, 15), its image (12, 16)"),
+    ("size, cut short", "001.png has shape (12, 15), its image (12, 16)"),     # not decoded
     ("label", "001.png has label 6, the last is 5"), ("no mask", "001.png has no mask"),
     ("colour", "001.png has shape (12, 16, 3)"), ("broken", "001.png cannot be read"),
     ("broken mask", "001.png cannot be read"), ("nothing", "no images"), ("twice", "given twice")])
 def test_seg_refuses(call, eyes, ade, tmp_path, spoil, says):
     image, mask = (ade / kind / "validation" / "001.png" for kind in ("images", "annotations"))
     labels, eye = np.asarray(Image.open(mask)).copy(), [eyes[0]]
-    if spoil == "size":
+    if spoil.startswith("size"):
         labels = labels[:, 1:]
     elif spoil == "label":
         labels[3, 8] = 6
@@ -403,6 +404,8 @@ def test_seg_refuses(call, eyes, ade, tmp_path, spoil, says):
     Image.fromarray(labels).save(mask)
     if spoil == "no mask":
         mask.unlink()
+    elif spoil == "size, cut short":
+        mask.write_bytes(mask.read_bytes()[:-30])
     elif spoil.startswith("broken"):
         (mask if "mask" in spoil else image).write_bytes(b"not a picture")
     elif spoil == "nothing":
@@ -435,6 +438,15 @@ def in_two_processes(*commands):
     said = [p.communicate(timeout=200)[0] for p in started]
     assert [p.returncode for p in started] == [0, 0]
     assert said[0].count("wrote") == 2 and not said[1]           # the main process alone speaks
+
+
+@pytest.mark.parametrize("module, words, says", [
+    (probe_seg, ["--seeds", 0], "--seeds"), (probe_seg, ["--epochs", 0], "--epochs"),
+    (probe_seg, ["--limit", 0], "--limit"), (probe_linear, ["--limit", 0], "--limit"),
+    (probe_linear, ["--seeds", 0], "--seeds")])
+def test_bounds(call, tmp_path, module, words, says):
+    assert f"{says} must be at least 1" in error_of(
+        call, module, "--encoder", "toy-vit", "--data", tmp_path, "--out", tmp_path, *words)
 
 
 def test_two_processes_are_one(call, classes8, ade, tmp_path):

@@ -1,4 +1,5 @@
 """The real scripts, run as a user runs them, on a world of a hundred pairs."""
+import errno
 import json
 import math
 import os
@@ -136,6 +137,17 @@ def test_compiled_blocks_give_the_same_losses(trained, fresh, world):
     shutil.rmtree(fresh / "dpo", ignore_errors=True)
     stage2("dpo", fresh, world, "--compile", "--activation-checkpointing", processes=2)
     close(metrics(fresh / "dpo"), metrics(trained[0] / "dpo"), 5e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
+def test_compiled_bf16_starts_at_ln_2(fresh, world):
+    """The cached reference is of the very graph that is trained: without gradients the compiler
+    fuses, and so rounds, otherwise."""
+    shutil.rmtree(fresh / "dpo", ignore_errors=True)
+    stage2("dpo", fresh, world, "--compile", "--dtype", "bf16", "--max-steps", 1)
+    first = next(x for x in metrics(fresh / "dpo") if "loss" in x)
+    assert first["margin"] == 0 and abs(first["loss"] - math.log(2)) < 1e-6
+    assert {x["heldout_margin"] for x in metrics(fresh / "dpo")[:1]} == {0}
 
 
 def test_live_reference_gives_the_losses_of_the_cached_one(trained, fresh, world):
@@ -404,7 +416,7 @@ def test_an_image_that_breaks_during_the_run(stage1, world, fresh, tmp_path, pro
     assert done.returncode != 0
     assert re.search(r"error: \S+\.jsonl:\d+: image \S+\.png cannot be read", done.stderr)
     if processes == 1:
-        refused(done, "cannot be read")
+        refused(done, "cannot be read", "with a good file in its place the same command goes on")
     assert not (fresh / "dpo/final").exists() and (fresh / "pretrain/final").exists()
     assert not (fresh / "dpo/ref_logps.safetensors").exists()
 
@@ -452,3 +464,28 @@ def test_overwrite_counts_until_it_has_deleted(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text('{"anew_by": "an earlier one"}')
     assert rundir.starts_anew(tmp_path, args)
     assert not rundir.starts_anew(tmp_path, Namespace(overwrite=False))
+
+
+def test_a_restart_keeps_the_answers_that_came_before_it(monkeypatch, tmp_path):
+    """--overwrite of a scoring that torchrun starts again."""
+    import repair_eval
+    args, answers = Namespace(overwrite=True, rescore=False), tmp_path / "ToyVision.0.jsonl"
+    monkeypatch.setattr(rundir, "write_whole", lambda path, write: write(path))
+    monkeypatch.setattr(repair_eval.runtime.dist, "barrier", lambda: None)
+    for count, kept in (("1", True), ("0", False)):
+        answers.write_text("{}")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        repair_eval.stored_answers(args, tmp_path, {"model": "x"})
+        assert answers.exists() is kept
+
+
+@pytest.mark.parametrize("error, said", [(errno.ENOLCK, None), (errno.EAGAIN, "another process")])
+def test_a_file_system_without_locks_is_not_a_second_run(monkeypatch, tmp_path, capsys, error, said):
+    def lockf(*_):
+        raise OSError(error, os.strerror(error))
+    monkeypatch.setattr(rundir.fcntl, "lockf", lockf)
+    run = rundir.Run.__new__(rundir.Run)
+    run.folder = tmp_path
+    refusal = run.claim(patience=0)
+    assert said in refusal if said else refusal is None
+    assert ("knows no locks" in capsys.readouterr().out) is (said is None)

@@ -541,6 +541,8 @@ def fake_results(out, plan, seeds=5):
                                                            "heat"]} for c, v in level.items()}
         if name == "chosen":
             values = {m: {"rate": 1e-4} for m in ("sft", "dpo")}
+        if task.name.endswith("/dpo"):
+            values = {"heldout_accuracy": 0.7 + bump / 100}
         if name == "pairs":
             values = {"counts": {"sampled": 4000}, "blind": {"sampled": 0.6}}
         where = task.done if task.part else out / "made" / f"{task.name.replace('/', '-')}.json"
@@ -560,10 +562,12 @@ def test_section_from_full_results(tmp_path):
     assert gap["by_seed"] == pytest.approx([0] * 5) and gap["verdict"] == "undecided"
     assert not [f for f in summary["findings"] if f["verdict"] == "not run yet"]
     text = report.section(summary, plan)
-    assert "| +2.2 [+2.0, +2.4] | holds |" in text and "5 seeds" in text
-    assert "4,000 to 4,000 of 45,000 questions; 60 % of these" in text and "lr.png" in text
+    assert "| +2.20 [+2.00, +2.40] | holds |" in text and "5 seeds" in text
+    assert "4,000 to 4,000 of 45,000 questions" in text and "lr.png" in text
+    assert "gets 60 % of these pairs right" in text
     assert text.count("\n| DPO, ") == 5 and text.count("\n| *DPO, ") == 5
-    assert "seeds from 2 on, which chose no rate: the model +2.3 [+2.1, +2.5]" in text
+    assert "seeds 2 to 4, which were not used for tuning: the model +2.30 [+2.05, +2.55]" in text
+    assert "| linear probe | 50.0 [" in text and "| +13.20 [+13.00, +13.40] |" in text
     assert not [x for x in ("edge of the grid", "lost", "states of this code") if x in text]
 
 
@@ -633,7 +637,7 @@ def test_a_seed_run_again_is_compared_value_by_value(tmp_path, capsys):
     changed = json.loads((two / "vqa/seed-0.json").read_text())
     changed["values"]["dpo"]["vqa average"] += 1e-12
     study_pairs.write(two / "vqa/seed-0.json", {**changed, "seconds": 1})
-    assert report.differing(one, two)[1] == ["vqa/seed-0.json"]
+    assert report.differing(one, two)[1] == {"vqa/seed-0.json": pytest.approx(1e-12, rel=0.1)}
 
 
 # ------------------------------------------------------------- commands and what is read of them
