@@ -7,11 +7,11 @@ where one has not been run yet, its line is empty and the command that fills it 
 but for the alignment. The difference is paired (by question, by test image, by subset, by
 preference pair), with the interval its instrument states; see there for what it means.
 """
-import argparse
 from pathlib import Path
 from statistics import mean
 
 import encoders
+import flags
 import report
 import runtime
 import score
@@ -93,8 +93,7 @@ INSTRUMENTS = (
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--run-dir", "--run", dest="run", metavar="DIR", required=True,
                         help="run folder, e.g. runs/toy-vit__toy-lm")
     run = Path(parser.parse_args().run)

@@ -10,7 +10,6 @@ A vision tower that was silently not trained, or not saved, is the classic failu
 So the table of relative weight changes is printed, the command refuses when nothing moved, and the
 folder is reopened and compared bit by bit before it gets its final name.
 """
-import argparse
 import os
 import shutil
 from pathlib import Path
@@ -79,8 +78,7 @@ def blocks_of(moved):
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--run-dir", "--run", dest="run", metavar="DIR", required=True,
                         help="run folder, e.g. runs/toy-vit__toy-lm")
     parser.add_argument("--stage", default="dpo", choices=["pretrain", "sft", "dpo"],

@@ -11,15 +11,40 @@ import torch
 from runtime import print0
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, with a docstring for its help; what is wrong is one line, said by one process."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise SystemExit(f"error: {message.removeprefix('argument ')}; --help lists all flags")
+
+
+def number(kind, least, most=sys.float_info.max):
+    """A `type` of argparse: an int or float within bounds (NaN is within none)."""
+    def read(text):
+        if not least <= kind(text) <= most:
+            upper = "on" if most == sys.float_info.max else f"to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text} is no number from {least:g} {upper}")
+        return kind(text)
+    read.__name__ = kind.__name__                  # argparse says "invalid int value"
+    return read
+
+
+COUNT, NATURAL = number(int, 1), number(int, 0)
+RATE, ABOVE_0 = number(float, 0), number(float, 1e-12)
+
+
 def arguments(doc, paper):
     """The flags every training stage shares. Their defaults are None here: `settle` fills them from
     the command line, then the parent stage, then the toy's or the paper's values."""
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(doc)
 
     def add(flag, kind, text, **options):
         default = paper.get(flag[2:].replace("-", "_"))
-        note = "" if default is None else f" (default {default:g})" if kind is float \
+        note = "" if default is None else f" (default {default:g})" if isinstance(default, float) \
             else f" (default {default})"
         parser.add_argument(flag, type=kind, help=text + note, **options)
 
@@ -28,24 +53,24 @@ def arguments(doc, paper):
                         "--run-dir: torchrun takes --run for its own --run-path")
     add("--encoder", str, "vision encoder: a preset, a local folder or a hub id")
     add("--llm", str, "language model: a preset, a local folder or a hub id")
-    add("--image-size", int, "another input size than the encoder's own: its positions are "
+    add("--image-size", COUNT, "another input size than the encoder's own: its positions are "
         "interpolated once, in fp32")
     add("--data", str, "folder in the layout toy.py writes; its parts can be pointed elsewhere")
     add("--images", str, "folder that image names are relative to; default DATA/images")
-    add("--epochs", int, "passes over the data")
-    add("--max-steps", int, "stop after so many steps; the schedule then ends there, too")
-    add("--global-batch", int, "samples (pairs, for DPO) a step, over all processes")
-    add("--micro-batch", int, "samples a process holds at once; lower it when memory runs out")
-    add("--lr", float, "peak learning rate; 0 freezes")
-    add("--encoder-lr", float, "the encoder's own rate; default: --lr")
-    add("--projector-lr", float, "the projector's own rate; default: --lr")
-    add("--warmup", float, "share of the steps in which the rate rises")
-    add("--num-samples", int, "use so many usable samples, drawn by a seeded shuffle")
-    parser.add_argument("--seed", type=int, default=0, help="order of samples, fresh projector")
+    add("--epochs", COUNT, "passes over the data")
+    add("--max-steps", COUNT, "stop after so many steps; the schedule then ends there, too")
+    add("--global-batch", COUNT, "samples (pairs, for DPO) a step, over all processes")
+    add("--micro-batch", COUNT, "samples a process holds at once; lower it when memory runs out")
+    add("--lr", RATE, "peak learning rate; 0 freezes")
+    add("--encoder-lr", RATE, "the encoder's own rate; default: --lr")
+    add("--projector-lr", RATE, "the projector's own rate; default: --lr")
+    add("--warmup", number(float, 0, 1), "share of the steps in which the rate rises")
+    add("--num-samples", COUNT, "use so many usable samples, drawn by a seeded shuffle")
+    parser.add_argument("--seed", type=NATURAL, default=0, help="order of samples, fresh projector")
     parser.add_argument("--skip-bad", action="store_true",
                         help="drop and count bad records instead of refusing the run")
-    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    parser.add_argument("--keep", type=int, default=2, help="how many checkpoints stay on disk")
+    parser.add_argument("--save-every", type=COUNT, default=200, help="steps between checkpoints")
+    parser.add_argument("--keep", type=COUNT, default=2, help="how many checkpoints stay on disk")
     parser.add_argument("--overwrite", action="store_true",
                         help="delete what this stage left in the run folder and start anew")
     parser.add_argument("--dtype", choices=["fp32", "bf16"],
@@ -58,22 +83,15 @@ def arguments(doc, paper):
                              "what a pair's mask hides, and trains on CUDA alone (not run there)")
     parser.add_argument("--compile", action="store_true", help="compile each block (torch.compile):"
                         " less memory, more speed, after a minute or two of compiling")
-    parser.add_argument("--replicas", type=int, default=1,
+    parser.add_argument("--replicas", type=COUNT, default=1,
                         help="hybrid sharding: so many copies of the model, each sharded within "
                              "its group of processes (one a node)")
-    parser.add_argument("--workers", type=int, help="image-decoding processes per training process")
+    add("--workers", NATURAL, "image-decoding processes per training process")
     parser.add_argument("--plan", nargs="?", const="8xh100", metavar="NxGPU", help="load and train "
                         "nothing; print parameters, lengths, FLOPs, memory a GPU and hours on so "
                         "many of them (default 8xh100)")
-    parser.add_argument("--log-every", type=int, default=50, help="steps between printed lines")
+    parser.add_argument("--log-every", type=COUNT, default=50, help="steps between printed lines")
     return parser
-
-
-def at_least(args, least, *names):
-    """raises SystemExit for the first of these flags that was given less; None stays None."""
-    for name in names:
-        if getattr(args, name, None) is not None and getattr(args, name) < least:
-            raise SystemExit(f"error: --{name.replace('_', '-')} must be at least {least}")
 
 
 def trained_stage(run, stage):
@@ -103,8 +121,9 @@ def settle_two_steps(parser, stage, second, paper, toy):
                         "DATA/captions.jsonl or .json")
     parser.add_argument("--instruct", help="LLaVA conversations for the second step, .json or "
                         f".jsonl; default DATA/{second}.jsonl")
-    parser.add_argument("--projector-epochs", type=int, help="passes over the captions (default 1)")
-    parser.add_argument("--projector-max-steps", type=int,
+    parser.add_argument("--projector-epochs", type=COUNT,
+                        help="passes over the captions (default 1)")
+    parser.add_argument("--projector-max-steps", type=COUNT,
                         help="bound of the projector step; default: --max-steps")
     args = settle(parser, stage, paper, toy)
     args.captions = args.captions or records.default_file(args.data, "captions")
@@ -174,15 +193,5 @@ def settle(parser, stage, paper, toy, parent=None, argv=None):
         raise SystemExit("error: --compile needs a C++ compiler on a CPU, and there is no g++; "
                          "leave it out")
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() or args.plan else "fp32")
-    at_least(args, 1, "epochs", "global_batch", "micro_batch", "save_every", "keep", "replicas",
-             "log_every", "max_steps", "projector_max_steps", "num_samples", "limit",
-             "projector_epochs", "image_size", "eval_batch", "max_new_tokens")
-    at_least(args, 0, "workers", "seed", "show_wrong")
-    for key in ("lr", "encoder_lr", "projector_lr", "warmup", "beta", "temperature"):   # no NaN
-        value, most = getattr(args, key, None), 1 if key == "warmup" else sys.float_info.max
-        if value is not None and not (0 <= value <= most and (value or key != "beta")):
-            raise SystemExit(f"error: --{key.replace('_', '-')} {value:g} must be " +
-                             {"warmup": "a share from 0 to 1", "beta": "above 0"}.get(
-                                 key, "a number, 0 or above"))
     args.stage = stage
     return args

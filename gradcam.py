@@ -24,8 +24,6 @@ Reads   runs/NAME/STAGE/final; pairs in MMPR's layout; masks: the image's path w
         `images` (toy), or --masks DIR with one a name (ADE20K: annotations, with --mask-label).
 Writes  runs/NAME/probes/gradcam/: gradcam.png (image | SFT | DPO), results.json.
 """
-import argparse
-import math
 from functools import partial
 from pathlib import Path
 
@@ -47,8 +45,7 @@ PICTURES, PANEL = 6, 240          # rows of the picture; pixels of a panel
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     add, flag = parser.add_argument, dict(action="store_true")
     add("--run-dir", "--run", dest="run", metavar="DIR", required=True, help="run folder")
     add("--stage", default="pretrain", choices=["pretrain", "sft", "dpo"], help="which model of it "
@@ -59,21 +56,20 @@ def get_args():
     add("--images", help="folder that image names are relative to, where meta.json does not say")
     add("--masks", help="folder of masks, each of its image's name or that name in .png")
     add("--mask-label", type=int, help="inside is this value alone (default: all above 0)")
-    add("--num-samples", type=int, default=PICTURES, help="pairs, drawn by a seeded shuffle; "
-        f"some hundreds make a measurement (default {PICTURES})")
-    add("--seed", type=int, default=0, help="which pairs are drawn (default 0)")
+    add("--num-samples", type=flags.COUNT, default=PICTURES, help="pairs, drawn by a seeded "
+        f"shuffle; some hundreds make a measurement (default {PICTURES})")
+    add("--seed", type=flags.NATURAL, default=0, help="which pairs are drawn (default 0)")
     add("--skip-bad", **flag, help="drop and count bad records")
     add("--at", default="encoder", choices=["encoder", "projector"], help="default encoder")
     add("--classic", **flag, help="gradient-weighted activations and a ReLU")
-    add("--steps", type=int, default=0, help="train on each pair so long first (default 0)")
-    add("--beta", type=float, help="DPO's (default: train_dpo.py's; matters after step 0)")
-    add("--sft-lr", type=float, help="rate of those steps; default: train_sft.py's")
-    add("--dpo-lr", type=float, help="the same for DPO; default: train_dpo.py's")
+    add("--steps", type=flags.NATURAL, default=0, help="train on each pair so long first "
+        "(default 0)")
+    add("--beta", type=flags.ABOVE_0, help="DPO's (default: train_dpo.py's; matters after step 0)")
+    add("--sft-lr", type=flags.ABOVE_0, help="rate of those steps; default: train_sft.py's")
+    add("--dpo-lr", type=flags.ABOVE_0, help="the same for DPO; default: train_dpo.py's")
     add("--out", help="default RUN/probes/gradcam")
     args = parser.parse_args()
     stage = flags.trained_stage(args.run, args.stage)
-    flags.at_least(args, 1, "num_samples")
-    flags.at_least(args, 0, "steps", "seed")
     made_with = encoders.read_json(stage / "config.json", "arguments")["arguments"]
     args.data = args.data or made_with["data"]
     heldout = Path(args.data, "preferences", "heldout.jsonl")
@@ -83,8 +79,6 @@ def get_args():
     for key, stage in (("sft_lr", train_sft), ("dpo_lr", train_dpo), ("beta", train_dpo)):
         if getattr(args, key) is None:
             setattr(args, key, getattr(stage, defaults)[key.split("_")[-1]])
-        elif not 0 < getattr(args, key) < math.inf:
-            raise SystemExit(f"error: --{key.replace('_', '-')} must be a number above 0")
     args.out = args.out or str(Path(args.run, "probes", "gradcam"))
     return args
 

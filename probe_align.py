@@ -22,7 +22,6 @@ Reads   DATA/pairs.jsonl, {"image": name below DATA/images, "caption": text} a l
 Writes  align.png (every block against every LLM layer) and results.json to runs/NAME/probes/align
         of the first trained encoder, else to runs/probes/align.
 """
-import argparse
 import os
 from itertools import combinations, product, repeat
 from pathlib import Path
@@ -45,21 +44,19 @@ VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("--encoder", nargs="+", required=True, help="presets, folders, hub ids, trained models")
     add("--llm", nargs="+", required=True, help="presets, folders or hub ids")
     add("--data", default="data/toy/align", help="folder with pairs.jsonl and images/ "
         "(default data/toy/align)")
-    add("--k", type=int, default=10, help="neighbours (default 10)")
-    add("--limit", type=int, default=1024, help="pairs a subset (default 1024); scores depend on "
-        "it: compare at one")
-    add("--seeds", type=int, default=3, help="how many subsets (default 3)")
-    add("--seed", type=int, default=0, help="the first one's seed (default 0)")
+    add("--k", type=flags.COUNT, default=10, help="neighbours (default 10)")
+    add("--limit", type=flags.COUNT, default=1024, help="pairs a subset (default 1024); scores "
+        "depend on it: compare at one")
+    add("--seeds", type=flags.COUNT, default=3, help="how many subsets (default 3)")
+    add("--seed", type=flags.NATURAL, default=0, help="the first one's seed (default 0)")
     add("--out", help="where to write; default: see above")
     args = parser.parse_args()
-    flags.at_least(args, 1, "k", "limit", "seeds")
     args.out = args.out or str(default_out(args.encoder, "align"))
     return args
 

@@ -16,7 +16,6 @@ Writes  --out: results.json and features/*.safetensors. Default: runs/NAME/probe
 Intervals, 95 %: over test images. Wilson's for shares, bootstrap for paired differences. What the
 draw of the subset adds is seen with --seeds: by_seed in results.json.
 """
-import argparse
 import hashlib
 import os
 import random
@@ -44,22 +43,19 @@ SCORES = ("top1", "top5", "prototype_top1", "prototype_top5")
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--encoder", nargs="+", default=[], metavar="DIR",
                         help="encoders to compare: presets, folders (extract.py) or hub ids")
     parser.add_argument("--mllm", nargs="+", default=[], metavar="DIR",
                         help="trained models (final/): encoder, and encoder + projector")
     parser.add_argument("--data", default="data/imagenet", help="folder with train/ and val/")
-    parser.add_argument("--per-class", type=int, default=50, help="training images a class")
-    parser.add_argument("--seeds", type=int, default=1, help="average over so many subsets")
-    parser.add_argument("--limit", type=int, help="quick look: N images a class, train and val")
+    parser.add_argument("--per-class", type=flags.COUNT, default=50, help="training images a class")
+    parser.add_argument("--seeds", type=flags.COUNT, default=1, help="average over so many subsets")
+    parser.add_argument("--limit", type=flags.COUNT, help="quick look: N images a class, in both")
     parser.add_argument("--out", metavar="DIR", help="default: probes/linear in the run folder")
-    parser.add_argument("--workers", type=int, default=2, help="image-decoding processes")
+    parser.add_argument("--workers", type=flags.NATURAL, default=2, help="image-decoding processes")
     parser.add_argument("--overwrite", action="store_true", help="compute cached features anew")
     args = parser.parse_args()
-    flags.at_least(args, 1, "limit", "seeds")
-    flags.at_least(args, 0, "workers")
     args.per_class = min(args.per_class, args.limit or args.per_class)
     if not args.encoder + args.mllm or args.per_class < 2:
         raise SystemExit("error: needed are an --encoder or --mllm, and --per-class (and --limit) "

@@ -20,7 +20,6 @@ The encoder is what costs: an image is encoded once an epoch, and the heads of a
 it. Seeds differ in start and in order within 256 images; encoders meet the same of both. ± is the
 spread over seeds; the interval of a difference is a bootstrap over validation images.
 """
-import argparse
 import colorsys
 import math
 from functools import partial
@@ -44,21 +43,17 @@ SCORES = ("recall", "mIoU", "mIoU-0")
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--encoder", nargs="+", required=True, metavar="DIR",
                         help="encoders to compare: presets, folders (extract.py) or hub ids")
     parser.add_argument("--data", default="data/ade20k", help="folder of images/, annotations/")
-    parser.add_argument("--seeds", type=int, default=6, help="heads trained (paper: 6)")
-    parser.add_argument("--epochs", type=int, default=5, help="passes over the data (paper: 5)")
-    parser.add_argument("--limit", type=int, help="quick look: the first N images of each split")
-    parser.add_argument("--pictures", type=int, default=8, help="images shown in overlays.png")
+    parser.add_argument("--seeds", type=flags.COUNT, default=6, help="heads trained (paper: 6)")
+    parser.add_argument("--epochs", type=flags.COUNT, default=5, help="passes (paper: 5)")
+    parser.add_argument("--limit", type=flags.COUNT, help="quick look: N images of each split")
+    parser.add_argument("--pictures", type=flags.NATURAL, default=8, help="images in overlays.png")
     parser.add_argument("--out", metavar="DIR", help="default: probes/seg in the run folder")
-    parser.add_argument("--workers", type=int, default=2, help="image-decoding processes")
-    args = parser.parse_args()
-    flags.at_least(args, 1, "seeds", "epochs", "limit")
-    flags.at_least(args, 0, "pictures", "workers")
-    return args
+    parser.add_argument("--workers", type=flags.NATURAL, default=2, help="image-decoding processes")
+    return parser.parse_args()
 
 
 # --------------------------------------------------------------------------------- images and masks

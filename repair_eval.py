@@ -47,11 +47,11 @@ def get_args():
                         "extracted encoder was trained with (default 0: all fresh)")
     parser.add_argument("--mllm", help="score this trained model (a final/ folder) as it is")
     parser.add_argument("--bench", help="folder of benchmark TSVs; default DATA/bench")
-    parser.add_argument("--limit", type=int, help="score only the first N questions of each")
-    parser.add_argument("--eval-batch", type=int, default=64, help="questions answered at once")
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer; most end by themselves "
-                        "long before (default 512: OCRBench's formulas; 32 with a toy LLM)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="draw the answers, "
+    parser.add_argument("--limit", type=flags.COUNT, help="only the first N questions of each")
+    parser.add_argument("--eval-batch", type=flags.COUNT, default=64, help="questions at once")
+    parser.add_argument("--max-new-tokens", type=flags.COUNT, help="longest answer; most end long "
+                        "before (default 512: OCRBench's formulas; 32 with a toy LLM)")
+    parser.add_argument("--temperature", type=flags.RATE, default=0.0, help="draw the answers, "
                         "by --seed and question, into bench-drawn/; what is wrong makes a rejected "
                         "answer for DPO (default 0: the likeliest words)")
     parser.add_argument("--wrong-image", action="store_true",
@@ -61,7 +61,7 @@ def get_args():
                         "file's column ocr_tokens into the prompt (changes the score a lot)")
     parser.add_argument("--rescore", action="store_true",
                         help="score the stored answers again; no model is opened")
-    parser.add_argument("--show-wrong", type=int, default=50,
+    parser.add_argument("--show-wrong", type=flags.NATURAL, default=50,
                         help="so many wrong answers of each benchmark on the page wrong.html")
     parser.add_argument("--compare", nargs="+", metavar="DIR",
                         help="print one table of models already scored, and each one's differences "

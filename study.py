@@ -29,6 +29,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -272,14 +273,12 @@ def refuse_other_plans(study):
     SystemExit."""
     ours = made_by(study.plan)
 
-    def differ(old, new):             # +cpu and +cu130 are builds of one torch
-        return old != new if isinstance(old, str) else \
-            {k: v.split("+")[0] for k, v in old.items()} != \
-            {k: v.split("+")[0] for k, v in new.items()}
+    def bare(facts, key):             # +cpu and +cu130 are builds of one torch
+        return re.sub(r"\+\w+", "", json.dumps(facts[key], sort_keys=True))
     for path in [study.work / "plan.json", *sorted(study.out.glob("*/*.json"))]:
         found = json.loads(path.read_text()) if path.exists() else ours
         for key, why in (("plan", "by another plan"), ("versions", "with other libraries")):
-            if differ(found[key], ours[key]):
+            if bare(found, key) != bare(ours, key):
                 raise SystemExit(f"error: {path} was made {why} ({found[key]}, now {ours[key]})"
                                  "; name another --out and --work, or delete both")
     return ours

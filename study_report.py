@@ -85,10 +85,9 @@ def summarise(results, plan=FULL):
             "codes": len(results.codes), "processors": len(results.processors),
             "wrong_answers": {str(s): v["counts"] for s, v in kinds.items()},
             "blind": cell([100 * v["blind"]["sampled"] for v in kinds.values()]),
-            "smallest_effect": {name: smallest_effect(plan["seeds"], questions) for name, questions in
-                                (("group", plan["world"]["bench"]),
-                                 ("average", 4 * plan["world"]["bench"]),
-                                 ("linear", 12 * plan["world"]["imagenet_val"]))}}
+            "smallest_effect": {k: smallest_effect(plan["seeds"], questions) for k, questions in (
+                ("group", plan["world"]["bench"]), ("average", 4 * plan["world"]["bench"]),
+                ("linear", 12 * plan["world"]["imagenet_val"]))}}
 
 
 # ------------------------------------------------------------------------------------ the section
@@ -101,6 +100,12 @@ def show(cell, sign="+"):
     form = f"{sign}z.{2 if half and half < 0.3 else 1}f"                  # z: no -0.0
     return f"{cell['mean']:{form}}" + ("" if half is None else f" [{cell['mean'] - half:{form}}, "
                                        f"{cell['mean'] + half:{form}}]")
+
+
+def table(header, rows):
+    """The lines of a table in Markdown, and an empty one."""
+    return [f"| {header} |", "|---" * (header.count("|") + 1) + "|",
+            *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def section(summary, plan=FULL):
@@ -128,39 +133,39 @@ def section(summary, plan=FULL):
                    "results/README.md says what on which." if s["processors"] > 1 else ""), ""]
     else:
         out += ["**The full study has not been run yet.**", ""]
-    out += [f"The smallest difference that {plan['seeds']} seeds find with a power of 80 %, if a tenth "
-            f"of the answers differ and training adds no noise of its own (it does): "
+    out += [f"The smallest difference that {plan['seeds']} seeds find with a power of 80 %, if a "
+            f"tenth of the answers differ and training adds no noise of its own (it does): "
             f"{effect['group']:.1f} points in a group, {effect['average']:.1f} on average, "
-            f"{effect['linear']:.1f} in the linear probe.",
-            "", "| the paper's finding | paper | here | |", "|---|---|---|---|"]
-    out += [f"| {f['finding']} | {f['paper']} | {show(f)} | {f['verdict']} |"
-            for f in s["findings"]]
+            f"{effect['linear']:.1f} in the linear probe.", "",
+            *table("the paper's finding | paper | here | ",
+                   [[f["finding"], f["paper"], show(f), f["verdict"]] for f in s["findings"]])]
     if any(s["untuned"].values()):
-        out += ["", f"DPO minus SFT on seeds {plan['tuning_seeds']} to {plan['seeds'] - 1}, which "
-                "were not used for tuning: " + ", ".join(f"{k} {show(c)}" for k, c in s["untuned"].items()) + "."]
+        untuned = ", ".join(f"{name} {show(c)}" for name, c in s["untuned"].items())
+        out += [f"DPO minus SFT on seeds {plan['tuning_seeds']} to {plan['seeds'] - 1}, which were "
+                f"not used for tuning: {untuned}.", ""]
     if any(e["sft"] for e in s["each_minus_stage1"]):
-        out += ["", "Each minus stage 1 (re-paired: minus stage 1's encoder re-paired):", "",
-                "| | stage 1 | SFT | DPO |", "|---|---|---|---|"]
-        out += [f"| {e['measure']} | {show(e['stage1'], '')} | {show(e['sft'])} | "
-                f"{show(e['dpo'])} |" for e in s["each_minus_stage1"] if e["stage1"]]
+        out += ["Each minus stage 1 (re-paired: minus stage 1's encoder re-paired):", "",
+                *table(" | stage 1 | SFT | DPO", [
+                    [e["measure"], show(e["stage1"], ""), show(e["sft"]), show(e["dpo"])]
+                    for e in s["each_minus_stage1"] if e["stage1"]])]
     if any(e["dpo"] for e in s["each_minus_original"]):
-        out += ["", "The encoder against the one it began as, before stage 1:", "",
-                "| | original | stage 1 | SFT | DPO |", "|---|---|---|---|---|"]
-        out += [f"| {e['measure']} | {show(e['original'], '')} | {show(e['stage1'])} | "
-                f"{show(e['sft'])} | {show(e['dpo'])} |" for e in s["each_minus_original"]]
+        out += ["The encoder against the one it began as, before stage 1:", "",
+                *table(" | original | stage 1 | SFT | DPO", [
+                    [e["measure"], show(e["original"], ""), *(show(e[c]) for c in (
+                        "stage1", "sft", "dpo"))] for e in s["each_minus_original"]])]
     if any(c["linear"] for c in s["controls"][2:]):
-        out += ["", "Is it the contrast, or the rejected text? In all rows but the easy ones the "
-                "items are the same; points above stage 1 and, last, the reward accuracy on 600 pairs "
-                "never trained on (one attribute swapped, chance 50):", "",
-                "| trained with | model, average | linear | segmentation | re-paired, average | "
-                "held-out pairs |", "|---|---|---|---|---|---|"]
-        names, every = ("vqa average", "linear", "seg", "repair average"), plan["seeds"]
+        names, rows = ("vqa average", "linear", "seg", "repair average"), []
         for c in s["controls"]:
             n = min(c[m]["n"] if c[m] else 0 for m in names)
-            out += [f"| {c['trained']}{f' ({n} of {every} seeds)' * (n < every)} | "
-                    + " | ".join([*(show(c[m]) for m in names), show(c["held-out"], "")]) + " |"]
+            rows.append([c["trained"] + f" ({n} of {plan['seeds']} seeds)" * (n < plan["seeds"]),
+                         *(show(c[m]) for m in names), show(c["held-out"], "")])
+        out += ["Is it the contrast, or the rejected text? In all rows but the easy ones the items "
+                "are the same; points above stage 1 and, last, the reward accuracy on 600 pairs "
+                "never trained on (one attribute swapped, chance 50):", "",
+                *table("trained with | model, average | linear | segmentation | re-paired, average "
+                       "| held-out pairs", rows)]
     figures = [f"![{alt}](results/{name}.png)" for name, alt, *_ in FIGURES if drawn(s, name)]
-    return "\n".join(out + ([""] + figures if figures else [])) + "\n"
+    return "\n".join(out + figures).rstrip() + "\n"
 
 
 # ------------------------------------------------------------------------------------ the figures

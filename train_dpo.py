@@ -36,9 +36,9 @@ def get_args():
     parser = flags.arguments(__doc__, PAPER)
     parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
                         "chosen, rejected; default DATA/preferences/meta.json")
-    parser.add_argument("--beta", type=float, help="how strongly a change of the log-ratio counts; "
-                        "a smaller one lets the policy move further (default 0.1, the paper's; 0.5 "
-                        "with a toy LLM)")
+    parser.add_argument("--beta", type=flags.ABOVE_0, help="how strongly a change of the log-ratio "
+                        "counts; a smaller one lets the policy move further (default 0.1, the "
+                        "paper's; 0.5 with a toy LLM)")
     parser.add_argument("--reference", choices=["cached", "live"], default="cached",
                         help="reference log-probs from one pass before the first step (cached) or "
                         "from a frozen second model at every step (live: teaching, checking)")
