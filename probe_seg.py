@@ -76,7 +76,7 @@ def square(image, mask, size, classes):
     try:
         with Image.open(mask) as file:               # its size is known before it is decoded
             labels = np.asarray(file) if file.size == pixels.shape[1::-1] else None
-            shape = (*file.size[::-1], *file.getbands()[1:])
+            shape = file.size[::-1] + (len(file.getbands()),) * (len(file.getbands()) > 1)
     except Exception as e:
         raise records.BadRecord(f"mask {mask} cannot be read ({type(e).__name__}: {e})")
     if labels is None or labels.ndim != 2:
