@@ -162,7 +162,7 @@ class Samples(torch.utils.data.Dataset):
                 records.planes(Image.new("RGB", (1, 1)), self.size)             # black
         except BadRecord as e:
             return {"error": f"error: {e}; with a good file in its place the same command goes on "
-                    f"(--skip-bad would drop the record, from the first step on: --overwrite)"}
+                    f"(or start over without it: --skip-bad --overwrite)"}
         return {"index": i, "ids": ids, "roles": roles, "pixels": pixels}
 
     def fingerprint(self):

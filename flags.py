@@ -26,8 +26,9 @@ def number(kind, least, most=sys.float_info.max):
     """A `type` of argparse: an int or float within bounds (NaN is within none)."""
     def read(text):
         if not least <= kind(text) <= most:
-            upper = "on" if most == sys.float_info.max else f"to {most:g}"
-            raise argparse.ArgumentTypeError(f"{text} is no number from {least:g} {upper}")
+            raise argparse.ArgumentTypeError(f"{text} must be " + (
+                f"at least {least:g}" if most == sys.float_info.max else
+                f"from {least:g} to {most:g}"))
         return kind(text)
     read.__name__ = kind.__name__                  # argparse says "invalid int value"
     return read

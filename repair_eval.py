@@ -67,6 +67,10 @@ def get_args():
                         help="print one table of models already scored, and each one's differences "
                         "to the first, with intervals; nothing is run")
     parser.set_defaults(seed=1)      # not stage 1's: its projector began there, this one is new
+    typed, _ = parser.parse_known_args()
+    made = Path(typed.mllm or "").parent / "config.json"
+    if typed.mllm and not typed.llm and made.exists():        # a toy's LLM has a toy's defaults
+        parser.set_defaults(llm=encoders.read_json(made, "arguments")["arguments"]["llm"])
     args = flags.settle_two_steps(parser, "repair", "repair", PAPER, TOY)
     args.bench = args.bench or f"{args.data}/bench"
     if args.encoder_lr:
@@ -143,8 +147,8 @@ def read_files(args):
 def stored_answers(args, folder, key):
     """Refuse a folder that holds answers of another model, setting or file; --overwrite empties
     it. → the key of all answers there."""
-    config = folder / "config.json"
-    if config.exists() and (args.rescore or not args.overwrite):
+    config, anew = folder / "config.json", args.overwrite and not runtime.restarted()
+    if config.exists() and (args.rescore or not anew):
         old = encoders.read_json(config, remedy="; --overwrite deletes these answers")
         for what in key.keys() & old.keys():
             if old[what] != key[what]:
@@ -156,7 +160,7 @@ def stored_answers(args, folder, key):
         raise SystemExit(f"error: {folder} holds no answers to score anew; leave --rescore out")
     if args.rescore:
         return key
-    if runtime.is_main() and args.overwrite and not runtime.restarted():
+    if runtime.is_main() and anew:
         shutil.rmtree(folder, ignore_errors=True)
     runtime.dist.barrier()
     folder.mkdir(parents=True, exist_ok=True)

@@ -117,7 +117,7 @@ def restarted():
 
 
 def from_main(make):
-    """Compute a small picklable value on the main process and give it to all."""
+    """Compute a picklable value on the main process and give it to all."""
     box = [make() if is_main() else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]

@@ -19,7 +19,7 @@ question), or the picture alone, `images` (another item's); `easy` are random it
 
 Everything goes through the stages' public commands. Writes OUT/<part>/<run>.json, a file a run,
 whole or not at all: stopped at any moment and started again, it goes on; what is there is never
-done again. Then study_report.py writes the table, the figures and the README's section.
+done again. Then study_report.py writes table and figures there (of results/ README, too).
 The committed results are in results/, and so is the registration: results/README.md fixed
 beforehand what counts as a finding.
 """

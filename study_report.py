@@ -310,7 +310,8 @@ def put_section(readme, text):
 
 def differing(one, other):
     """Results that both folders hold, and of those whose values differ the largest difference:
-    ([path, …], {path: number}). A seed that is run again gives the same to the last bit."""
+    ([path, …], {path: number}). A seed that is run again gives the same to the last bit, but for
+    results that do not say AVX2 (`arithmetic`): these were made before sums were bound to it."""
     def numbers(value, key=""):
         if isinstance(value, dict):
             return {k: n for inner, v in value.items() for k, n in numbers(v, f"{key}/{inner}")
@@ -341,6 +342,8 @@ def main():
     args = parser.parse_args()
     if args.against:
         both, apart = differing(args.out, args.against)
+        if not both:
+            raise SystemExit(f"error: {args.out} and {args.against} have no result in common")
         print("\n".join([*(f"differs, by at most {most:.4g}: {p}" for p, most in apart.items()),
                          f"{len(both) - len(apart)} of {len(both)} results are the same"]))
         return

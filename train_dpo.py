@@ -78,9 +78,9 @@ def score_pairs(args, model, pairs, plan, clock, desc):
     for _ in runtime.progress(0, len(cover), desc):
         batch = clock.wait()
         index = batch.pop("index").cpu()
-        with torch.set_grad_enabled(args.compile):
-            both = branch_logps(model(**batch), batch["branch"])
-        logps[index] = torch.stack(both, 1).detach().cpu()
+        with torch.set_grad_enabled(args.compile):        # no name keeps a graph for the next batch
+            logps[index] = torch.stack(branch_logps(model(**batch), batch["branch"]),
+                                       1).detach().cpu()
         seen[index] = 1
     return runtime.sum_tensor(logps) / runtime.sum_tensor(seen)
 

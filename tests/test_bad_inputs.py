@@ -196,9 +196,9 @@ ROWS = [Row(*row) for row in [
      lambda b: instead(b / "toy/images/captions/000001.png", True)),
     ("pretrain", "two encoders at once", "--encoder toy-vit+toy-vit",
      ["--encoder toy-vit+toy-vit: two encoders are judged together, by repair_eval.py"]),
-    ("pretrain", "lr NaN", "--lr nan", ["--lr: nan is no number from 0 on"]),
-    ("pretrain", "lr below 0", "--encoder-lr=-1e-5", ["--encoder-lr: -1e-5 is no number"]),
-    ("pretrain", "warmup 2", "--warmup 2", ["--warmup: 2 is no number from 0 to 1"]),
+    ("pretrain", "lr NaN", "--lr nan", ["--lr: nan must be at least 0"]),
+    ("pretrain", "lr below 0", "--encoder-lr=-1e-5", ["--encoder-lr: -1e-5 must be at least"]),
+    ("pretrain", "warmup 2", "--warmup 2", ["--warmup: 2 must be from 0 to 1"]),
     ("pretrain", "seed -1", "--seed -1", ["--seed"]),
     ("pretrain", "workers -1", "--workers -1", ["--workers"]),
     ("pretrain", "no projector epochs", "--projector-epochs 0", ["--projector-epochs"]),
@@ -271,7 +271,7 @@ ROWS = [Row(*row) for row in [
     ("sft", "every image name is wrong", "--images BOX --skip-bad --preferences "
      "DATA/preferences/heldout.jsonl", ["no usable record in", "'bad'"]),
     ("sft", "epochs 1.5", "--epochs 1.5", ["--epochs: invalid int value: '1.5'"]),
-    ("sft", "no samples", "--num-samples 0", ["--num-samples: 0 is no number from 1 on"]),
+    ("sft", "no samples", "--num-samples 0", ["--num-samples: 0 must be at least 1"]),
     ("sft", "a flag that is none", "--learning-rate 1", ["unrecognized", "--learning-rate"]),
     ("sft", "nothing is trained", "--lr 0", ["every learning rate is 0"]),
     ("sft", "three copies of one process", "--replicas 3", ["1 process", "--replicas 3"]),
@@ -290,9 +290,9 @@ ROWS = [Row(*row) for row in [
      lambda b: position(b, "sft", ".metadata").unlink(), "sft"),
 
     # ------------------------------------------------------------------------------- train_dpo.py
-    ("dpo", "beta 0", "--beta 0", ["--beta: 0 is no number from 1e-12 on"]),
-    ("dpo", "beta below 0", "--beta -0.1", ["--beta: -0.1 is no number"]),
-    ("dpo", "lr infinite", "--lr 1e999", ["--lr: 1e999 is no number"]),
+    ("dpo", "beta 0", "--beta 0", ["--beta: 0 must be at least 1e-12"]),
+    ("dpo", "beta below 0", "--beta -0.1", ["--beta: -0.1 must be at least"]),
+    ("dpo", "lr infinite", "--lr 1e999", ["--lr: 1e999 must be at least"]),
     ("dpo", "a dtype that is none", "--dtype fp8", ["--dtype", "'fp8'"]),
     ("dpo", "a reference that is none", "--reference frozen", ["--reference", "'frozen'"]),
     ("dpo", "held-out file lost", "--heldout BOX/no.jsonl", ["BOX/no.jsonl does not exist"]),
@@ -393,8 +393,8 @@ ROWS = [Row(*row) for row in [
     ("score", "a broken line among the answers", "", ["RUN/pretrain/bench/ToyVision.0.jsonl:1: "],
      lambda b: [tsv(b, HEAD + "1\tPNG\tWhat?\tred\n"), put(
          b / "run/pretrain/bench/ToyVision.0.jsonl", '{"index": "1", "predic}\n')]),
-    ("score", "temperature below 0", "--temperature -1", ["--temperature: -1 is no number"]),
-    ("score", "temperature NaN", "--temperature nan", ["--temperature: nan is no number"]),
+    ("score", "temperature below 0", "--temperature -1", ["--temperature: -1 must be at least"]),
+    ("score", "temperature NaN", "--temperature nan", ["--temperature: nan must be at least"]),
     ("score", "answers drawn with another seed", "--temperature 1",
      ["RUN/pretrain/bench-drawn holds the answers of another model or setting (drawn: temperature "
       "1, seed 3, now temperature 1, seed 1)"], lambda b: put(
@@ -416,7 +416,7 @@ ROWS = [Row(*row) for row in [
      lambda b: tsv(b, HEAD.strip() + "\tcategory\n1\tPNG\tWhat?\tYes\ttext\n", "MME")),
     ("score", "a quote left open", "", ["DATA/bench/ToyVision.tsv:"],
      lambda b: tsv(b, HEAD + '1\tPNG\t"What?\tred\n2\t1\tAnd this?\tblue\n')),
-    ("score", "--show-wrong below 0", "--show-wrong -1", ["--show-wrong: -1 is no number from 0 on"]),
+    ("score", "--show-wrong below 0", "--show-wrong -1", ["--show-wrong: -1 must be at least 0"]),
     ("score", "the model is a file", "--mllm RUN/pretrain/config.json",
      ["RUN/pretrain/config.json is not a trained model"]),
     ("compare", "results cut short", "", ["RUN/pretrain/bench/results.json", "not JSON"],

@@ -241,8 +241,8 @@ def test_gradcam_refuses_in_one_line(stage1, cam_world, tmp_path):
     refuses(gradcam, "--run", tmp_path / "none", match=r"no trained model.*pretrain\.py --run-dir")
     refuses(gradcam, *common, "--stage", "dpo", match=r"train_dpo\.py --run-dir")
     refuses(gradcam, *common, "--preferences", "nowhere.jsonl", match="jsonl does not exist")
-    refuses(gradcam, *common, "--beta", 0, match="--beta: 0 is no number")
-    refuses(gradcam, *common, "--dpo-lr", "nan", match="--dpo-lr: nan is no number")
+    refuses(gradcam, *common, "--beta", 0, match="--beta: 0 must be at least")
+    refuses(gradcam, *common, "--dpo-lr", "nan", match="--dpo-lr: nan must be at least")
     first = json.loads((cam_world / "preferences/heldout.jsonl").open().readline())["image"]
     mask = cam_world / "preferences/masks" / first
     whole = mask.read_bytes()
@@ -435,7 +435,7 @@ def test_align_refuses_in_one_line(world, tmp_path):
     write(*lines)
     refuses(probe_align, *good, match="8 pairs .*--k 10 needs at least 11")
     refuses(probe_align, *good, "--k", 5, "--limit", 5, match="5 pairs .*needs at least 6")
-    refuses(probe_align, *good, "--k", 0, match="--k: 0 is no number from 1 on")
+    refuses(probe_align, *good, "--k", 0, match="--k: 0 must be at least 1")
     refuses(probe_align, "--encoder", "toy-vit", encoders.resolve("toy-vit"), *good[2:],
             match="--encoder .*toy-vit is given twice")
     refuses(probe_align, *good, "--llm", "toy-lm", "toy-lm", match="--llm toy-lm is given twice")

@@ -445,7 +445,7 @@ def in_two_processes(*commands):
     (probe_seg, ["--limit", 0], "--limit"), (probe_linear, ["--limit", 0], "--limit"),
     (probe_linear, ["--seeds", 0], "--seeds")])
 def test_bounds(call, tmp_path, module, words, says):
-    assert f"{says}: 0 is no number from 1 on" in error_of(
+    assert f"{says}: 0 must be at least 1" in error_of(
         call, module, "--encoder", "toy-vit", "--data", tmp_path, "--out", tmp_path, *words)
 
 

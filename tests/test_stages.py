@@ -382,7 +382,7 @@ def test_the_headline_command_says_what_is_missing(tmp_path):
     (["train_dpo.py", "--run", "RUN", "--encoder", "clip-large-336"], ["was made with --encoder"]),
     (["train_dpo.py", "--run", "RUN", "--preferences", "no.jsonl"], ["no.jsonl does not exist"]),
     (["train_dpo.py", "--run", "RUN", "--global-batch", 4096], ["fewer than one --global-batch"]),
-    (["train_dpo.py", "--run", "RUN", "--epochs", 0], ["--epochs: 0 is no number from 1 on"]),
+    (["train_dpo.py", "--run", "RUN", "--epochs", 0], ["--epochs: 0 must be at least 1"]),
     (["pretrain.py", "--encoder", "no-such-encoder", "--llm", "toy-lm"], ["neither a preset"]),
     (["pretrain.py", "--encoder", "weights/toy-lm", "--llm", "toy-lm"], ["is a qwen2"]),
     (["pretrain.py", "--encoder", "toy-vit", "--llm", "weights/toy-vit"], ["cannot open --llm"]),
