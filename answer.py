@@ -6,7 +6,6 @@ asked. Answers are appended to a .jsonl a process as they come: an interrupted c
 """
 import base64
 import csv
-import functools
 import hashlib
 import io
 import json
@@ -239,4 +238,6 @@ def answer(args, model, tokenizer, device, path, rows, shown, folder):
                 mine[rows[i]["index"]] = text
                 file.write(json.dumps({"index": rows[i]["index"], "prediction": text}) + "\n")
             file.flush()
-    return functools.reduce(dict.__or__, runtime.gather(mine), done)
+    for answers in runtime.gather(mine):
+        done |= answers
+    return done

@@ -53,7 +53,6 @@ class Samples(torch.utils.data.Dataset):
         self.dropped, kept, texts = Counter(), [], []
         self.text_only = self.read = 0
         ids, roles, offsets = [], [], [0]
-        cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
         def readable(record):
             try:
@@ -66,6 +65,7 @@ class Samples(torch.utils.data.Dataset):
         def flush():
             """Tokenise what was collected, in one call, and apply the length rule."""
             if skip_bad:           # Pillow decodes beside Python: a thread a core
+                cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
                 with ThreadPoolExecutor(cores) as pool:
                     good = list(pool.map(readable, texts))
                 self.dropped.update(["bad"] * good.count(False))
