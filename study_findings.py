@@ -171,18 +171,12 @@ def baseline(measure):
     return main_of("stage1", next((p for p in ("vqa", "repair") if measure.startswith(p)), "eye"))
 
 
-def against_stage1():
-    """[(label, measure, part)] of the table of each minus stage 1."""
+def measures():
+    """[(label, measure, part)] of all that is compared with stage 1, in the order of the README."""
     return [*((f"the model, {g}", f"vqa {g}", "vqa") for g in (*GROUPS, "average")),
             ("linear probe", "linear", "eye"), ("segmentation", "seg", "eye"),
             ("alignment × 100", "align", "eye"),
             *((f"re-paired, {g}", f"repair {g}", "repair") for g in (*GROUPS, "average"))]
-
-
-def against_original():
-    """[(label, measure, part)] of the table of each encoder minus the one it began as."""
-    return [("linear probe", "linear", "eye"), ("segmentation", "seg", "eye"),
-            ("alignment × 100", "align", "eye"), ("re-paired, average", "repair average", "repair")]
 
 
 def control_rows():

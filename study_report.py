@@ -11,12 +11,13 @@ import json
 import os
 from pathlib import Path
 
-from study_findings import (Results, against_original, against_stage1, baseline, control_rows,
-                            findings, interval, main_of, minus, smallest_effect, verdict)
+from study_findings import (Results, baseline, control_rows, findings, interval, main_of, measures,
+                            minus, smallest_effect, verdict)
 from study_pairs import write
 from study_plan import FULL, QUICK
 
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
+NAMES = {"original": "original", "stage1": "stage 1", "sft": "SFT", "dpo": "DPO"}
 
 
 def short(rate):
@@ -55,16 +56,14 @@ def summarise(results, plan=FULL):
                       "text": f"{short(rate['dpo'])}, {short(rate['sft'])}",
                       "verdict": "holds" if rate["dpo"] < rate["sft"] else
                       "does not" if rate["dpo"] > rate["sft"] else "undecided"} if rate else {})})
-    each = []
-    for label, measure, part in against_stage1():
-        before = baseline(measure)
-        each.append({"measure": label, "stage1": cell(results.combined([(1, (measure, *before))])),
-                     **{c: cell(results.combined(minus(measure, main_of(c, part), before)))
-                        for c in ("sft", "dpo")}})
-    original = [{"measure": label, "original": cell(results.combined(
-        [(1, (measure, *main_of("original", part)))])), **{c: cell(results.combined(minus(
-            measure, main_of(c, part), main_of("original", part))))
-            for c in ("stage1", "sft", "dpo")}} for label, measure, part in against_original()]
+
+    def against(base, rows):
+        """Of each measure the condition `base` as it is, and every later one minus it."""
+        later = list(NAMES)[list(NAMES).index(base) + 1:]
+        return [{"measure": label, base: cell(results.combined([(1, (m, *main_of(base, part)))])),
+                 **{c: cell(results.combined(minus(m, main_of(c, part), main_of(base, part))))
+                    for c in later}} for label, m, part in rows]
+    of_the_eye = [r for r in measures() if r[1] in ("linear", "seg", "align", "repair average")]
     controls = [{"trained": label, **{m: cell(results.combined(
         minus(m, (*where, condition), ("controls", *other) if other else baseline(m))))
         for m, where in runs.items()}, "held-out": None if other or condition == "sft" else cell(
@@ -77,7 +76,8 @@ def summarise(results, plan=FULL):
         "vqa average", "lr", f"{m}-{rate:g}", m))])) or {"mean": None})}
                  for rate in plan["rates"]] for m in ("sft", "dpo")}
     return {"seeds": len(results.values.get(("vqa", ""), {})), "findings": found,
-            "each_minus_stage1": each, "each_minus_original": original, "controls": controls,
+            "each_minus_stage1": against("stage1", measures()),
+            "each_minus_original": against("original", of_the_eye), "controls": controls,
             "chosen": rate, "rates": rates, "untuned": untuned, "validation_stage1": cell(
                 results.combined([(1, ("vqa average", "lr", "stage1", "stage1"))])),
             "edge": [m for m in rate if rate[m] in (plan["rates"][0], plan["rates"][-1])],
@@ -143,16 +143,14 @@ def section(summary, plan=FULL):
         untuned = ", ".join(f"{name} {show(c)}" for name, c in s["untuned"].items())
         out += [f"DPO minus SFT on seeds {plan['tuning_seeds']} to {plan['seeds'] - 1}, which were "
                 f"not used for tuning: {untuned}.", ""]
-    if any(e["sft"] for e in s["each_minus_stage1"]):
-        out += ["Each minus stage 1 (re-paired: minus stage 1's encoder re-paired):", "",
-                *table(" | stage 1 | SFT | DPO", [
-                    [e["measure"], show(e["stage1"], ""), show(e["sft"]), show(e["dpo"])]
-                    for e in s["each_minus_stage1"] if e["stage1"]])]
-    if any(e["dpo"] for e in s["each_minus_original"]):
-        out += ["The encoder against the one it began as, before stage 1:", "",
-                *table(" | original | stage 1 | SFT | DPO", [
-                    [e["measure"], show(e["original"], ""), *(show(e[c]) for c in (
-                        "stage1", "sft", "dpo"))] for e in s["each_minus_original"]])]
+    for base, text in (
+            ("stage1", "Each minus stage 1 (re-paired: minus stage 1's encoder re-paired):"),
+            ("original", "The encoder against the one it began as, before stage 1:")):
+        rows = [e for e in s[f"each_minus_{base}"] if e["dpo"]]
+        if rows:
+            shown = [c for c in NAMES if c in rows[0]]
+            out += [text, "", *table(" | ".join(["", *(NAMES[c] for c in shown)]), [
+                [e["measure"], *(show(e[c], "+" * (c != base)) for c in shown)] for e in rows])]
     if any(c["linear"] for c in s["controls"][2:]):
         names, rows = ("vqa average", "linear", "seg", "repair average"), []
         for c in s["controls"]:
@@ -205,18 +203,17 @@ def draw_lr(axis, s):
 
 def draw_groups(axis, s):
     """The trained models, SFT beside DPO, by group."""
-    rows = [e for e in s["each_minus_stage1"] if "the model" in e["measure"] and e["sft"]]
+    rows = [e for e in s["each_minus_stage1"] if "the model" in e["measure"] and e["dpo"]]
     bars(axis, [e["measure"].split(", ")[-1] for e in rows],
-         {m.upper(): [e[m] for e in rows] for m in ("sft", "dpo")})
+         {NAMES[c]: [e[c] for e in rows] for c in ("sft", "dpo")})
     axis.set_ylabel("points above stage 1")
 
 
 def draw_eye(axis, s):
     """The encoders against the one they began as."""
     rows = s["each_minus_original"]
-    bars(axis, [e["measure"] for e in rows], {
-        name: [e[c] for e in rows] for name, c in (("stage 1", "stage1"), ("SFT", "sft"),
-                                                   ("DPO", "dpo"))})
+    bars(axis, [e["measure"] for e in rows],
+         {NAMES[c]: [e[c] for e in rows] for c in ("stage1", "sft", "dpo")})
     axis.set_ylabel("difference to the original encoder")
 
 
@@ -332,9 +329,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results, and "
-                        "where summary.json, summary.md and the figures go (default results)")
-    parser.add_argument("--no-readme", action="store_true", help="leave README.md as it is; only "
-                        "--out results changes it in any case")
+                        "where summary.json, summary.md and the figures go (default results, which "
+                        "changes README.md, too)")
     parser.add_argument("--quick", action="store_true", help="the sizes of study.py --quick; "
                         "README.md stays as it is")
     parser.add_argument("--against", type=Path, metavar="DIR", help="write nothing; compare with "
@@ -354,7 +350,7 @@ def main():
     text = section(summary, plan)
     (args.out / "summary.md").write_text(text.replace("](results/", "]("))
     draw_figures(summary, args.out)
-    if args.out == Path("results") and not (args.quick or args.no_readme):
+    if args.out == Path("results") and not args.quick:
         aside = Path("README.md.tmp")
         aside.write_text(put_section(Path("README.md").read_text(encoding="utf-8"), text))
         os.replace(aside, "README.md")

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import transformers as t
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import convert
@@ -237,7 +237,7 @@ def test_mae_as_transformers_runs_it_would_ruin_the_grid(tmp_path):
 def test_the_round_trip(name, world, tmp_path):
     """Real scripts: checkpoint → stage 1 → one DPO step → final → extract → load again. The
     features stay those of transformers; the folder has every key it asks for; all blocks moved."""
-    vision = write_checkpoint(name, tmp_path / "published")
+    write_checkpoint(name, tmp_path / "published")
     common = ["--run", tmp_path / "r", "--data", world, *COMMON[2:], "--max-steps", 1]
     run("pretrain.py", "--encoder", tmp_path / "published", "--llm", "toy-lm", *common,
         "--projector-max-steps", 1)

@@ -175,7 +175,7 @@ def test_a_loss_that_reads_the_object_alone_is_found_and_a_random_model_is_at_ch
     mask = np.zeros((32, 32), bool)
     mask[8:16, 16:32] = True
     cover = gradcam.coverage(mask, 4, 1.0)
-    inside, (sft, dpo) = cover > 0, batches()
+    inside, sft = cover > 0, batches()[0]
 
     def reads_the_object():
         return model.projector(model.encoder(sft["pixel_values"]))[0, inside].square().sum()

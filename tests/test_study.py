@@ -489,8 +489,8 @@ def test_the_digest_is_of_the_code_but_not_of_its_words(tmp_path, monkeypatch):
 def test_readme_is_rewritten_by_the_registered_study_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = f"a {report.BEGIN}{report.END} z"
-    for words, changed in (([], True), (["--quick"], False), (["--no-readme"], False),
-                           (["--out", "other"], False), (["--out", "results/"], True)):
+    for words, changed in (([], True), (["--quick"], False), (["--out", "other"], False),
+                           (["--out", "results/"], True)):
         (tmp_path / "README.md").write_text(page)
         monkeypatch.setattr(sys, "argv", ["study_report.py", *words])
         report.main()
