@@ -7,8 +7,7 @@
     MAE        transformers' own ViTMAE folder, opened as the ViT it holds
 
 Pickled files are read with weights_only=True, so no code runs from them. A key that has no place,
-or a place that has no key, refuses the file: a tower that is nearly the published one is worse
-than none.
+or a place that has no key, refuses the file.
 """
 import re
 from pathlib import Path
@@ -117,14 +116,8 @@ def fill(config, state, names, file):
         for target, part in parts if to else ():
             new[re.sub(pattern, target, key) if pattern else key] = part.float().clone(
                 memory_format=torch.contiguous_format)       # not the file's own, mapped pages
-    wanted = {k: v.shape for k, v in vision.state_dict().items()}
-    for what, keys in (("lacks", wanted.keys() - new.keys()),
-                       ("has no place for", new.keys() - wanted.keys()),
-                       ("has another shape for",
-                        [k for k in wanted if k in new and new[k].shape != wanted[k]])):
-        if keys:
-            raise SystemExit(f"error: {file} does not fit {type(vision).__name__}: it {what} "
-                             f"{sorted(keys)[0]} ({len(keys)} such tensors)")
+    wanted, found = ({k: v.shape for k, v in x.items()} for x in (vision.state_dict(), new))
+    encoders.refuse_misfit(f"{file} does not fit {type(vision).__name__}: it", wanted, found)
     vision.load_state_dict(new, strict=True, assign=True)
     for module in vision.modules():            # the one buffer that is not stored
         if getattr(module, "position_ids", None) is not None:

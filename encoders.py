@@ -383,6 +383,18 @@ def open_model(kind, name, path, **options):
     return model
 
 
+def refuse_misfit(who, wanted, found):
+    """Raise SystemExit, one line, unless both {name: shape} agree: a tower that is nearly the
+    published one is worse than none."""
+    for what, names in (("lacks", wanted.keys() - found.keys()),
+                        ("has an unknown", found.keys() - wanted.keys()),
+                        ("has, of another shape than its config says,",
+                         [k for k in wanted.keys() & found.keys()
+                          if tuple(wanted[k]) != tuple(found[k])])):
+        if names:
+            raise SystemExit(f"error: {who} {what} tensor {sorted(names)[0]} ({len(names)} in all)")
+
+
 def read_json(path, *keys, remedy=""):
     """The object in a JSON file; raises SystemExit, one line, unless it is one with these keys."""
     try:

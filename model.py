@@ -446,14 +446,8 @@ def load_mllm(folder):
     own, files = {file_name_of(n): t for n, t in model.state_dict().items()}, stored(folder)
     if llm.config.tie_word_embeddings:
         own.pop("language_model.lm_head.weight", None)
-    for what, keys in (("lacks", own.keys() - files.keys()),
-                       ("has an unknown", files.keys() - own.keys()),
-                       ("has, of another shape than its config.json says,",
-                        [k for k in own.keys() & files.keys()
-                         if list(own[k].shape) != files[k].get_slice(k).get_shape()])):
-        if keys:
-            raise SystemExit(f"error: {folder} {what} tensor {sorted(keys)[0]} "
-                             f"({len(keys)} in all)")
+    encoders.refuse_misfit(folder, {k: t.shape for k, t in own.items()},
+                           {k: file.get_slice(k).get_shape() for k, file in files.items()})
     for key, file in files.items():
         own[key].copy_(file.get_tensor(key))
     return no_dropout(model), open_tokenizer(folder)

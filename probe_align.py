@@ -31,6 +31,7 @@ import flags
 import rundir
 import runtime
 import records
+import report
 import model as m
 import numpy as np
 import torch
@@ -223,9 +224,7 @@ def main():
     # ---- every block against every layer
     print0(f"\nmutual k-NN alignment, k = {args.k}, {args.seeds} × {size} pairs ({len(union)} "
            f"different); unrelated: {args.k / (size - 1):.4f}")
-    line = f"{{:<{max(map(len, eyes)) + 2}}}{{:<{max(map(len, llms)) + 2}}}{{:>16}}{{:>18}}  {{}}"
-    print0(line.format("encoder", "llm", "score", "shuffled", "at block, layer"))
-    scores = {}
+    scores, table = {}, [["encoder", "llm", "score", "shuffled", "at block", "layer"]]
     for eye, llm in product(eyes, llms):
         rows, columns = labels["eye", eye], labels["llm", llm]
         both = list(zip(found["eye", eye], found["llm", llm]))
@@ -236,8 +235,8 @@ def main():
         scores[eye, llm] = {"encoder": eye, "llm": llm, **spread([x.max() for x in maps]),
                             "block": rows[v], "layer": columns[l], "shuffled": chance,
                             "rows": rows, "columns": columns, "map": mean.tolist()}
-        print0(line.format(eye, llm, scores[eye, llm]["text"], chance["text"],
-                           f"{rows[v]}, {columns[l]}"))
+        table.append([eye, llm, scores[eye, llm]["text"], chance["text"], rows[v], columns[l]])
+    print0("\n".join(report.grid(table)))
     paired = {f"{b} - {a}, {llm}": spread(np.subtract(*(scores[e, llm]["seeds"] for e in (b, a))))
               for a, b in combinations(eyes, 2) for llm in llms}
     for name, difference in paired.items():

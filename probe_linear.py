@@ -28,6 +28,7 @@ import rundir
 import runtime
 from runtime import print0
 import records
+import report
 import encoders
 import logistic
 import model as m
@@ -240,14 +241,12 @@ def main():
         low, high = (100 * v for v in score["ci95"])
         return f"{100 * score['mean']:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
-    wide = max(map(len, [*results, *pairs]))
+    rows = [["", "C", *SCORES]]
+    rows += [[name, "/".join(f"{fit['C']:g}" for fit in r["fits"]), *(cell(r[k]) for k in SCORES)]
+             for name, r in results.items()]
+    rows += [[name, "", *(cell(r[k], "+") for k in SCORES)] for name, r in pairs.items()]
     print(f"{n} test images, {classes} classes, {args.per_class} training images a class; percent "
-          f"[95 % interval]\n{'':<{wide}}  C      " + "".join(f"{k:<25}" for k in SCORES))
-    for name, r in results.items():
-        chosen = "/".join(f"{f['C']:g}" for f in r["fits"])
-        print(f"{name:<{wide}}  {chosen:<5}  " + "".join(f"{cell(r[k]):<25}" for k in SCORES))
-    for name, r in pairs.items():
-        print(f"{name:<{wide}}         " + "".join(f"{cell(r[k], '+'):<25}" for k in SCORES))
+          f"[95 % interval]", *report.grid(rows), sep="\n")
     rundir.write_json(out / "results.json", {
         "data": args.data, "classes": classes, "per_class": args.per_class, "seeds": args.seeds,
         "test_images": n, "encoders": results, "differences": pairs})

@@ -30,6 +30,7 @@ import flags
 import rundir
 import runtime
 import records
+import report
 import encoders
 import numpy as np
 import torch
@@ -249,17 +250,15 @@ def main():
         for a, b in combinations(names, 2)}
     if not runtime.is_main():
         return
-    wide = max(map(len, [*results, *pairs]))
-    print(f"{len(check)} validation images, {len(learn)} for training, {args.seeds} seeds; percent "
-          f"± σ over seeds [95 % over images]\n{'':<{wide}}  "
-          + "".join(f"{k:<16}" for k in SCORES))
+    rows = [["", *SCORES, ""]]
     for name, r in [*results.items(), *pairs.items()]:
         sign = "+" if name in pairs else ""
-        cells = [f"{100 * np.mean(r[k]):{sign}.2f} ± "
-                 f"{100 * np.std(r[k], ddof=args.seeds > 1):.2f}" for k in SCORES]
-        low, high = r.get("recall_ci95", (0, 0))
-        print(f"{name:<{wide}}  " + "".join(f"{c:<16}" for c in cells)
-              + (f"recall [{100 * low:+.2f}, {100 * high:+.2f}]" if sign else ""))
+        low, high = (100 * x for x in r.get("recall_ci95", (0, 0)))
+        rows.append([name, *(f"{100 * np.mean(r[k]):{sign}.2f} ± "
+                             f"{100 * np.std(r[k], ddof=args.seeds > 1):.2f}" for k in SCORES),
+                     f"recall [{low:+.2f}, {high:+.2f}]" if sign else ""])
+    print(f"{len(check)} validation images, {len(learn)} for training, {args.seeds} seeds; percent "
+          f"± σ over seeds [95 % over images]", *report.grid(rows), sep="\n")
     overlays(out / "overlays.png", check[:args.pictures], len(labels), drawn)
     rundir.write_json(out / "results.json", {
         "data": args.data, "seeds": args.seeds, "epochs": args.epochs, "images": len(learn),
