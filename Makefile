@@ -71,7 +71,7 @@ real: .venv/done data/real
 	@$(PY) repair_eval.py --compare $(REALRUN)/repair/toy-vit $(REALRUN)/repair/sft $(REALRUN)/repair/dpo
 
 test: .venv/done
-	$(PY) -m pytest -q -n 2 --dist loadfile tests
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # Every stage killed at every named moment and at random ones; about half an hour.
 kill: .venv/done

@@ -83,8 +83,9 @@ def attention_mask(branch, kernel, dtype):
     if kernel == "flex_attention":     # blocks of 128 × 128 that are empty are never computed
         return create_block_mask(visible(branch), B, None, T, T, device=device)
     # Floats, made once, in rows that begin at multiples of 8: of booleans, or of other rows
-    # (CUDA's memory-efficient kernel), every layer would make and keep its own.
-    rows = torch.zeros(B, 1, T, -(-T // 8) * 8, dtype=dtype, device=device)
+    # (CUDA's memory-efficient kernel), every layer would make and keep its own. Always longer than
+    # T: a row that is sometimes as long would be a second case, and graph, to --compile.
+    rows = torch.zeros(B, 1, T, (T // 8 + 1) * 8, dtype=dtype, device=device)
     return rows[..., :T].masked_fill_(~pair_mask(branch), -torch.inf)
 
 

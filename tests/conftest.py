@@ -31,6 +31,12 @@ import runtime  # noqa: E402, F401  (sets the environment transformers reads)
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+def pytest_collection_modifyitems(items):
+    """Files that take minutes begin first: both workers then end at about the same time."""
+    long = ("test_stages.py", "test_plan.py", "test_survive.py", "test_bench.py")
+    items.sort(key=lambda item: long.index(item.path.name) if item.path.name in long else len(long))
+
+
 def run(*command, processes=1, check=True):
     """Run a script of the repository, alone (in a fork that has torch imported already) or under
     torchrun; → CompletedProcess."""
