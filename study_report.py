@@ -277,7 +277,8 @@ def drawn(s, name):
     if name == "controls":
         return all(c["linear"] and c["linear"]["n"] == s["seeds"] for c in s["controls"])
     part = "vqa" if name in ("findings", "groups") else name
-    return sum(f["part"] == part and "mean" in f for f in s["findings"]) > 1     # "3,200 pairs"
+    return sum(f["part"] == part and f.get("n") == s["seeds"]            # > 1: "3,200 pairs" is
+               for f in s["findings"]) > 1                               # the main comparison
 
 
 def draw_figures(summary, out):
