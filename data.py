@@ -118,11 +118,11 @@ class Samples(torch.utils.data.Dataset):
             if len(texts) >= min(1024, num_samples or 1024):
                 flush()
         flush()
-        # Arrays: of a list's strings each worker, counting references, would come to own a copy
-        # (100 MB of 500,000 records).
-        text = np.dtypes.StringDType(na_object=None)
-        self.where = np.array([r.where for r in kept], text)
-        self.images = np.array([r.image for r in kept], text)
+        # Arrays, not lists: a worker counts references to each string it reads of a list, and so
+        # comes to own a copy of its page (100 MB a worker with 500,000 records).
+        string = np.dtypes.StringDType(na_object=None)
+        self.where = np.array([r.where for r in kept], string)
+        self.images = np.array([r.image for r in kept], string)
         self.read = self.read if num_samples is None else len(raw)
         if not kept:
             raise SystemExit(f"error: no usable record in {sources[0][0]} "

@@ -375,20 +375,18 @@ def open_model(kind, name, path, **options):
             ignore_mismatched_sizes=True, **{"attn_implementation": "sdpa", **options})
     except Exception as e:       # a file cut short comes as safetensors' or pickle's own error
         raise SystemExit(f"error: cannot open {name} ({path}): {first_line(e)}")
-    for what, keys in (("lacks", info["missing_keys"]),
-                       ("has other shapes than its config.json says: of",
-                        [key for key, *_ in info["mismatched_keys"]])):
-        if keys:
-            raise SystemExit(f"error: {name} {what} {len(keys)} tensors, first: {sorted(keys)[0]}")
+    wanted = {key: t.shape for key, t in model.state_dict().items()}
+    found = {**wanted, **{key: shape for key, shape, _ in info["mismatched_keys"]}}
+    refuse_misfit(name, wanted, {k: s for k, s in found.items() if k not in info["missing_keys"]})
     return model
 
 
 def refuse_misfit(who, wanted, found):
-    """Raise SystemExit, one line, unless both {name: shape} agree: a tower that is nearly the
-    published one is worse than none."""
+    """Raise SystemExit, one line, unless both {name: shape} agree: a model that is nearly the
+    right one is worse than none."""
     for what, names in (("lacks", wanted.keys() - found.keys()),
                         ("has an unknown", found.keys() - wanted.keys()),
-                        ("has, of another shape than its config says,",
+                        ("has, of another shape than expected,",
                          [k for k in wanted.keys() & found.keys()
                           if tuple(wanted[k]) != tuple(found[k])])):
         if names:

@@ -82,9 +82,9 @@ def attention_mask(branch, kernel, dtype):
     (B, T), device = branch.shape, branch.device
     if kernel == "flex_attention":     # blocks of 128 × 128 that are empty are never computed
         return create_block_mask(visible(branch), B, None, T, T, device=device)
-    # Floats, made once, in rows that begin at multiples of 8: of booleans, or of other rows
-    # (CUDA's memory-efficient kernel), every layer would make and keep its own. Always longer than
-    # T: a row that is sometimes as long would be a second case, and graph, to --compile.
+    # Of a mask of booleans, or one whose rows do not begin at multiples of 8 (CUDA's
+    # memory-efficient kernel), every layer would make and keep a copy. Hence floats, in rows of the
+    # *next* multiple, never T itself: that would be a second case, and graph, to --compile.
     rows = torch.zeros(B, 1, T, (T // 8 + 1) * 8, dtype=dtype, device=device)
     return rows[..., :T].masked_fill_(~pair_mask(branch), -torch.inf)
 

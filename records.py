@@ -46,6 +46,8 @@ def read_lines(path):
     """Yield (where, line as bytes) of a .jsonl, blank ones left out, or (where, item) of a .json
     list: what `parse` takes. raises SystemExit where the file is neither."""
     path = Path(path)
+    if any("\ud800" <= c <= "\udfff" for c in str(path.resolve())):
+        raise SystemExit(f"error: {ascii(str(path))}: this path is not UTF-8; rename the folder")
     if not path.is_file():
         raise SystemExit(f"error: {path} {'is a folder' if path.is_dir() else 'does not exist'}")
     if path.suffix == ".json":

@@ -33,6 +33,9 @@ def summarise(results, plan=FULL):
         middle, half = interval(values)
         return {"mean": middle, "half": half, "by_seed": values, "n": len(values)}
 
+    def apart(measure, a, b, first=0):
+        return cell(results.combined(minus(measure, a, b), first))
+
     def decided(values, side, lost):
         """All registered seeds decide, or none do."""
         if len(values) == plan["seeds"]:
@@ -45,10 +48,10 @@ def summarise(results, plan=FULL):
         found.append({"part": part, "finding": text, "paper": paper, "side": side,
                       **(cell(values) or {}),
                       "verdict": decided(values, side, results.lost(terms))})
-    untuned = {name: cell(results.combined(minus(m, main_of("dpo", part), main_of("sft", part)),
-                                           plan["tuning_seeds"])) for name, m, part in
-               (("the model", "vqa average", "vqa"), ("linear probe", "linear", "eye"),
-                ("segmentation", "seg", "eye"), ("re-paired", "repair average", "repair"))}
+    untuned = {name: apart(m, main_of("dpo", part), main_of("sft", part), plan["tuning_seeds"])
+               for name, m, part in (
+                   ("the model", "vqa average", "vqa"), ("linear probe", "linear", "eye"),
+                   ("segmentation", "seg", "eye"), ("re-paired", "repair average", "repair"))}
     chosen = results.values.get(("lr", "chosen"), {}).get(0, {})
     rate = {method: v["rate"] for method, v in chosen.items()}
     found.append({"part": "lr", "finding": "best learning rate: DPO's below SFT's (no interval)",
@@ -57,32 +60,32 @@ def summarise(results, plan=FULL):
                       "verdict": "holds" if rate["dpo"] < rate["sft"] else
                       "does not" if rate["dpo"] > rate["sft"] else "undecided"} if rate else {})})
 
-    def against(base, rows):
-        """Of each measure the condition `base` as it is, and every later one minus it."""
-        later = list(NAMES)[list(NAMES).index(base) + 1:]
+    def against(base, others, rows):
+        """Of each measure the condition `base` as it is, and the others minus it."""
         return [{"measure": label, base: cell(results.combined([(1, (m, *main_of(base, part)))])),
-                 **{c: cell(results.combined(minus(m, main_of(c, part), main_of(base, part))))
-                    for c in later}} for label, m, part in rows]
-    of_the_eye = [r for r in measures() if r[1] in ("linear", "seg", "align", "repair average")]
-    controls = [{"trained": label, **{m: cell(results.combined(
-        minus(m, (*where, condition), ("controls", *other) if other else baseline(m))))
+                 **{c: apart(m, main_of(c, part), main_of(base, part)) for c in others}}
+                for label, m, part in rows]
+    of_encoders = [r for r in measures() if r[1] in ("linear", "seg", "align", "repair average")]
+    controls = [{"trained": label, **{
+        m: apart(m, (*where, condition), ("controls", *other) if other else baseline(m))
         for m, where in runs.items()}, "held-out": None if other or condition == "sft" else cell(
             [100 * v["heldout_accuracy"] for v in results.values.get(
                 ("made", f"{runs['linear'][1] or 'main'}-dpo"), {}).values()
              if "heldout_accuracy" in (v or {})])}
         for label, runs, condition, other in control_rows()]
     kinds = results.values.get(("made", "pairs"), {})
-    rates = {m: [{"rate": rate, **(cell(results.combined([(1, (
-        "vqa average", "lr", f"{m}-{rate:g}", m))])) or {"mean": None})}
-                 for rate in plan["rates"]] for m in ("sft", "dpo")}
+    rates = {method: [{"rate": r, **(cell(results.combined([(1, (
+        "vqa average", "lr", f"{method}-{r:g}", method))])) or {"mean": None})}
+                      for r in plan["rates"]] for method in ("sft", "dpo")}
     return {"seeds": len(results.values.get(("vqa", ""), {})), "findings": found,
-            "each_minus_stage1": against("stage1", measures()),
-            "each_minus_original": against("original", of_the_eye), "controls": controls,
-            "chosen": rate, "rates": rates, "untuned": untuned, "validation_stage1": cell(
-                results.combined([(1, ("vqa average", "lr", "stage1", "stage1"))])),
-            "edge": [m for m in rate if rate[m] in (plan["rates"][0], plan["rates"][-1])],
+            "each_minus_stage1": against("stage1", ("sft", "dpo"), measures()),
+            "each_minus_original": against("original", ("stage1", "sft", "dpo"), of_encoders),
+            "controls": controls, "chosen": rate, "rates": rates, "untuned": untuned,
+            "validation_stage1": cell(results.combined([(1, (
+                "vqa average", "lr", "stage1", "stage1"))])),
+            "edge": [k for k, r in rate.items() if r in (plan["rates"][0], plan["rates"][-1])],
             "hours_of_one_core": round(results.seconds / 3600, 1),
-            "codes": len(results.codes), "processors": len(results.processors),
+            "codes": len(results.codes), "unbound": results.unbound,
             "wrong_answers": {str(s): v["counts"] for s, v in kinds.items()},
             "blind": cell([100 * v["blind"]["sampled"] for v in kinds.values()]),
             "smallest_effect": {k: smallest_effect(plan["seeds"], questions) for k, questions in (
@@ -129,8 +132,8 @@ def section(summary, plan=FULL):
                 + "".join(f" **{m.upper()}'s is at the edge of the grid**: a better one may lie "
                           "outside." for m in s["edge"])
                 + (f" Made by {s['codes']} states of this code." if s["codes"] > 1 else "")
-                + (" Made on two kinds of processor, whose sums round differently: the log in "
-                   "results/README.md says what on which." if s["processors"] > 1 else ""), ""]
+                + (f" {s['unbound']} of the results were made before all were bound to one way of "
+                   "rounding sums (the log in results/README.md)." if s["unbound"] else ""), ""]
     else:
         out += ["**The full study has not been run yet.**", ""]
     out += [f"The smallest difference that {plan['seeds']} seeds find with a power of 80 %, if a "
@@ -146,11 +149,11 @@ def section(summary, plan=FULL):
     for base, text in (
             ("stage1", "Each minus stage 1 (re-paired: minus stage 1's encoder re-paired):"),
             ("original", "The encoder against the one it began as, before stage 1:")):
-        rows = [e for e in s[f"each_minus_{base}"] if e["dpo"]]
-        if rows:
+        if rows := [e for e in s[f"each_minus_{base}"] if e["dpo"]]:
             shown = [c for c in NAMES if c in rows[0]]
             out += [text, "", *table(" | ".join(["", *(NAMES[c] for c in shown)]), [
-                [e["measure"], *(show(e[c], "+" * (c != base)) for c in shown)] for e in rows])]
+                [e["measure"], *(show(e[c], "+" if c != base else "") for c in shown)]
+                for e in rows])]
     if any(c["linear"] for c in s["controls"][2:]):
         names, rows = ("vqa average", "linear", "seg", "repair average"), []
         for c in s["controls"]:
@@ -211,7 +214,7 @@ def draw_groups(axis, s):
 
 def draw_eye(axis, s):
     """The encoders against the one they began as."""
-    rows = s["each_minus_original"]
+    rows = [e for e in s["each_minus_original"] if e["dpo"]]
     bars(axis, [e["measure"] for e in rows],
          {NAMES[c]: [e[c] for e in rows] for c in ("stage1", "sft", "dpo")})
     axis.set_ylabel("difference to the original encoder")
@@ -219,8 +222,7 @@ def draw_eye(axis, s):
 
 def draw_findings(axis, s):
     """DPO minus SFT with its interval, wherever both are compared, beside the paper's number."""
-    rows = [f for f in s["findings"] if "DPO above SFT" in f["finding"] and f.get("half")
-            and f["part"] != "size"][::-1]
+    rows = [f for f in complete(s) if "DPO above SFT" in f["finding"] and f["part"] != "size"][::-1]
     for y, f in enumerate(rows):
         axis.errorbar(f["mean"], y, xerr=f["half"], fmt="ko", markersize=4, capsize=2)
         numbers = f["paper"].replace("+", "").split(" to ")
@@ -233,13 +235,12 @@ def draw_findings(axis, s):
                     fontsize=7)
     axis.axvline(0, color="black", linewidth=0.6)
     axis.set_xlabel("DPO − SFT, points")
-    axis.legend(fontsize=7, loc="lower left")
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2)
 
 
 def draw_size(axis, s):
     """DPO minus SFT by number of pairs (the paper's data-size figure, as a difference)."""
-    rows = [f for f in s["findings"] if f["part"] == "size" and "pairs: " in f["finding"]
-            and "mean" in f]
+    rows = [f for f in complete(s) if f["part"] == "size" and "pairs: " in f["finding"]]
     sizes = [f["finding"].split()[0] for f in rows]
     axis.errorbar([int(n.replace(",", "")) for n in sizes], [f["mean"] for f in rows],
                   yerr=[f["half"] or 0 for f in rows], marker="o", capsize=2)
@@ -270,15 +271,19 @@ FIGURES = (("findings", "DPO minus SFT, and what the paper found", draw_findings
            ("controls", "Which part of the signal trains the eye", draw_controls, 3.6))
 
 
+def complete(s):
+    """The findings of which every seed is there: no others are drawn."""
+    return [f for f in s["findings"] if f.get("n") == s["seeds"]]
+
+
 def drawn(s, name):
-    """Is there something to draw in this figure?"""
+    """Is there something to draw? ("3,200 pairs" alone, the main comparison, is no figure.)"""
     if name == "lr":
         return any(r["mean"] is not None for r in s["rates"]["sft"])
     if name == "controls":
         return all(c["linear"] and c["linear"]["n"] == s["seeds"] for c in s["controls"])
     part = "vqa" if name in ("findings", "groups") else name
-    return sum(f["part"] == part and f.get("n") == s["seeds"]            # > 1: "3,200 pairs" is
-               for f in s["findings"]) > 1                               # the main comparison
+    return sum(f["part"] == part for f in complete(s)) > 1
 
 
 def draw_figures(summary, out):
@@ -307,9 +312,10 @@ def put_section(readme, text):
 
 
 def differing(one, other):
-    """Results that both folders hold, and of those whose values differ the largest difference:
-    ([path, …], {path: number}). A seed that is run again gives the same to the last bit, but for
-    results that do not say AVX2 (`arithmetic`): these were made before sums were bound to it."""
+    """Results that both folders hold, and of those whose values differ the largest difference of
+    numbers (0: other words, or a number is missing): ([path, …], {path: number}). A seed that is
+    run again gives the same to the last bit, but for results that do not say AVX2 (`arithmetic`):
+    these were made before sums were bound to it."""
     def numbers(value, key=""):
         if isinstance(value, dict):
             return {k: n for inner, v in value.items() for k, n in numbers(v, f"{key}/{inner}")
@@ -349,11 +355,12 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "summary.json", summary)
     text = section(summary, plan)
-    (args.out / "summary.md").write_text(text.replace("](results/", "]("))
+    (args.out / "summary.md").write_text(text.replace("](results/", "]("), encoding="utf-8")
     draw_figures(summary, args.out)
     if args.out == Path("results") and not args.quick:
         aside = Path("README.md.tmp")
-        aside.write_text(put_section(Path("README.md").read_text(encoding="utf-8"), text))
+        aside.write_text(put_section(Path("README.md").read_text(encoding="utf-8"), text),
+                         encoding="utf-8")
         os.replace(aside, "README.md")
     verdicts = [f["verdict"] for f in summary["findings"]]
     print(f"wrote {args.out}/summary.json, summary.md: of {len(verdicts)} findings "

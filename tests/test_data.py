@@ -1,5 +1,6 @@
 """What is on disk → batches: layouts, masks, order, odd images."""
 import json
+import os
 
 import numpy as np
 import pytest
@@ -235,6 +236,16 @@ def test_a_very_long_line_is_refused(tools, folder, monkeypatch):
     monkeypatch.setattr(records, "MAX_LINE", 1000)
     with pytest.raises(SystemExit, match="a line of over"):
         samples("pairs", folder, [{**PAIR, "chosen": "x" * 2000}], tools)
+
+
+def test_a_path_that_is_not_utf8_is_refused_before_anything_is_read(tools, folder):
+    odd = folder / os.fsdecode(b"r\xe9sum\xe9")
+    (odd / "images").mkdir(parents=True)
+    (folder / "link").symlink_to(odd)
+    for way in (odd, folder / "link"):
+        with pytest.raises(SystemExit, match="this path is not UTF-8") as said:
+            samples("pairs", way, [PAIR], tools)
+        str(said.value).encode()                                       # and can be printed
 
 
 def test_pixels_are_those_of_the_saved_processor(tools, folder):

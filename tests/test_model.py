@@ -397,6 +397,14 @@ def test_every_block_is_compiled(monkeypatch):
     out = [x(**batch_of(pairs, pixels, "dpo")) for x in (model, whole)]
     torch.testing.assert_close(*out)
     assert 2 <= counters["stats"]["unique_graphs"] <= 4
+    lengths, graphs = set(), set()
+    for more in (1, 2, 3, 4, 5, 6, 7, 8):                      # tokens appended to rejected answers
+        batch = batch_of([(np.append(ids, [5] * more), np.append(roles, [records.OTHER] * more))
+                          for ids, roles in pairs], pixels, "dpo")
+        torch.testing.assert_close(model(**batch), whole(**batch))
+        lengths.add(batch["input_ids"].shape[1] % 8)
+        graphs.add(counters["stats"]["unique_graphs"])
+    assert len(lengths) == 8 and len(graphs) == 1       # a length that is a multiple of 8 included
     for x in out:
         x.sum().backward()
     a, b = (torch.cat([p.grad.flatten() for p in x.parameters() if p.grad is not None])

@@ -529,16 +529,24 @@ def test_clear_words_for_bad_input(tmp_path):
 
 # ---------------------------------------------------------------------------------- the section
 
+# No two measures, and no two kinds of control, differ by the same: one for another is seen.
+TIMES = {**{f"{p} {g}": scale * (1 + i / 10) for p, scale in (("vqa", 1), ("repair", 6))
+            for i, g in enumerate(("average", *study_findings.GROUPS))},
+         "linear": 2, "seg": 3, "align": 4, "heat": 5}
+ABOVE = {"swapped": 1, "shuffled": 2, "images": 3, "easy": 4}
+
+
 def fake_results(out, plan, seeds=5):
-    """Results with every value: DPO 2 points above SFT, SFT 1 above stage 1, ±0.1 by seed."""
+    """Results with every value: DPO 2 points above SFT, SFT 1 above stage 1, ±0.1 by seed; a
+    control's ABOVE these; all of it times TIMES."""
     s = study_plan.Study(plan, seeds, out.parent / "w", out)
     level = {"original": 50, "stage1": 60, "sft": 61, "dpo": 63, "chance": 5}
-    measures = [f"{p} {g}" for p in ("vqa", "repair") for g in (*study_findings.GROUPS, "average")]
     for task in s.tasks.values():
         name = task.name.split("/")[-1]
         bump = 0.1 * int(name.split("-")[1]) if name.startswith("seed") else 0
-        values = {c: {m: v + bump * (c == "dpo") for m in [*measures, "linear", "seg", "align",
-                                                           "heat"]} for c, v in level.items()}
+        above = ABOVE.get(name.split("-")[-1], 0) if task.part == "controls" else 0
+        values = {c: {m: times * (v + above + bump * (c == "dpo")) for m, times in TIMES.items()}
+                  for c, v in level.items()}
         if name == "chosen":
             values = {m: {"rate": 1e-4} for m in ("sft", "dpo")}
         if task.name.endswith("/dpo"):
@@ -547,7 +555,8 @@ def fake_results(out, plan, seeds=5):
             values = {"counts": {"sampled": 4000}, "blind": {"sampled": 0.6}}
         where = task.done if task.part else out / "made" / f"{task.name.replace('/', '-')}.json"
         study_pairs.write(where, {
-            "values": values, "seconds": 36.0, "plan": study.digest(plan), "code": "now"})
+            "values": values, "seconds": 36.0, "plan": study.digest(plan), "code": "now",
+            "arithmetic": "AVX2"})
     return report.Results(out)
 
 
@@ -567,14 +576,38 @@ def test_section_from_full_results(tmp_path):
     assert "gets 60 % of these pairs right" in text
     assert text.count("\n| DPO, ") == 5 and text.count("\n| *DPO, ") == 5
     assert "seeds 2 to 4, which were not used for tuning: the model +2.30 [+2.05, +2.55]" in text
-    assert "| linear probe | 50.0 [" in text and "| +13.20 [+13.00, +13.40] |" in text
-    assert not [x for x in ("edge of the grid", "lost", "states of this code") if x in text]
+    assert "| linear probe | 100.0 [" in text and "| +26.4 [+26.0, +26.8] |" in text
+    assert not [x for x in ("edge of the grid", "lost", "states of this code", "rounding")
+                if x in text]
+    for base, apart in (("stage1", {"sft": 1, "dpo": 3.2}),
+                        ("original", {"stage1": 10, "sft": 11, "dpo": 13.2})):
+        for row, (_, measure, _) in zip(
+                summary[f"each_minus_{base}"],
+                [r for r in study_findings.measures() if base == "stage1" or r[1] in (
+                    "linear", "seg", "align", "repair average")], strict=True):
+            assert {c: row[c]["mean"] for c in apart} == pytest.approx(
+                {c: TIMES[measure] * d for c, d in apart.items()}), measure
+
+
+def test_controls_from_full_results(tmp_path):
+    """Each kind of pair above stage 1, and the main comparison's DPO above each, by every judge."""
+    summary = report.summarise(fake_results(tmp_path / "results", study_plan.FULL))
+    want = [("SFT, no rejected", 1), ("DPO, the model's own wrong answer", 3.2),
+            ("attribute swapped", 4.2), ("another question", 5.2), ("another image", 6.2),
+            ("SFT, easy", 5), ("DPO, easy", 7.2), ("attribute swapped", -1),
+            ("another question's", -2), ("another image", -3), ("minus* SFT, easy", -1.8),
+            ("DPO, easy items, minus* SFT, easy", 2.2)]
+    for row, (words, points) in zip(summary["controls"], want, strict=True):
+        assert words in row["trained"]
+        assert {m: row[m]["mean"] for m in ("vqa average", "linear", "seg", "repair average")} == \
+            pytest.approx({m: points * TIMES[m] for m in ("vqa average", "linear", "seg",
+                                                          "repair average")}), row["trained"]
 
 
 def test_section_says_what_diverged_and_where_the_grid_ends(tmp_path):
     plan, out = study_plan.FULL, tmp_path / "results"
     fake_results(out, plan)
-    lost = {"values": {"diverged": "loss nan"}, "seconds": 1, "code": "then"}
+    lost = {"values": {"diverged": "loss nan"}, "seconds": 1, "code": "then"}    # not bound
     study_pairs.write(out / "made/seed-3-size-480-dpo.json", lost)
     (out / "size/seed-3-480.json").unlink()
     study_pairs.write(out / "repair/seed-1.json", lost)
@@ -588,6 +621,7 @@ def test_section_says_what_diverged_and_where_the_grid_ends(tmp_path):
     assert found["800 pairs: DPO above SFT"] == "holds"
     text = report.section(summary, plan)
     assert "Made by 2 states of this code." in text
+    assert "2 of the results were made before all were bound to one way of rounding" in text
     assert "**SFT's is at the edge of the grid**" in text and "DPO's is at the edge" not in text
 
 
@@ -626,6 +660,16 @@ def test_figures_are_drawn(tmp_path):
     out = tmp_path / "results"
     report.draw_figures(report.summarise(fake_results(out, study_plan.FULL)), out)
     assert {p.stem for p in out.glob("*.png")} == {name for name, *_ in report.FIGURES}
+    for part in ("head", "size", "controls"):                    # the last seed is not run yet
+        for path in (out / part).glob("seed-4-*"):
+            path.unlink()
+    summary = report.summarise(report.Results(out))
+    assert {f["part"] for f in report.complete(summary)} == {"vqa", "eye", "repair", "encoder",
+                                                             "pretrained", "size"}
+    assert [f["finding"] for f in report.complete(summary) if f["part"] == "size"] == [
+        "3,200 pairs: DPO above SFT"]
+    assert [name for name, *_ in report.FIGURES if not report.drawn(summary, name)] == [
+        "size", "controls"]
 
 
 def test_a_seed_run_again_is_compared_value_by_value(tmp_path, capsys):
