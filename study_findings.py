@@ -63,7 +63,7 @@ class Results:
             self.seconds += found["seconds"]
             self.codes.add(found["code"])
             part, name = path.parent.name, path.stem
-            self.unbound += part not in ("made", "remade") and "arithmetic" not in found
+            self.unbound += part != "made" and "arithmetic" not in found
             seed = re.match(r"seed-(\d+)-?", name)
             key = (part, name[seed.end():] if seed else name)
             self.values.setdefault(key, {})[int(seed[1]) if seed else 0] = found["values"]

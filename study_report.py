@@ -42,12 +42,14 @@ def summarise(results, plan=FULL):
             return verdict(values, side)
         return (f"{len(values)} of {plan['seeds']} seeds" if values or lost else "not run yet") + \
             (f"; {lost} lost, diverged" if lost else "")
-    found = []
+    found, first = [], Results(results.out / "first")       # the same, sums rounded another way
     for part, text, paper, side, terms in findings(plan):
         values = results.combined(terms)
         found.append({"part": part, "finding": text, "paper": paper, "side": side,
                       **(cell(values) or {}),
                       "verdict": decided(values, side, results.lost(terms))})
+        if before := first.combined(terms):
+            found[-1]["first"] = {**cell(before), "verdict": decided(before, side, 0)}
     untuned = {name: apart(m, main_of("dpo", part), main_of("sft", part), plan["tuning_seeds"])
                for name, m, part in (
                    ("the model", "vqa average", "vqa"), ("linear probe", "linear", "eye"),
@@ -142,6 +144,13 @@ def section(summary, plan=FULL):
             f"{effect['linear']:.1f} in the linear probe.", "",
             *table("the paper's finding | paper | here | ",
                    [[f["finding"], f["paper"], show(f), f["verdict"]] for f in s["findings"]])]
+    if twice := [f for f in s["findings"] if f.get("first")]:
+        out += ["Some of it was run twice: the same plan, seeds and data, at first with sums rounded "
+                "as each processor does it. What differs is luck of training; the verdicts above "
+                "are of the second time, which can be made again to the last digit.", "",
+                *table("the paper's finding | the first time | verdict | here | verdict", [
+                    [f["finding"], show(f["first"]), f["first"]["verdict"], show(f), f["verdict"]]
+                    for f in twice])]
     if any(s["untuned"].values()):
         untuned = ", ".join(f"{name} {show(c)}" for name, c in s["untuned"].items())
         out += [f"DPO minus SFT on seeds {plan['tuning_seeds']} to {plan['seeds'] - 1}, which were "

@@ -625,6 +625,28 @@ def test_section_says_what_diverged_and_where_the_grid_ends(tmp_path):
     assert "**SFT's is at the edge of the grid**" in text and "DPO's is at the edge" not in text
 
 
+def test_what_was_run_twice_is_shown_beside(tmp_path):
+    """The results of out/first beside those of out, which alone decide."""
+    plan, out = study_plan.FULL, tmp_path / "results"
+    fake_results(out, plan)
+    fake_results(out / "first", plan)
+    for path in (out / "first").glob("*/*.json"):
+        found = json.loads(path.read_text())
+        if path.parent.name == "vqa":
+            found["values"]["dpo"] = found["values"]["sft"]
+            study_pairs.write(path, found)
+        elif path.parent.name != "eye":
+            path.unlink()
+    summary = report.summarise(report.Results(out), plan)
+    rows = {f["finding"]: f for f in summary["findings"] if "first" in f}
+    assert {f["part"] for f in rows.values()} == {"vqa", "eye", "size"}          # 3,200: vqa's
+    one = rows["the model, average: DPO above SFT"]
+    assert (one["mean"], one["verdict"]) == (pytest.approx(2.2), "holds")
+    assert (one["first"]["mean"], one["first"]["verdict"]) == (0, "undecided")
+    assert "| +0.0 [+0.0, +0.0] | undecided | +2.20 [+2.00, +2.40] | holds |" in \
+        report.section(summary, plan)
+
+
 def test_findings_stay_listed_when_nothing_was_run(tmp_path):
     summary = report.summarise(report.Results(tmp_path))
     assert {f["verdict"] for f in summary["findings"]} == {"not run yet"}
