@@ -287,7 +287,10 @@ class BatchPlan:
 
     def like(self, samples):
         """The plan of another, perhaps smaller, set with the same processes and micro-batch."""
-        batch = min(self.global_batch, max(len(samples) // self.world, 1) * self.world)
+        if len(samples) < self.world:
+            raise SystemExit(f"error: {len(samples)} held-out pairs, fewer than one for each of "
+                             f"{self.world} processes; bring more, or name others by --heldout")
+        batch = min(self.global_batch, len(samples) // self.world * self.world)
         return BatchPlan(samples, batch, self.micro_batch, self.seed, self.rank, self.world)
 
     def digest(self, steps):

@@ -88,13 +88,21 @@ def main():
     args = parser.parse_args()
     stage = flags.trained_stage(args.run, args.stage)
     out = Path(args.out or stage / "encoder")
-    if out.exists() and args.overwrite and not (out / "preprocessor_config.json").exists():
-        raise SystemExit(f"error: --out {out} is not an extracted encoder; --overwrite would "
-                         f"delete something else; name another folder")
-    if out.exists() and not args.overwrite:
-        print(f"{out} is already there: nothing to do (--overwrite replaces it)")
-        return
-    config = encoders.read_json(stage / "config.json", "arguments")
+    config = encoders.read_json(stage / "config.json", "arguments",
+                                *["parent_digest"] * (args.stage != "pretrain"))
+    source = rundir.digest_of(stage / "final")
+    if out.exists():
+        held = out / "config.json"
+        held = encoders.read_json(held).get("pivot_source") if held.is_file() else None
+        if not held:
+            raise SystemExit(f"error: --out {out} is not an extracted encoder, it is left alone; "
+                             f"name another folder")
+        if held != source and not args.overwrite:
+            raise SystemExit(f"error: {out} holds the encoder of another model than {stage}/final; "
+                             f"--overwrite replaces it")
+        if not args.overwrite:
+            print(f"{out} is already there: nothing to do (--overwrite replaces it)")
+            return
     base = config["arguments"]["encoder"]
     model, _ = m.load_mllm(stage / "final")
     encoder = model.encoder
@@ -112,7 +120,11 @@ def main():
         frozen = f"{name}.".startswith(encoder.family.frozen)
         print(f"  {name:<32} {change:9.2e}" + ("  (never trained: unused)" if frozen else ""))
     if args.stage != "pretrain":      # stage 1 moved it already: what did this stage add?
-        first, _ = m.load_mllm(Path(args.run, "pretrain", "final"))
+        parent = Path(args.run, "pretrain", "final")
+        first, _ = m.load_mllm(parent)
+        if config["parent_digest"] != rundir.digest_of(parent):
+            raise SystemExit(f"error: {parent} was trained anew since {stage} began with it; train "
+                             f"{args.stage} anew, too")
         moved = movement(encoder.vision, first.encoder.vision)
         print(f"of which since stage 1: {min(blocks_of(moved)):.2e} … {max(blocks_of(moved)):.2e} "
               f"a block")
@@ -146,6 +158,7 @@ def main():
     aside = Path(f"{out}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    vision.config.pivot_source = source            # whose encoder it is, for a later call
     vision.save_pretrained(aside)
     encoders.image_processor(encoder).save_pretrained(aside)
     (aside / "README.md").write_text(card, encoding="utf-8")

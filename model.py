@@ -327,7 +327,7 @@ def own_tensors(model):
 
 
 def whole(p):
-    """A parameter, or all processes' shards of one (each must ask) → fp32 on the CPU."""
+    """A parameter, or all processes' shards of one (each must ask) → one tensor on the CPU."""
     p = p.detach()
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu().contiguous()
 

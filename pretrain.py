@@ -69,6 +69,7 @@ def train(args, run, device, model, tokenizer, facts, phases):
     model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas,
                           args.attention, args.compile)
     clock = runtime.Clock(device)
+    run.heed_signals()
     first = 0                                         # step at which the phase begins
     for (name, _, _, rates, _, _), samples, plan, steps in zip(phases, samples, plans, counts):
         if run.start >= first + steps and name != phases[-1][0]:
@@ -123,9 +124,10 @@ def main():
     if args.plan:
         return show_plan(args, phases(args))
     device = runtime.start()
-    run = rundir.Run(Path(args.run, "pretrain"), args)
+    facts = rundir.parents(args)
+    run = rundir.Run(Path(args.run, "pretrain"), args, facts)
     model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
-    train(args, run, device, model, tokenizer, {}, phases(args))
+    train(args, run, device, model, tokenizer, facts, phases(args))
 
 
 if __name__ == "__main__":

@@ -244,13 +244,10 @@ def main():
     if args.rescore:
         evaluate(args, folder / "final", device, folder / suffix)
         return
-    eye, llm = ("+".join(rundir.file_digest(p) if Path(p).is_dir() else p
-                         for p in map(encoders.resolve, parts))
-                for parts in (encoders.parts_of(args.encoder), [args.llm]))
-    facts = {"encoder_digest": eye, "llm_digest": llm}
+    facts = rundir.parents(args)
     if rundir.starts_anew(folder, args) or not rundir.finished(folder, args, facts):
         read_files(args)                              # before the training, not after it
-        run = rundir.Run(folder, args)
+        run = rundir.Run(folder, args, facts)
         model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
         if args.reuse_projector_layers:
             reuse_projector(model, args.encoder, args.reuse_projector_layers)

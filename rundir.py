@@ -43,10 +43,27 @@ def sha256(*files):
     return sha.hexdigest()[:16]
 
 
-def file_digest(folder):
-    """sha256 over the safetensors of a model folder: the identity of a parent.
-    Read by the main process alone: 32 GB take half a minute."""
-    return from_main(lambda: sha256(*sorted(Path(folder).glob("*.safetensors"))))
+def weights_of(model):
+    """The files that hold a model's numbers: a folder's safetensors, or pickles; or it is one."""
+    return [model] if Path(model).is_file() else \
+        sorted(Path(model).glob("*.safetensors")) or sorted(Path(model).glob("*.bin"))
+
+
+def digest_of(model):
+    """sha256 over a model's weight files; a name on the hub stands for itself."""
+    return sha256(*weights_of(model)) if Path(model).exists() else str(model)
+
+
+def file_digest(model):
+    """The identity of a parent, read by the main process alone: 32 GB take half a minute."""
+    return from_main(lambda: digest_of(model))
+
+
+def parents(args):
+    """What stage 1, or a re-paired model, is made of, for config.json: {"encoder_digest": …, …}."""
+    digests = ["+".join(file_digest(encoders.resolve(part)) for part in parts)
+               for parts in (encoders.parts_of(args.encoder), [args.llm])]
+    return dict(zip(("encoder_digest", "llm_digest"), digests))
 
 
 def write_whole(path, write):
@@ -73,9 +90,9 @@ def write_json(path, value):
     os.replace(aside, path)
 
 
-def sync_folder(folder):
-    """fsync every file of a folder and the folder itself, so that a rename means "on disk"."""
-    for path in [*Path(folder).rglob("*"), Path(folder)]:
+def sync(*paths):
+    """fsync files and folders, so that a rename means "on disk"."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -108,8 +125,7 @@ def difference(folder, arguments, facts={}):
     pairs += [(k, old.get(k), v) for k, v in facts.items()]
     parent = folder.parent / "pretrain" / "final"
     if "parent_digest" in old and "parent_digest" not in facts and parent.exists():
-        pairs += [("parent_digest", old["parent_digest"],
-                   sha256(*sorted(parent.glob("*.safetensors"))))]
+        pairs += [("parent_digest", old["parent_digest"], digest_of(parent))]
     for name, before, now in pairs:
         if before != now:
             return (f"error: {folder} was begun with {name} {before}, now {now}; go on as before, "
@@ -130,12 +146,18 @@ def finished(folder, args, facts={}):
     return there
 
 
+def torchrun_id():
+    """Which torchrun started this process, the same after its restarts; None without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")          # "none" with a --master-port of one's own
+    return name and f"{name} {os.getppid()}"
+
+
 def starts_anew(folder, args):
     """--overwrite? No longer, where torchrun restarts a run that has deleted what was old."""
     def begun():
         path = folder / "config.json"
         return restarted() and path.exists() and \
-            json.loads(path.read_text()).get("anew_by") == os.environ["TORCHELASTIC_RUN_ID"]
+            json.loads(path.read_text()).get("anew_by") == torchrun_id()
     return args.overwrite and not from_main(begun)
 
 
@@ -146,13 +168,13 @@ class Run:
     on from its newest whole checkpoint, --overwrite starts anew.
     """
 
-    def __init__(self, folder, args):
+    def __init__(self, folder, args, facts={}):
         self.folder, self.args, self.stopping = Path(folder), args, False
         if world()[1] % args.replicas:
             raise SystemExit(f"error: {world()[1]} processes cannot hold --replicas "
                              f"{args.replicas}; take a number that divides them")
         self.anew = starts_anew(self.folder, args)
-        if not self.anew and finished(self.folder, args):
+        if not self.anew and finished(self.folder, args, facts):
             print0(f"{self.folder}/final is already there: nothing to do "
                    f"(--overwrite starts anew)")
             stop()
@@ -187,6 +209,11 @@ class Run:
                 return (f"error: another process is training in {self.folder}; wait for it, or "
                         f"name another --run-dir")
 
+    def heed_signals(self):
+        """From here on SIGTERM and Ctrl-C let the step end and save it; before, nothing is lost."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask_to_stop)
+
     def ask_to_stop(self, number, frame):
         """Finish the step, save, exit; a second signal ends at once."""
         self.stopping = True
@@ -202,7 +229,7 @@ class Run:
             "torch": torch.__version__, "transformers": transformers.__version__,
             "python": sys.version.split()[0]},
             # whose --overwrite it was: see starts_anew
-            "anew_by": self.args.overwrite and os.environ.get("TORCHELASTIC_RUN_ID")}
+            "anew_by": self.args.overwrite and torchrun_id()}
         self.config = config = json.loads(json.dumps({**config, **facts}, default=str))
         path = self.folder / "config.json"
         if from_main(lambda: facts) != facts:
@@ -223,8 +250,6 @@ class Run:
                 for name in ("metrics.jsonl", "timing.jsonl"):
                     (self.folder / name).unlink(missing_ok=True)
         dist.barrier()              # nobody looks for files that are about to go
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask_to_stop)
         for key, value in facts.items():
             print0(f"  {key}: {value}")
 
@@ -251,9 +276,9 @@ class Run:
         logging.disable(logging.NOTSET)
         if is_main():
             for name, length in position["lengths"].items():
-                if (self.folder / name).exists():
-                    os.truncate(self.folder / name, length)
-        print0(f"  continuing after step {self.start} of {folder}")
+                if (log := self.folder / name).exists():
+                    os.truncate(log, min(length, log.stat().st_size))
+        print0(f"  continuing after {self.start} steps, from {folder}")
 
     def log(self, metrics, timing=None):
         """One line in metrics.jsonl (deterministic fields only), one in timing.jsonl; every
@@ -279,7 +304,8 @@ class Run:
         if asked or done % self.args.save_every == 0:
             self.save(done, model, optimizer)
         if asked:
-            print0(f"asked to stop: saved after step {done}; the same command goes on from there")
+            print0(f"asked to stop: saved after {done} steps; the same command "
+                   f"{'without --overwrite ' * self.args.overwrite}goes on from there")
             stop()
             raise SystemExit(STOPPED)
 
@@ -299,13 +325,13 @@ class Run:
         except dcp.api.CheckpointException as e:       # raised on every process alike
             reason = encoders.first_line(next(iter(e.failures.values()))[0])
             raise SystemExit(f"error: step {done} could not be saved to {aside} ({reason}); is the "
-                             f"disk full? What was saved before is whole, the same command goes on "
-                             f"from there")
+                             f"disk full? What was saved before is whole, the same command "
+                             f"{'without --overwrite ' * self.args.overwrite}goes on from there")
         if is_main():
             lengths = {n: (self.folder / n).stat().st_size for n in
                        ("metrics.jsonl", "timing.jsonl") if (self.folder / n).exists()}
             write_json(aside / "position.json", {"step": done, "lengths": lengths})
-            sync_folder(aside)
+            sync(*map(self.folder.joinpath, lengths), *aside.rglob("*"), aside)
             os.replace(aside, folder)
             kept = sorted((p for p in folder.parent.glob("step-*")), key=lambda p: int(p.name[5:]))
             for old in kept[:-self.args.keep]:
@@ -352,7 +378,7 @@ class Run:
         m.save_mllm(model, tokenizer, aside, is_main())
         if is_main():
             (aside / "README.md").write_text(self.card(aside), encoding="utf-8")
-            sync_folder(aside)
+            sync(*aside.rglob("*"), aside)
             os.replace(aside, self.folder / "final")
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         for number in (signal.SIGTERM, signal.SIGINT):

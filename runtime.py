@@ -203,6 +203,12 @@ def adamw(model, rates):
             groups.append({"params": trained, "lr": lr, "peak": lr, "name": name})
     if not groups:
         raise SystemExit("error: every learning rate is 0: nothing would be trained")
+    # FSDP2 notes at a gather in which dtype gradients are summed, of tensors that then have any:
+    # what phase 1a froze would be summed in bf16 in 1b. So let it look again.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
@@ -265,11 +271,12 @@ class Clock:
         self.device, self.batches = device, None
 
     def start(self, loader):
-        self.batches, self.waited, self.began = iter(loader), 0.0, time.perf_counter()
+        self.batches, self.waited, self.began = iter(loader), 0.0, None
 
     def wait(self):
         """The next micro-batch on the device; an unreadable image ends the run with its line."""
         t = time.perf_counter()
+        self.began = self.began or t
         batch = next(self.batches)
         self.waited += time.perf_counter() - t
         if "error" in batch:
@@ -278,10 +285,10 @@ class Clock:
         return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
     def lap(self, step, tokens):
-        """The line of timing.jsonl for the step just finished."""
-        now = time.perf_counter()
-        seconds, waited = now - self.began, self.waited
-        self.began, self.waited = now, 0.0
+        """The line of timing.jsonl for the step just finished, from its first wait to its update;
+        tokens: with padding. Logging and saving are no part of it."""
+        seconds, waited = time.perf_counter() - self.began, self.waited
+        self.began, self.waited = None, 0.0
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
@@ -305,6 +312,9 @@ def launch(main):
             print(" ".join(e.code.splitlines()), file=sys.stderr, flush=True)
             os._exit(1)      # not through a collective that the other processes may never enter
         raise
+    except KeyboardInterrupt:        # where a run does not heed it: there is nothing to save
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
     except torch.cuda.OutOfMemoryError as e:
         print(f"error: out of GPU memory: {str(e).splitlines()[0][:90]}; lower --micro-batch or "
               f"add --activation-checkpointing, the sums stay the same (--plan says what fits); "
@@ -314,7 +324,8 @@ def launch(main):
         if "gloo" not in str(e) and not isinstance(e, dist.DistBackendError):
             raise
         print(f"error: lost another process of this run ({str(e).splitlines()[0][:90]}); what was "
-              f"saved before is whole, the same command goes on from there", file=sys.stderr)
+              f"saved before is whole, the same command (without --overwrite) goes on from there",
+              file=sys.stderr)
         os._exit(1)
     except (OSError, SafetensorError) as e:     # a full disk, a vanished folder
         print(f"error: {e}; what was saved before is whole", file=sys.stderr, flush=True)

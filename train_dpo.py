@@ -8,7 +8,7 @@ Writes  runs/NAME/dpo/: config.json, metrics.jsonl, timing.jsonl, checkpoints/,
         ref_logps.safetensors, final/ (opens as LlavaForConditionalGeneration).
         Next: python extract.py --run-dir runs/NAME --stage dpo
 
-`diff train_sft.py train_dpo.py` shows the method and nothing else: same items, same order.
+`diff train_sft.py train_dpo.py` shows the method: the items and their order are the same.
 """
 import json
 from pathlib import Path
@@ -125,7 +125,7 @@ def report_heldout(args, run, model, samples, plan, ref, clock, step):
     margin, correct = reward[:, 0] - reward[:, 1], reward[:, 0] > reward[:, 1]   # a tie is wrong
     run.log({"step": step, "heldout_margin": margin.mean().item(),
              "heldout_accuracy": correct.float().mean().item()})
-    print0(f"  held-out pairs after step {step}: margin {margin.mean():.4f}, "
+    print0(f"  held-out pairs after {step} steps: margin {margin.mean():.4f}, "
            f"accuracy {correct.float().mean():.3f} (n = {len(samples)})")
 
 
@@ -158,6 +158,7 @@ def main():
     if args.heldout:
         heldout = data.preference_pairs(args, args.heldout, tokenizer, model, keep_all=True)
         sets["heldout"] = (heldout, plan.like(heldout))
+        print0(f"  held-out: {heldout.summary()}")
     if args.reference == "live":
         ref_model = runtime.shard(m.load_mllm(parent)[0].requires_grad_(False), device, args.dtype,
                                   attention=args.attention, compiled=args.compile)
@@ -172,6 +173,7 @@ def main():
         run.resume(model, optimizer)
     elif args.heldout:
         report_heldout(args, run, model, *sets["heldout"], ref["heldout"], clock, step=0)
+    run.heed_signals()
 
     clock.start(data.loader(pairs, plan.schedule(run.start, steps), "dpo", args.workers))
     for step in (bar := runtime.progress(run.start, steps, "dpo")):

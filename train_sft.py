@@ -7,7 +7,7 @@ Reads   runs/NAME/pretrain/final (the stage-1 model) and MMPR pairs, of which th
 Writes  runs/NAME/sft/: config.json, metrics.jsonl, timing.jsonl, checkpoints/, final/ (opens as
         LlavaForConditionalGeneration). Next: python extract.py --run-dir runs/NAME --stage sft
 
-`diff train_sft.py train_dpo.py` shows the method and nothing else: same items, same order.
+`diff train_sft.py train_dpo.py` shows the method: the items and their order are the same.
 """
 from pathlib import Path
 
@@ -64,6 +64,7 @@ def main():
     clock = runtime.Clock(device)
     if run.start:
         run.resume(model, optimizer)
+    run.heed_signals()
 
     clock.start(data.loader(pairs, plan.schedule(run.start, steps), "sft", args.workers))
     for step in (bar := runtime.progress(run.start, steps, "sft")):

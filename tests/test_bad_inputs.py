@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import conftest
 import in_fork
+import rundir
 
 FINISHED = {"final", "encoder", "results.json", "ref_logps.safetensors"}
 TINY = "--llm toy-lm --data DATA --global-batch 8 --micro-batch 8 --workers 0"
@@ -149,6 +150,8 @@ def position(b, stage, name="position.json"):
 def dpo_is(b, stage):
     """The stage-1 model under dpo/, as if DPO had written it."""
     shutil.copytree(b / "run/pretrain", b / "run/dpo")
+    config = json.loads((b / "run/dpo/config.json").read_text())
+    put(b / "run/dpo/config.json", {**config, "parent_digest": rundir.digest_of(b / FINAL)})
 
 
 class Row(NamedTuple):
@@ -441,6 +444,13 @@ ROWS = [Row(*row) for row in [
         change(b / "run/pretrain/config.json", "arguments.encoder", str(b / "eye"))]),
     ("extract", "--out is the model itself", "--stage pretrain --out RUN/pretrain/final "
      "--overwrite", ["RUN/pretrain/final", "--out"]),
+    ("extract", "--out is a published encoder", "--stage pretrain --out BOX/eye --overwrite",
+     ["--out BOX/eye is not an extracted encoder"], lambda b: model_folder(b, "toy-vit")),
+    ("extract", "--out holds another model's", "--stage pretrain --out BOX/eye",
+     ["BOX/eye holds the encoder of another model than RUN/pretrain/final", "--overwrite"],
+     lambda b: put(b / "eye/config.json", {"pivot_source": "of another one"})),
+    ("extract", "stage 1 was made anew", "", ["RUN/pretrain/final was trained anew"],
+     lambda b: [dpo_is(b, "dpo"), change(b / "run/dpo/config.json", "parent_digest", "0")]),
     ("extract", "--out below a file", "--stage pretrain --out DATA/captions.json/eye",
      ["DATA/captions.json/eye"]),
 

@@ -193,6 +193,16 @@ def test_cover_meets_every_sample_and_gives_all_processes_equal_counts(tools, fo
     assert len({len(c) for c in covers}) == 1
 
 
+def test_held_out_pairs_are_at_least_one_a_process(tools, folder):
+    """Five pairs serve five processes; for eight the refusal names what can be done about it."""
+    pairs, few = (samples("pairs", folder, [{**PAIR, "chosen": f"It is {i}."} for i in range(n)],
+                          tools) for n in (40, 5))
+    cover = data.BatchPlan(pairs, 20, 4, 0, 0, 5).like(few).cover()
+    assert [len(micro) for micro in cover] == [1]
+    with pytest.raises(SystemExit, match="5 held-out pairs, fewer than one for each of 8"):
+        data.BatchPlan(pairs, 16, 2, 0, 0, 8).like(few)
+
+
 @pytest.mark.parametrize("mode,colour,want", [
     ("RGB", (200, 10, 30), (200, 10, 30)), ("L", 77, (77, 77, 77)),
     ("RGBA", (200, 10, 30, 0), (255, 255, 255)), ("LA", (9, 255), (9, 9, 9)),
