@@ -101,14 +101,11 @@ def read_tsv(path):
 
 
 def picture_file(tsv, cell, where):
-    """`image_path`: a file in images/NAME/ or images/ beside the TSV; raises SystemExit."""
+    """`image_path`: a file in images/NAME/ or images/ beside the TSV; raises BadRecord."""
     names = score.listed(cell) or [cell]
     root = tsv.parent / "images"
     root = root / tsv.stem if (root / tsv.stem).is_dir() else root
-    try:
-        path = records.image_of({"image": names[0]}, str(root), where)
-    except records.BadRecord as e:
-        raise SystemExit(f"error: {e}")
+    path = records.image_of({"image": names[0]}, str(root), where)
     return {"image_id": path, "picture": path, "more_images": len(names) > 1}
 
 
@@ -163,18 +160,12 @@ class Questions(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         row = self.shown[i]
-        try:
-            pixels = records.load_image(picture_of(self.tsv, row), self.size, row["where"])
-        except records.BadRecord as e:
-            return f"error: {e}"
+        pixels = records.load_image(picture_of(self.tsv, row), self.size, row["where"])
         return i, self.ids[i], torch.from_numpy(pixels)
 
 
 def collate(items):
     """Left-pad, so that every prompt ends where its answer begins."""
-    for item in items:
-        if isinstance(item, str):
-            return item
     index, ids, pixels = zip(*items)
     ids, there = (pad_sequence(rows, batch_first=True, padding_side="left") for rows in (
         [torch.tensor(row) for row in ids], [torch.ones(len(row), dtype=int) for row in ids]))
@@ -223,13 +214,9 @@ def answer(args, model, tokenizer, device, path, rows, shown, folder):
     batches = [todo[i:i + args.eval_batch] for i in range(0, len(todo), args.eval_batch)]
     loader = torch.utils.data.DataLoader(questions, batch_sampler=batches, collate_fn=collate,
                                          num_workers=min(args.workers, len(batches)))
-    stops, loader = m.stop_ids(tokenizer), iter(loader)
+    stops = m.stop_ids(tokenizer)
     with open(own, "a", encoding="utf-8") as file:
-        for _ in runtime.progress(0, len(batches), name):
-            batch = next(loader)
-            if isinstance(batch, str):
-                raise SystemExit(batch)
-            index, pixels, ids, mask = batch
+        for index, pixels, ids, mask in runtime.progress(0, len(batches), name, loader):
             seeds = [seed_of(args.seed, name, rows[i]["index"]) for i in index] \
                 if args.temperature else ()
             tokens = model.generate(pixels.to(device), ids.to(device), mask.to(device),

@@ -23,28 +23,27 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}     # of timm's ViT-Ti/S/B
 MOCO_HEADS = {**HEADS, 384: 12}                           # MoCo v3's ViT-S has twelve
 
 
+def file_at(path, name):
+    """A file of a folder or of a hub repository; None where there is none."""
+    from transformers.utils import cached_file
+    found = cached_file(path, name, **{f"_raise_exceptions_for_{why}": False for why in (
+        "missing_entries", "gated_repo", "connection_errors")})
+    return found and Path(found)
+
+
 def find(path):
     """The weight file of another layout at a path, in a folder or in a hub repository; None where
     transformers opens it itself (its config.json has a model_type). raises SystemExit, one line,
     where timm's or open_clip's config lies without it."""
     if Path(path).is_file():
         return Path(path)
-    from transformers.utils import cached_file
-
-    def at(name):
-        if Path(path).is_dir():
-            return Path(path, name) if Path(path, name).is_file() else None
-        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False,
-                            _raise_exceptions_for_gated_repo=False,
-                            _raise_exceptions_for_connection_errors=False)
-        return found and Path(found)
-    config = at("config.json")
+    config = file_at(path, "config.json")
     if config and "architecture" not in read_json(config):       # timm's names one there
         return None
-    if not config and not at("open_clip_config.json"):
+    if not config and not file_at(path, "open_clip_config.json"):
         return None
     for name in WEIGHTS:
-        if file := at(name):
+        if file := file_at(path, name):
             return file
     raise SystemExit(f"error: {path} is a timm or open_clip model without its weights, whose "
                      f"shapes say what it is; none of {', '.join(WEIGHTS)} is there")

@@ -153,11 +153,7 @@ class Samples(torch.utils.data.Dataset):
             for a, b, image in zip(self.offsets[:-1], self.offsets[1:], self.images)], np.uint64)
 
     def __getitem__(self, i):
-        """One sample with its image tokens expanded and its image as uint8 (3, S, S).
-
-        An unreadable image comes back as {"error": line}: an exception from a worker process would
-        arrive wrapped in a traceback.
-        """
+        """One sample with its image tokens expanded and its image as uint8 (3, S, S)."""
         (ids, roles), image = self.tokens(i), self.images[i]
         counts = np.where(ids == self.image_id, self.num_image_tokens, 1)
         ids, roles = np.repeat(ids, counts), np.repeat(roles, counts)
@@ -165,8 +161,8 @@ class Samples(torch.utils.data.Dataset):
             pixels = records.load_image(image, self.size, self.where[i]) if image else \
                 records.planes(Image.new("RGB", (1, 1)), self.size)             # black
         except BadRecord as e:
-            return {"error": f"error: {e}; with a good file in its place the same command goes on "
-                    f"(or start over without it: --skip-bad --overwrite)"}
+            raise BadRecord(f"{e}; with a good file in its place the same command goes on "
+                            f"(or start over without it: --skip-bad --overwrite)")
         return {"index": i, "ids": ids, "roles": roles, "pixels": pixels}
 
     def fingerprint(self):
@@ -205,9 +201,6 @@ def collate(samples, layout):
     → pixel_values uint8 (B, 3, S, S), input_ids, labels (B, T), index (B,), and for "dpo" branch
     and position_ids (B, T).
     """
-    for sample in samples:
-        if "error" in sample:
-            return sample
     rows = [(pair_row if layout == "dpo" else answer_row)(s["ids"], s["roles"]) for s in samples]
     fill = {"input_ids": 0, "labels": IGNORE, "branch": PADDING, "position_ids": 0}
     batch = {k: pad_sequence([torch.from_numpy(row[k]) for row in rows], batch_first=True,

@@ -348,22 +348,14 @@ def load_encoder(name, image_size=None):
         family_of(config)                                     # refuses before anything is loaded
         vision = open_model(AutoModel, f"--encoder {name}", path, config=config,
                             **class_options(config))
-        mean, std = own_statistics(path)
-        mean, std = mean or family_of(original).mean, std or family_of(original).std
+        file = convert.file_at(path, "preprocessor_config.json")     # the processor's own win
+        facts = read_json(file) if file else {}
+        mean = facts.get("image_mean") or family_of(original).mean
+        std = facts.get("image_std") or family_of(original).std
     vision = truncate(vision)
     size = image_size or (preset and preset.geometry[-1]) or side(vision.config.image_size)
     return Encoder(convert.resize_positions(vision, size), preset and preset.mean or mean,
                    preset and preset.std or std)
-
-
-def own_statistics(path):
-    """The processor's mean and std, which win over the family's: (mean, std), None where unsaid."""
-    from transformers.utils import cached_file
-    file = cached_file(path, "preprocessor_config.json",
-                       _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False)
-    facts = read_json(file) if file else {}
-    return facts.get("image_mean"), facts.get("image_std")
 
 
 def open_model(kind, name, path, **options):

@@ -130,10 +130,9 @@ def read_mask(args, image, where):
                  if (args.masks or above) and p.is_file()), None)
     if path is None:
         return None
+    height, width = records.load_image(image, None, where).shape[1:]
     try:
-        with Image.open(image) as picture, Image.open(path) as mask:
-            turned = picture.getexif().get(0x0112, 1) > 4            # as load_image turns it
-            width, height = picture.size[::-1 if turned else 1]
+        with Image.open(path) as mask:
             if mask.size != (width, height):
                 raise SystemExit(f"error: {where}: mask {path} has {mask.width} × {mask.height} "
                                  f"pixels, its image {width} × {height}")
@@ -218,8 +217,7 @@ def main():
     reach = grid * encoder.patch_size / encoder.image_size
     cover, shown = torch.full((n, grid * grid), float("nan"), dtype=torch.float64), []
     for i in runtime.progress(0, n, "images and masks"):
-        if "error" in (pair := pairs[i]):
-            raise SystemExit(pair["error"])
+        pair = pairs[i]
         mask = read_mask(args, pairs.images[i], pairs.where[i])
         if mask is not None:
             cover[i] = coverage(mask, grid, reach)

@@ -28,16 +28,13 @@ def published(name):
         config = convert.as_vit(encoders.config_of(name, path))
     else:
         kind, hidden, depth, heads, mlp, patch, size = encoders.ENCODERS[name].geometry
-        facts = dict(hidden_size=hidden, num_hidden_layers=depth, num_attention_heads=heads,
-                     intermediate_size=mlp, patch_size=patch, image_size=size)
-        config = {
-            encoders.SIGLIP: lambda: t.SiglipVisionConfig(**facts),
-            encoders.CLIP: lambda: t.CLIPVisionConfig(**facts),
-            encoders.VIT: lambda: t.ViTConfig(**facts), "vit_mae": lambda: t.ViTConfig(**facts),
-            # the giant's MLP is gated, of two thirds of 4 × hidden
-            "dinov2": lambda: t.Dinov2Config(**facts, use_swiglu_ffn=mlp < 4 * hidden),
-            "convnext": lambda: t.ConvNextConfig(hidden_sizes=list(hidden), depths=list(depth),
-                                                 patch_size=patch, image_size=size)}[kind]()
+        facts = dict(hidden_sizes=list(hidden), depths=list(depth)) if kind == "convnext" else dict(
+            hidden_size=hidden, num_hidden_layers=depth, num_attention_heads=heads,
+            intermediate_size=mlp)
+        if kind == "dinov2":              # the giant's MLP is gated, of two thirds of 4 × hidden
+            facts["use_swiglu_ffn"] = mlp < 4 * hidden
+        config = convert.as_vit(t.AutoConfig.for_model(kind, patch_size=patch, image_size=size,
+                                                       **facts))
     with torch.device("meta"):
         return t.AutoModel.from_config(config, **encoders.class_options(config))
 

@@ -65,15 +65,12 @@ def get_args():
 def read_pairs(folder):
     """[(where, image path, caption)]; the first bad record ends the run with its file and line."""
     pairs = []
-    try:
-        for where, item in records.read_lines(Path(folder, "pairs.jsonl")):
-            item = records.parse(where, item)
-            image = records.image_of(item, os.path.join(folder, "images"), where)
-            if image in (None, "many"):
-                raise records.BadRecord(f"{where}: a pair needs one image")
-            pairs.append((where, image, records.text_of(item, "caption", where)))
-    except records.BadRecord as e:
-        raise SystemExit(f"error: {e}")
+    for where, item in records.read_lines(Path(folder, "pairs.jsonl")):
+        item = records.parse(where, item)
+        image = records.image_of(item, os.path.join(folder, "images"), where)
+        if image in (None, "many"):
+            raise records.BadRecord(f"{where}: a pair needs one image")
+        pairs.append((where, image, records.text_of(item, "caption", where)))
     return pairs
 
 
@@ -104,10 +101,7 @@ def vision_features(name, pairs, device):
 
     def step(batch):
         blocks.clear()
-        try:
-            pixels = [records.load_image(x, encoder.image_size, where) for where, x, _ in batch]
-        except records.BadRecord as e:
-            raise SystemExit(f"error: {e}")
+        pixels = [records.load_image(x, encoder.image_size, where) for where, x, _ in batch]
         features = encoder(torch.from_numpy(np.stack(pixels)).to(device))
         seen = [torch.stack(blocks, 1)]
         return seen if projector is None else [*seen, projector(features).mean(1, keepdim=True)]

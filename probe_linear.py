@@ -11,7 +11,7 @@ goes), its C picked on a fifth of the subset and refitted on all of it; and clas
 Reads   DATA/{train,val}/CLASS/*.jpg: ImageNet, its val sorted into class folders, or toy.py's.
 Writes  --out: results.json and features/*.safetensors. Default: runs/NAME/probes/linear, NAME from
         the first model that is runs/NAME/STAGE/encoder or final; if none is, runs/probes/linear.
-        Features of another encoder are refused; of other images, computed anew with a line.
+        Features of another encoder or of other images are computed anew, with a line.
 
 Intervals, 95 %: over test images. Wilson's for shares, bootstrap for paired differences. What the
 draw of the subset adds is seen with --seeds: by_seed in results.json.
@@ -55,7 +55,6 @@ def get_args():
     parser.add_argument("--limit", type=flags.COUNT, help="quick look: N images a class, in both")
     parser.add_argument("--out", metavar="DIR", help="default: probes/linear in the run folder")
     parser.add_argument("--workers", type=flags.NATURAL, default=2, help="image-decoding processes")
-    parser.add_argument("--overwrite", action="store_true", help="compute cached features anew")
     args = parser.parse_args()
     args.per_class = min(args.per_class, args.limit or args.per_class)
     if not args.encoder + args.mllm or args.per_class < 2:
@@ -106,11 +105,8 @@ def balanced(train, per_class, seed):
 
 
 def read_batch(files, size):
-    """Paths → pixels uint8 (B, 3, size, size), or the line of the first that cannot be read."""
-    try:
-        return torch.from_numpy(np.stack([records.load_image(f, size, "probe") for f in files]))
-    except records.BadRecord as e:
-        return f"error: {e}"
+    """Paths → pixels uint8 (B, 3, size, size)."""
+    return torch.from_numpy(np.stack([records.load_image(f, size, "probe") for f in files]))
 
 
 @torch.no_grad()
@@ -126,33 +122,27 @@ def features(args, name, encoder, projector, files, device, path):
            "layer": f"block {len(encoder.blocks)}" + ", normed" * (encoder.family.read == "norm"),
            "preprocessing": f"bicubic {encoder.image_size}, {encoder.mean}, {encoder.std}",
            "images": hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}
-    if path.exists() and not args.overwrite:
+    if path.exists():
         with safe_open(path, "pt") as file:
             old = file.metadata() or {}
         changed = [k for k in key if old.get(k) != key[k]]
         if not changed:
             return
-        if changed != ["images"]:
-            raise SystemExit(f"error: {path} holds features of another {changed[0]} "
-                             f"({old.get(changed[0])}, now {key[changed[0]]}); name another --out, "
-                             f"or --overwrite")
-        print0(f"  {path} was made of other images: computed anew")
+        print0(f"  {path}: {', '.join(changed)} changed, computed anew")
     rank, world = runtime.world()
     starts = range(0, len(files), BATCH)[rank::world]
-    loader = iter(torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         [files[i:i + BATCH] for i in starts], batch_size=None, num_workers=args.workers,
-        collate_fn=partial(read_batch, size=encoder.image_size)))
+        collate_fn=partial(read_batch, size=encoder.image_size))
     made = {"encoder": torch.zeros(len(files), encoder.hidden_size)}
     if projector:
         made["projector"] = torch.zeros(len(files), projector.linear_2.out_features)
-    for i in runtime.progress(0, len(starts), f"{name}, {path.stem.split('-')[-1]} images"):
-        pixels = next(loader)
-        if isinstance(pixels, str):
-            raise SystemExit(pixels)
+    bar = runtime.progress(0, len(starts), f"{name}, {path.stem.split('-')[-1]} images", loader)
+    for pixels, start in zip(bar, starts):
         tokens = encoder(pixels.to(device))                                       # (B, N, D)
         for view, out in made.items():
             seen = projector(tokens) if view == "projector" else tokens
-            out[starts[i]:starts[i] + len(pixels)] = F.normalize(seen.mean(1), dim=1).cpu()
+            out[start:start + len(pixels)] = F.normalize(seen.mean(1), dim=1).cpu()
     made = {view: runtime.sum_tensor(out) for view, out in made.items()}
     rundir.write_whole(path, lambda aside: save_file(made, aside, metadata=key))
 

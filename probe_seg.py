@@ -92,17 +92,14 @@ def square(image, mask, size, classes):
 
 def read_batch(pairs, size, grid, classes):
     """→ pixels (B, 3, S, S), and how many pixels of each class every patch holds (B, N, K) int16,
-    N = grid² row by row; or the line of the first pair that is no good."""
+    N = grid² row by row; raises BadRecord."""
     pixels = np.zeros((len(pairs), 3, size, size), np.uint8)
     counts = np.zeros((len(pairs), grid * grid * classes), np.int16)
     p = size // grid                           # 384 / 14: the convolution leaves 6 pixels out, too
     patch = np.arange(p * grid) // p
     cell = (patch[:, None] * grid + patch) * classes                     # (p·grid, p·grid)
     for i, (image, mask) in enumerate(pairs):
-        try:
-            picture, labels = square(image, mask, size, classes)
-        except records.BadRecord as e:
-            return f"error: {e}"
+        picture, labels = square(image, mask, size, classes)
         pixels[i] = picture.transpose(2, 0, 1)
         counts[i] = np.bincount((cell + labels[:p * grid, :p * grid]).ravel(),
                                 minlength=counts.shape[1])
@@ -116,8 +113,6 @@ def encoded(args, encoder, shares, classes, device):
             shares, batch_size=None, num_workers=args.workers, collate_fn=partial(
                 read_batch, size=encoder.image_size, grid=math.isqrt(encoder.num_tokens),
                 classes=classes)):
-        if isinstance(batch, str):
-            raise SystemExit(batch)
         pixels, counts = map(torch.from_numpy, batch)
         yield torch.cat([encoder(p.to(device)) for p in pixels.split(BATCH)]), counts.to(device)
 
@@ -147,9 +142,9 @@ def train(args, name, encoder, pairs, classes, device):
     warmup = min(500, steps // 4)
     shares = encoded(args, encoder, [[pairs[i] for i in c[rank::world]] for c in chunks], classes,
                      device)
-    for c in runtime.progress(0, len(chunks), f"{name}, {steps} steps"):
-        tokens, counts = next(shares)
-        orders_here = [torch.randperm(len(chunks[c]), generator=g).split(BATCH) for g in orders]
+    bar = runtime.progress(0, len(chunks), f"{name}, {steps} steps", shares)
+    for (tokens, counts), chunk in zip(bar, chunks):
+        orders_here = [torch.randperm(len(chunk), generator=g).split(BATCH) for g in orders]
         for picks in zip(*orders_here):                             # one (batch,) a head
             optimizer.zero_grad()
             for head, pick in zip(heads, picks):
@@ -177,8 +172,8 @@ def test(args, name, encoder, heads, pairs, classes, device):
     positives, best = torch.zeros(len(pairs), classes), torch.zeros(len(pairs), encoder.num_tokens)
     confusion = torch.zeros(len(heads), classes, classes, dtype=torch.float64)
     batches = encoded(args, encoder, [pairs[rows] for rows in shares], classes, device)
-    for b in runtime.progress(0, len(shares), f"{name}, validation"):
-        (tokens, counts), rows = next(batches), shares[b]
+    bar = runtime.progress(0, len(shares), f"{name}, validation", batches)
+    for (tokens, counts), rows in zip(bar, shares):
         positives[rows] = union(counts).sum(1).cpu()
         for s, head in enumerate(heads):
             logits = head(tokens)                                   # (B, N, K)

@@ -19,16 +19,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from model import IMAGE_TOKEN, SYSTEM
+from runtime import BadRecord
 
 MAX_PIXELS = 50_000_000     # a larger image is refused before it is decoded
 MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
 PROMPT, ANSWER, OTHER = 0, 1, 2   # role of a piece's tokens; OTHER is a pair's rejected answer
 Image.MAX_IMAGE_PIXELS = None     # our own bound, above, is checked first
 real_folder = functools.lru_cache(os.path.realpath)
-
-
-class BadRecord(Exception):
-    """A record that cannot be used: the message names file, line and reason."""
 
 
 class Record(NamedTuple):

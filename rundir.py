@@ -22,8 +22,7 @@ import model as m
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
-from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 STOPPED = 75          # exit code of a run that was asked to stop and saved first (EX_TEMPFAIL)
 # Arguments that may differ on resume: they do not change the numbers.
@@ -253,23 +252,19 @@ class Run:
         for key, value in facts.items():
             print0(f"  {key}: {value}")
 
-    def resume(self, model, optimizer=None):
-        """Load the newest whole checkpoint, resharding as needed; truncate the metrics to it."""
+    def resume(self, model, optimizer=()):
+        """Load the newest whole checkpoint, resharding as needed (without an optimizer: weights
+        alone); truncate the metrics to it."""
         reshard(model)
         folder = self.folder / "checkpoints" / f"step-{self.start}"
         remedy = f"; delete {folder}: the run then goes on from the checkpoint before it, if any"
         position = encoders.read_json(folder / "position.json", "lengths", remedy=remedy)
         logging.disable(logging.CRITICAL)      # torch logs a traceback a process; ours is one line
         try:
-            if optimizer is None:
-                state = {"model": get_model_state_dict(model)}
-                dcp.load(state, checkpoint_id=folder)
-                set_model_state_dict(model, state["model"])
-            else:
-                state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-                dcp.load(state, checkpoint_id=folder)
-                set_state_dict(model, optimizer, model_state_dict=state["model"],
-                               optim_state_dict=state["optimizer"])
+            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+            dcp.load(state, checkpoint_id=folder)
+            set_state_dict(model, optimizer, model_state_dict=state["model"],
+                           optim_state_dict=state["optimizer"])
         except dcp.api.CheckpointException as e:       # on every process, whoever met it
             cause = encoders.first_line(next(iter(e.failures.values()))[0])
             raise SystemExit(f"error: cannot read {folder}: {cause}{remedy}")

@@ -28,6 +28,14 @@ transformers_logging.disable_progress_bar()
 MODULES = ("encoder", "projector", "llm")
 
 
+class BadRecord(Exception):
+    """A record or an image that cannot be used: the message names file, line and reason. One met by
+    a DataLoader's worker arrives in a traceback, of which this is the last line."""
+
+    def __init__(self, text):
+        super().__init__(text.strip().rpartition("BadRecord: ")[2])
+
+
 # --------------------------------------------------------------------------------------- processes
 
 def start():
@@ -84,10 +92,11 @@ def print0(*words):
         sys.stdout.flush()
 
 
-def progress(start, end, desc):
-    """range(start, end) as a bar with rate and time left, on the main process alone."""
-    return tqdm(range(start, end), desc=desc, initial=start, total=end, unit="step",
-                disable=not is_main(), dynamic_ncols=True,
+def progress(start, end, desc, what=None):
+    """range(start, end), or what else so many steps give, as a bar with rate and time left, on the
+    main process alone."""
+    return tqdm(range(start, end) if what is None else what, desc=desc, initial=start, total=end,
+                unit="step", disable=not is_main(), dynamic_ncols=True,
                 mininterval=0.5 if sys.stderr.isatty() else 10)
 
 
@@ -274,14 +283,11 @@ class Clock:
         self.batches, self.waited, self.began = iter(loader), 0.0, None
 
     def wait(self):
-        """The next micro-batch on the device; an unreadable image ends the run with its line."""
+        """The next micro-batch on the device; an unreadable image raises BadRecord."""
         t = time.perf_counter()
         self.began = self.began or t
         batch = next(self.batches)
         self.waited += time.perf_counter() - t
-        if "error" in batch:
-            tqdm.write(batch["error"], file=sys.stderr)
-            os._exit(1)     # peers may be inside a collective: leaving must not wait for them
         return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
     def lap(self, step, tokens):
@@ -303,13 +309,14 @@ def launch(main):
     try:
         main()
         stop()
-    except SystemExit as e:
-        if isinstance(e.code, str):
+    except (SystemExit, BadRecord) as e:
+        line = f"error: {e}" if isinstance(e, BadRecord) else e.code
+        if isinstance(line, str):
             if not is_main():
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)     # torchrun ends us meanwhile
                 time.sleep(10)   # a refusal all share is printed once; one of our own follows
             sys.stdout.flush()
-            print(" ".join(e.code.splitlines()), file=sys.stderr, flush=True)
+            tqdm.write(" ".join(line.splitlines()), file=sys.stderr)         # not behind a bar
             os._exit(1)      # not through a collective that the other processes may never enter
         raise
     except KeyboardInterrupt:        # where a run does not heed it: there is nothing to save

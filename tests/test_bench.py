@@ -437,7 +437,7 @@ def test_image_path_alone(tmp_path):
     rows, _ = answer.read_tsv(tmp_path / "MME.tsv")
     assert records.load_image(answer.picture_of("", rows[0]), None, "here").shape == (3, 20, 24)
     write_tsv(tmp_path / "MME.tsv", head, [[1, "../../MME.tsv", "count", Q, "Yes"]])
-    with pytest.raises(SystemExit, match=r"MME.tsv:2: image ../../MME.tsv leaves its folder"):
+    with pytest.raises(records.BadRecord, match=r"MME.tsv:2: image ../../MME.tsv leaves its folder"):
         answer.read_tsv(tmp_path / "MME.tsv")
 
 

@@ -138,7 +138,8 @@ def test_skip_bad_sees_a_truncated_image(tools, folder):
     whole = (folder / "images" / "a.png").read_bytes()
     (folder / "images" / "cut.png").write_bytes(whole[:len(whole) // 2])
     records = [PAIR, {**PAIR, "image": "cut.png"}]
-    assert "error" in samples("pairs", folder, records, tools)[1]
+    with pytest.raises(data.BadRecord, match="cannot be read"):
+        samples("pairs", folder, records, tools)[1]
     s = samples("pairs", folder, records, tools, skip_bad=True)
     assert len(s) == 1 and s.dropped["bad"] == 1
 

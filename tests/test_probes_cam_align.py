@@ -33,6 +33,8 @@ def call(module, capsys, *argv):
     old, sys.argv = sys.argv, [module.__name__, *map(str, argv)]
     try:
         module.main()
+    except runtime.BadRecord as e:
+        raise SystemExit(f"error: {e}")
     finally:
         sys.argv = old
         runtime.stop()

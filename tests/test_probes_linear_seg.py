@@ -2,6 +2,7 @@
 nothing and encoders that know everything."""
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def call(monkeypatch):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
         try:
             module.main()
+        except runtime.BadRecord as e:            # as launch() says it
+            raise SystemExit(f"error: {e}")
         finally:
             runtime.stop()
     return call
@@ -222,8 +225,8 @@ def test_linear_tells_seer_from_blind(call, eyes, classes8, capsys):
     Fake.calls = 0
     call(probe_linear, "--encoder", *eyes, "--data", classes8, *LINEAR, "--seeds", 2)
     assert Fake.calls == 0 and (out / "results.json").read_bytes() == first
-    call(probe_linear, "--encoder", *eyes, "--data", classes8, *LINEAR, "--seeds", 2,
-         "--overwrite")
+    shutil.rmtree(out / "features")
+    call(probe_linear, "--encoder", *eyes, "--data", classes8, *LINEAR, "--seeds", 2)
     assert Fake.calls and (out / "results.json").read_bytes() == first
 
 
@@ -237,14 +240,17 @@ def test_cached_features_are_never_anothers(call, eyes, classes8, tmp_path, caps
     assert torch.allclose(before.norm(dim=1), torch.ones(160), atol=1e-5)
     os.replace(made / "seer-val.safetensors", made / "blind-val.safetensors")
     os.replace(made / "seer-seed0.safetensors", made / "blind-seed0.safetensors")
-    line = error_of(call, probe_linear, "--encoder", eyes[1], *words)
-    assert "blind-seed0.safetensors holds features of another encoder" in line
+    capsys.readouterr()
+    call(probe_linear, "--encoder", eyes[1], *words)
+    assert "blind-seed0.safetensors: encoder changed, computed" in capsys.readouterr().out
+    assert not torch.equal(load_file(made / "blind-val.safetensors")["encoder"], before)
     call(probe_linear, "--encoder", eyes[0], *words)
+    assert torch.equal(load_file(made / "seer-val.safetensors")["encoder"], before)
     picture(np.full((12, 12), 3)).save(classes8 / "val" / "class0" / "0.png")
     capsys.readouterr()
     call(probe_linear, "--encoder", eyes[0], *words)
     said = capsys.readouterr().out
-    assert "seer-val.safetensors was made of other images: computed anew" in said
+    assert "seer-val.safetensors: images changed, computed anew" in said
     assert "seer-seed0" not in said
     after = load_file(made / "seer-val.safetensors")["encoder"]
     assert not torch.allclose(after[0], before[0]) and not list(made.glob("*.tmp"))
