@@ -40,7 +40,8 @@ def find(path):
     config = file_at(path, "config.json")
     if config and "architecture" not in read_json(config):       # timm's names one there
         return None
-    if not config and not file_at(path, "open_clip_config.json"):
+    said = file_at(path, "open_clip_config.json")             # load() reads both beside the weights
+    if not config and not said:
         return None
     for name in WEIGHTS:
         if file := file_at(path, name):
@@ -55,10 +56,8 @@ def read(file, device):
         if file.suffix == ".safetensors":
             from safetensors import safe_open
             with safe_open(file, "pt") as tensors:
-                if device == "meta":
-                    return {k: torch.empty(tensors.get_slice(k).get_shape(), device=device)
-                            for k in tensors.keys()}
-                return {k: tensors.get_tensor(k) for k in tensors.keys()}
+                return {k: torch.empty(tensors.get_slice(k).get_shape(), device=device)
+                        if device == "meta" else tensors.get_tensor(k) for k in tensors.keys()}
         facts = torch.load(file, map_location=device, weights_only=True)
     except Exception as e:
         raise SystemExit(f"error: cannot read {file}: {first_line(e)}")

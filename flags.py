@@ -135,14 +135,14 @@ def settle_two_steps(parser, stage, second, paper, toy):
     return args
 
 
-def settle(parser, stage, paper, toy, parent=None, argv=None):
+def settle(parser, stage, paper, toy, parent=None):
     """Parse, then fill every flag left open: parent stage → toy's values → paper's values.
 
     parent: name of the stage whose final/ is trained on. Prints what is inherited, and where a
     toy's values differ from the paper's. raises SystemExit with the missing command when the
     parent is not there.
     """
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     typed = {k for k, v in vars(args).items() if v is not None}
     inherited = {}
     args.run_typed = args.run is not None

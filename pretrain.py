@@ -124,8 +124,7 @@ def main():
     if args.plan:
         return show_plan(args, phases(args))
     device = runtime.start()
-    facts = rundir.parents(args)
-    run = rundir.Run(Path(args.run, "pretrain"), args, facts)
+    run = rundir.Run(Path(args.run, "pretrain"), args, facts := rundir.parents(args))
     model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
     train(args, run, device, model, tokenizer, facts, phases(args))
 

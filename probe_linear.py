@@ -65,8 +65,10 @@ def get_args():
 
 def short_names(paths, flag="encoder"):
     """runs/x/dpo/encoder → dpo; where names agree, as much more of the path as tells them apart."""
-    places = [Path(encoders.resolve(p)).resolve() for p in paths]
+    places = [Path(encoders.resolve(encoders.parts_of(p)[0])).resolve() for p in paths]
     for path, place in zip(paths, places):
+        if len(encoders.parts_of(path)) > 1:
+            raise SystemExit(f"error: --{flag} {path}: one model at a time, not A+B")
         if places.count(place) > 1:
             raise SystemExit(f"error: --{flag} {path} is given twice")
     parts = [p.parts[:-1] if p.name in ("encoder", "final") else p.parts for p in map(Path, paths)]
@@ -122,9 +124,9 @@ def features(args, name, encoder, projector, files, device, path):
            "layer": f"block {len(encoder.blocks)}" + ", normed" * (encoder.family.read == "norm"),
            "preprocessing": f"bicubic {encoder.image_size}, {encoder.mean}, {encoder.std}",
            "images": hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            old = file.metadata() or {}
+    old = runtime.from_main(                                  # by one, for all
+        lambda: safe_open(path, "pt").metadata() or {} if path.exists() else None)
+    if old is not None:
         changed = [k for k in key if old.get(k) != key[k]]
         if not changed:
             return

@@ -17,6 +17,7 @@ Writes  runs/NAME/repair/<encoder>/: what a training stage writes, and bench/: p
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import flags
@@ -67,7 +68,7 @@ def get_args():
                         help="print one table of models already scored, and each one's differences "
                         "to the first, with intervals; nothing is run")
     parser.set_defaults(seed=1)      # not stage 1's: its projector began there, this one is new
-    typed, _ = parser.parse_known_args()
+    typed, _ = parser.parse_known_args([x for x in sys.argv[1:] if x not in ("-h", "--help")])
     made = Path(typed.mllm or "").parent / "config.json"
     if typed.mllm and not typed.llm and made.exists():        # a toy's LLM has a toy's defaults
         parser.set_defaults(llm=encoders.read_json(made, "arguments")["arguments"]["llm"])
@@ -238,7 +239,8 @@ def main():
     device = runtime.start()
     suffix = "bench" + "-drawn" * (args.temperature > 0) + "-wrong-image" * args.wrong_image
     if args.mllm:
-        evaluate(args, Path(args.mllm), device, Path(args.mllm).parent / suffix)
+        beside = Path(args.mllm).parent if Path(args.mllm).name == "final" else Path(args.mllm)
+        evaluate(args, Path(args.mllm), device, beside / suffix)
         return
     folder = repair_folder(args)
     if args.rescore:

@@ -37,20 +37,17 @@ def sha256(*files):
     sha = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:
-            while block := f.read(1 << 24):
-                sha.update(block)
+            hashlib.file_digest(f, lambda: sha)
     return sha.hexdigest()[:16]
 
 
-def weights_of(model):
-    """The files that hold a model's numbers: a folder's safetensors, or pickles; or it is one."""
-    return [model] if Path(model).is_file() else \
-        sorted(Path(model).glob("*.safetensors")) or sorted(Path(model).glob("*.bin"))
-
-
 def digest_of(model):
-    """sha256 over a model's weight files; a name on the hub stands for itself."""
-    return sha256(*weights_of(model)) if Path(model).exists() else str(model)
+    """sha256 over a model's weights: a file, or a folder's safetensors or pickles; a name on the
+    hub stands for itself."""
+    folder = Path(model)
+    files = [folder] if folder.is_file() else \
+        sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return sha256(*files) if folder.exists() else str(model)
 
 
 def file_digest(model):
@@ -60,9 +57,8 @@ def file_digest(model):
 
 def parents(args):
     """What stage 1, or a re-paired model, is made of, for config.json: {"encoder_digest": …, …}."""
-    digests = ["+".join(file_digest(encoders.resolve(part)) for part in parts)
-               for parts in (encoders.parts_of(args.encoder), [args.llm])]
-    return dict(zip(("encoder_digest", "llm_digest"), digests))
+    return {f"{what}_digest": "+".join(file_digest(encoders.resolve(part)) for part in parts) for
+            what, parts in (("encoder", encoders.parts_of(args.encoder)), ("llm", [args.llm]))}
 
 
 def write_whole(path, write):

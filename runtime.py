@@ -324,7 +324,8 @@ def launch(main):
         os._exit(130)
     except torch.cuda.OutOfMemoryError as e:
         print(f"error: out of GPU memory: {str(e).splitlines()[0][:90]}; lower --micro-batch or "
-              f"add --activation-checkpointing, the sums stay the same (--plan says what fits); "
+              f"add --activation-checkpointing, the sums stay the same (--plan says what fits; "
+              f"where it answers: --eval-batch); "
               f"what was saved before is whole", file=sys.stderr, flush=True)
         os._exit(1)
     except RuntimeError as e:

@@ -100,11 +100,12 @@ def letter(prediction, answer, options):
     """Does the prediction choose option `answer`? "B", "(b)", "Answer: B.", "B. cat", "cat" do.
 
     Cambrian: what follows the last "answer is" / "answer:" counts, its first character decides.
-    Ours wants that character to stand alone, lest "Because" be B; before a blank it may be the
-    article ("a cat"), so there an option named by its text goes first.
+    Ours wants that character to stand alone, also alone on its line, lest "Because" be B; before a
+    blank it may be the article ("a cat"), so there an option named by its text goes first.
     """
-    text = plain(re.split(r"answer is|answer:", prediction.lower())[-1])
-    alone = re.match(r"[ .():]*([a-z])(?:$|[.,:;)])", text)
+    said = re.split(r"answer is|answer:", prediction.lower())[-1]
+    text = plain(said)
+    alone = re.match(r"[\s.():*]*([a-z])(?:[\s.]*$|[.,:;)*]|\s*\n)", said)
     if not alone:
         texts = {k: plain(v) for k, v in options.items() if plain(v)}
         found = [k for k, v in texts.items() if v == text] or \

@@ -449,6 +449,8 @@ ROWS = [Row(*row) for row in [
     ("extract", "--out holds another model's", "--stage pretrain --out BOX/eye",
      ["BOX/eye holds the encoder of another model than RUN/pretrain/final", "--overwrite"],
      lambda b: put(b / "eye/config.json", {"pivot_source": "of another one"})),
+    ("pretrain", "another encoder at the same place", "", ["begun with encoder_digest"],
+     lambda b: change(b / "run/pretrain/config.json", "encoder_digest", "0"), "pretrain"),
     ("extract", "stage 1 was made anew", "", ["RUN/pretrain/final was trained anew"],
      lambda b: [dpo_is(b, "dpo"), change(b / "run/dpo/config.json", "parent_digest", "0")]),
     ("extract", "--out below a file", "--stage pretrain --out DATA/captions.json/eye",

@@ -28,7 +28,8 @@ OPTIONS = {"A": "dog", "B": "cat"}
     ("Not A. The answer is (B).", True), ("cat", True), ("Cat.", True), ("It is a cat.", True),
     ("a cat", True), ("A", False), ("A, B", False), ("A and B", False), ("B or A", True),
     ("cat or dog", False), ("category", False), ("Because of its tail", False), ("", False),
-    ("  \n", False), ("C", False), ("café", False), ("Ⓑ", False), ("BB", False)])
+    ("B\nThe dog is left of the cat.", True), ("**B**", True), ("b \n\nNot a dog.", True), ("B .", True),
+    ("A\nIt is not a cat.", False), ("  \n", False), ("C", False), ("café", False), ("Ⓑ", False), ("BB", False)])
 def test_letter(prediction, right):
     """The gold is B, a cat."""
     assert score.letter(prediction, "B", OPTIONS) == right
