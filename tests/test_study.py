@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import signal
 import sys
 
 import pytest
@@ -349,6 +350,7 @@ def test_a_rate_too_high_is_a_result_and_never_chosen(toy_study):
 def test_asked_to_stop_it_stops_and_goes_on(toy_study):
     """The signal comes from the running command itself, so that no clock is in the test."""
     s = toy_study
+    signal.signal(signal.SIGINT, signal.default_int_handler)      # as main() does: `&` ignores it
     stop = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
     s.result("vqa", "b", ["a"], {"vqa": 1}, lambda: [[sys.executable, "-c", stop]] * 2, lambda: {})
     with pytest.raises(SystemExit, match="the same command goes on"):
