@@ -40,8 +40,7 @@ def find(path):
     config = file_at(path, "config.json")
     if config and "architecture" not in read_json(config):       # timm's names one there
         return None
-    said = file_at(path, "open_clip_config.json")             # load() reads both beside the weights
-    if not config and not said:
+    if not any([config, file_at(path, "open_clip_config.json")]):     # both: load() reads either
         return None
     for name in WEIGHTS:
         if file := file_at(path, name):

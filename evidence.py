@@ -38,9 +38,8 @@ def repaired(run, names):
     if found.keys() >= {*two}:
         apart = dict(report.differences({n: found[n] for n in two},
                                         {n: report.units_beside(paths[n]) for n in two}))
-    looked = ", some with --limit" * any(r.get("limit") for r in found.values())
     labels = [x for x in (*score.GROUPS, "Average") if any(x in m for m in means.values())]
-    return [(x + looked, [*(f"{means[n][x]:.1f}" if x in means.get(n, {}) else "–" for n in names),
+    return [(x, [*(f"{means[n][x]:.1f}" if x in means.get(n, {}) else "–" for n in names),
                  apart.get(x, "–")]) for x in labels]
 
 

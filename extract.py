@@ -94,8 +94,8 @@ def main():
     if out.exists():
         held = out / "config.json"
         held = encoders.read_json(held).get("pivot_source") if held.is_file() else None
-        if not held:
-            raise SystemExit(f"error: --out {out} is not an extracted encoder, it is left alone; "
+        if args.out and not held:
+            raise SystemExit(f"error: --out {out} was not written by extract.py and is left alone; "
                              f"name another folder")
         if held != source and not args.overwrite:
             raise SystemExit(f"error: {out} holds the encoder of another model than {stage}/final; "

@@ -117,7 +117,7 @@ def difference(folder, arguments, facts={}):
     pairs = [(f"--{k.replace('_', '-')}", old["arguments"][k], v)
              for k, v in json.loads(json.dumps(arguments, default=str)).items()
              if k not in FREE and k in old["arguments"]]
-    pairs += [(k, old.get(k), v) for k, v in facts.items()]
+    pairs += [(k, old[k], v) for k, v in facts.items() if k in old]
     parent = folder.parent / "pretrain" / "final"
     if "parent_digest" in old and "parent_digest" not in facts and parent.exists():
         pairs += [("parent_digest", old["parent_digest"], digest_of(parent))]
@@ -143,7 +143,7 @@ def finished(folder, args, facts={}):
 
 def torchrun_id():
     """Which torchrun started this process, the same after its restarts; None without torchrun."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")          # "none" with a --master-port of one's own
+    name = os.environ.get("TORCHELASTIC_RUN_ID")          # "none" without --standalone or an id
     return name and f"{name} {os.getppid()}"
 
 
@@ -205,7 +205,8 @@ class Run:
                         f"name another --run-dir")
 
     def heed_signals(self):
-        """From here on SIGTERM and Ctrl-C let the step end and save it; before, nothing is lost."""
+        """From here on SIGTERM and Ctrl-C let the step end and save it. Before, there is nothing to
+        save but the reference log-probs of DPO, and they end the process at once."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask_to_stop)
 
@@ -295,14 +296,14 @@ class Run:
         if asked or done % self.args.save_every == 0:
             self.save(done, model, optimizer)
         if asked:
-            print0(f"asked to stop: saved after {done} steps; the same command "
+            print0(f"asked to stop: the same command "
                    f"{'without --overwrite ' * self.args.overwrite}goes on from there")
             stop()
             raise SystemExit(STOPPED)
 
     def save(self, done, model, optimizer):
         """Shards, position and metric lengths: written aside, fsynced, renamed; the last K stay."""
-        folder = self.folder / "checkpoints" / f"step-{done}"
+        folder, began = self.folder / "checkpoints" / f"step-{done}", time.perf_counter()
         aside = folder.with_name(f"writing-{done}")
         if is_main():
             shutil.rmtree(aside, ignore_errors=True)
@@ -328,6 +329,7 @@ class Run:
             for old in kept[:-self.args.keep]:
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
+        print0(f"  saved after {done} steps, in {time.perf_counter() - began:.2f} s")
 
     def card(self, folder):
         """README.md of final/: where this model comes from, and what training moved."""

@@ -93,8 +93,8 @@ def print0(*words):
 
 
 def progress(start, end, desc, what=None):
-    """range(start, end), or what else so many steps give, as a bar with rate and time left, on the
-    main process alone."""
+    """A bar with rate and time left, on the main process alone, over range(start, end), or over
+    `what`, which gives as many items."""
     return tqdm(range(start, end) if what is None else what, desc=desc, initial=start, total=end,
                 unit="step", disable=not is_main(), dynamic_ncols=True,
                 mininterval=0.5 if sys.stderr.isatty() else 10)
@@ -212,8 +212,8 @@ def adamw(model, rates):
             groups.append({"params": trained, "lr": lr, "peak": lr, "name": name})
     if not groups:
         raise SystemExit("error: every learning rate is 0: nothing would be trained")
-    # FSDP2 notes at a gather in which dtype gradients are summed, of tensors that then have any:
-    # what phase 1a froze would be summed in bf16 in 1b. So let it look again.
+    # FSDP2 settles at the first forward in which dtype a block's gradients are summed; not at all
+    # where they are frozen, as in phase 1a, and then 1b would sum in bf16. unshard() settles anew.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
