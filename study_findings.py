@@ -57,13 +57,11 @@ class Results:
 
     def __init__(self, out):
         self.out, self.values, self.seconds, self.codes = Path(out), {}, 0.0, set()
-        self.unbound = 0                 # made before study.ARITHMETIC bound them to AVX2
         for path in sorted(self.out.glob("*/*.json")):
             found = json.loads(path.read_text())
             self.seconds += found["seconds"]
             self.codes.add(found["code"])
             part, name = path.parent.name, path.stem
-            self.unbound += part != "made" and "arithmetic" not in found
             seed = re.match(r"seed-(\d+)-?", name)
             key = (part, name[seed.end():] if seed else name)
             self.values.setdefault(key, {})[int(seed[1]) if seed else 0] = found["values"]

@@ -54,13 +54,18 @@ def summarise(results, plan=FULL):
                for name, m, part in (
                    ("the model", "vqa average", "vqa"), ("linear probe", "linear", "eye"),
                    ("segmentation", "seg", "eye"), ("re-paired", "repair average", "repair"))}
-    chosen = results.values.get(("lr", "chosen"), {}).get(0, {})
-    rate = {method: v["rate"] for method, v in chosen.items()}
+
+    def choice(of):
+        """→ the rates chosen, and what they say of the finding."""
+        rate = {k: v["rate"] for k, v in of.values.get(("lr", "chosen"), {}).get(0, {}).items()}
+        return rate, rate and {
+            "text": f"{short(rate['dpo'])}, {short(rate['sft'])}",
+            "verdict": "holds" if rate["dpo"] < rate["sft"] else
+            "does not" if rate["dpo"] > rate["sft"] else "undecided"}
+    (rate, said), (earlier, before) = choice(results), choice(first)
     found.append({"part": "lr", "finding": "best learning rate: DPO's below SFT's (no interval)",
-                  "paper": "1e-6, 5e-6", "verdict": "not run yet", **({
-                      "text": f"{short(rate['dpo'])}, {short(rate['sft'])}",
-                      "verdict": "holds" if rate["dpo"] < rate["sft"] else
-                      "does not" if rate["dpo"] > rate["sft"] else "undecided"} if rate else {})})
+                  "paper": "1e-6, 5e-6", "verdict": "not run yet", **said,
+                  **({"first": before} if before else {})})
 
     def against(base, others, rows):
         """Of each measure the condition `base` as it is, and the others minus it."""
@@ -82,12 +87,13 @@ def summarise(results, plan=FULL):
     return {"seeds": len(results.values.get(("vqa", ""), {})), "findings": found,
             "each_minus_stage1": against("stage1", ("sft", "dpo"), measures()),
             "each_minus_original": against("original", ("stage1", "sft", "dpo"), of_encoders),
-            "controls": controls, "chosen": rate, "rates": rates, "untuned": untuned,
+            "controls": controls, "chosen": earlier or rate, "better": rate,
+            "rates": rates, "untuned": untuned,
             "validation_stage1": cell(results.combined([(1, (
                 "vqa average", "lr", "stage1", "stage1"))])),
             "edge": [k for k, r in rate.items() if r in (plan["rates"][0], plan["rates"][-1])],
             "hours_of_one_core": round(results.seconds / 3600, 1),
-            "codes": len(results.codes), "unbound": results.unbound,
+            "codes": len(results.codes),
             "wrong_answers": {str(s): v["counts"] for s, v in kinds.items()},
             "blind": cell([100 * v["blind"]["sampled"] for v in kinds.values()]),
             "smallest_effect": {k: smallest_effect(plan["seeds"], questions) for k, questions in (
@@ -131,11 +137,12 @@ def section(summary, plan=FULL):
                 f"SFT {short(s['chosen']['sft'])}, DPO {short(s['chosen']['dpo'])} (the paper's: "
                 f"5e-6 and 1e-6; the grid: {short(plan['rates'][0])} to "
                 f"{short(plan['rates'][-1])})."
+                + "".join(f" Tuned again, with sums bound, {m.upper()}'s best is {short(r)}; all "
+                          "else was trained at the first choice." for m, r in s["better"].items()
+                          if r != s["chosen"][m])
                 + "".join(f" **{m.upper()}'s is at the edge of the grid**: a better one may lie "
                           "outside." for m in s["edge"])
-                + (f" Made by {s['codes']} states of this code." if s["codes"] > 1 else "")
-                + (f" {s['unbound']} of the results were made before all were bound to one way of "
-                   "rounding sums (the log in results/README.md)." if s["unbound"] else ""), ""]
+                + (f" Made by {s['codes']} states of this code." if s["codes"] > 1 else ""), ""]
     else:
         out += ["**The full study has not been run yet.**", ""]
     out += [f"The smallest difference that {plan['seeds']} seeds find with a power of 80 %, if a "
@@ -208,7 +215,7 @@ def draw_lr(axis, s):
         axis.axhline(s["validation_stage1"]["mean"], color="black", linewidth=0.6, linestyle="--",
                      label="stage 1")
     axis.set_xscale("log")
-    axis.set_xlabel("learning rate (star: chosen)")
+    axis.set_xlabel("learning rate (star: as trained)")
     axis.set_ylabel("validation average, %")
     axis.legend(loc="lower left")
 
@@ -323,8 +330,7 @@ def put_section(readme, text):
 def differing(one, other):
     """Results that both folders hold, and of those whose values differ the largest difference of
     numbers (0: other words, or a number is missing): ([path, …], {path: number}). A seed that is
-    run again gives the same to the last bit, but for results that do not say AVX2 (`arithmetic`):
-    these were made before sums were bound to it."""
+    run again, at the same rates, gives the same to the last bit."""
     def numbers(value, key=""):
         if isinstance(value, dict):
             return {k: n for inner, v in value.items() for k, n in numbers(v, f"{key}/{inner}")

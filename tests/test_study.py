@@ -609,7 +609,7 @@ def test_controls_from_full_results(tmp_path):
 def test_section_says_what_diverged_and_where_the_grid_ends(tmp_path):
     plan, out = study_plan.FULL, tmp_path / "results"
     fake_results(out, plan)
-    lost = {"values": {"diverged": "loss nan"}, "seconds": 1, "code": "then"}    # not bound
+    lost = {"values": {"diverged": "loss nan"}, "seconds": 1, "code": "then"}
     study_pairs.write(out / "made/seed-3-size-480-dpo.json", lost)
     (out / "size/seed-3-480.json").unlink()
     study_pairs.write(out / "repair/seed-1.json", lost)
@@ -623,7 +623,6 @@ def test_section_says_what_diverged_and_where_the_grid_ends(tmp_path):
     assert found["800 pairs: DPO above SFT"] == "holds"
     text = report.section(summary, plan)
     assert "Made by 2 states of this code." in text
-    assert "2 of the results were made before all were bound to one way of rounding" in text
     assert "**SFT's is at the edge of the grid**" in text and "DPO's is at the edge" not in text
 
 
@@ -637,11 +636,18 @@ def test_what_was_run_twice_is_shown_beside(tmp_path):
         if path.parent.name == "vqa":
             found["values"]["dpo"] = found["values"]["sft"]
             study_pairs.write(path, found)
+        elif path.name == "chosen.json":
+            study_pairs.write(path, {**found, "values": {"sft": {"rate": 1e-4}, "dpo": {"rate": 1e-5}}})
         elif path.parent.name != "eye":
             path.unlink()
     summary = report.summarise(report.Results(out), plan)
     rows = {f["finding"]: f for f in summary["findings"] if "first" in f}
-    assert {f["part"] for f in rows.values()} == {"vqa", "eye", "size"}          # 3,200: vqa's
+    assert {f["part"] for f in rows.values()} == {"vqa", "eye", "size", "lr"}    # 3,200: vqa's
+    best = next(f for f in rows.values() if f["part"] == "lr")
+    assert (best["text"], best["verdict"]) == ("1e-4, 1e-4", "undecided")
+    assert best["first"] == {"text": "1e-5, 1e-4", "verdict": "holds"}
+    assert summary["chosen"] == {"sft": 1e-4, "dpo": 1e-5}, "all else was trained at these"
+    assert "DPO's best is 1e-4; all else was" in report.section(summary, plan)
     one = rows["the model, average: DPO above SFT"]
     assert (one["mean"], one["verdict"]) == (pytest.approx(2.2), "holds")
     assert (one["first"]["mean"], one["first"]["verdict"]) == (0, "undecided")
