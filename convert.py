@@ -40,7 +40,7 @@ def find(path):
     config = file_at(path, "config.json")
     if config and "architecture" not in read_json(config):       # timm's names one there
         return None
-    if not any([config, file_at(path, "open_clip_config.json")]):     # both: load() reads either
+    if not any([config, file_at(path, "open_clip_config.json")]):     # fetched anyway, for load()
         return None
     for name in WEIGHTS:
         if file := file_at(path, name):

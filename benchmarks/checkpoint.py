@@ -57,7 +57,7 @@ def main():
                    "--max-steps", args.steps, "--projector-max-steps", 1, "--save-every",
                    args.every, "--keep", 1]
         # As a run of its own disk use shows: watch the newest checkpoint while it is there.
-        process = subprocess.Popen([str(c) for c in command], cwd=ROOT, 
+        process = subprocess.Popen([str(c) for c in command], cwd=ROOT,
                                    stdout=open(folder / "log", "w"))
         size = 0
         while process.poll() is None:
