@@ -9,7 +9,6 @@ RUN := runs/toy-vit__toy-lm
 EYES := toy-vit $(RUN)/sft/encoder $(RUN)/dpo/encoder
 
 .PHONY: demo test real reproduce bench kill clean
-# torchrun and DataLoader workers each start processes: threads are for one process alone.
 
 .venv/done: requirements-dev.txt requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \

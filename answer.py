@@ -15,7 +15,7 @@ from pathlib import Path
 
 import runtime
 import records
-import model as m
+import folders
 import score
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -144,14 +144,15 @@ class Questions(torch.utils.data.Dataset):
 
     def __init__(self, tsv, rows, shown, tokenizer, encoder, ocr_tokens=False):
         self.tsv, self.shown, self.size = Path(tsv), shown, encoder.image_size
-        image_id = tokenizer.convert_tokens_to_ids(m.IMAGE_TOKEN)
-        prompts = [records.user_turn(score.prompt_of(self.tsv.stem, r, ocr_tokens), True, m.SYSTEM)
+        image_id = tokenizer.convert_tokens_to_ids(records.IMAGE_TOKEN)
+        prompts = [records.user_turn(score.prompt_of(self.tsv.stem, r, ocr_tokens), True,
+                                     records.SYSTEM)
                    for r in rows]
         self.ids = []
         for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]:
             if ids.count(image_id) != 1:
                 raise SystemExit(f"error: {rows[len(self.ids)]['where']}: the question holds "
-                                 f"{m.IMAGE_TOKEN}")
+                                 f"{records.IMAGE_TOKEN}")
             at = ids.index(image_id)
             self.ids.append(ids[:at] + [image_id] * encoder.num_tokens + ids[at + 1:])
 
@@ -214,7 +215,7 @@ def answer(args, model, tokenizer, device, path, rows, shown, folder):
     batches = [todo[i:i + args.eval_batch] for i in range(0, len(todo), args.eval_batch)]
     loader = torch.utils.data.DataLoader(questions, batch_sampler=batches, collate_fn=collate,
                                          num_workers=min(args.workers, len(batches)))
-    stops = m.stop_ids(tokenizer)
+    stops = folders.stop_ids(tokenizer)
     with open(own, "a", encoding="utf-8") as file:
         for index, pixels, ids, mask in runtime.progress(0, len(batches), name, loader):
             seeds = [seed_of(args.seed, name, rows[i]["index"]) for i in index] \

@@ -1,4 +1,4 @@
-"""Other people's layouts → a transformers class, key by key; another input size; nothing guessed.
+"""Weights in other layouts → a transformers class, by renaming keys; and other input sizes.
 
     timm       ViT (cls_token, blocks.i.attn.qkv, …) and ConvNeXt (stem, stages.i.blocks.j, …)
     MoCo v3    the original .pth.tar: timm's ViT under module.base_encoder., the momentum twin and
@@ -79,21 +79,23 @@ def load(file, device="cpu"):
     raw = read(file, device)
     moco = any(k.startswith("module.base_encoder.") for k in raw)
     state = under(under(under(raw, "module.base_encoder."), "visual."), "trunk.")
-    said, timm = file.parent / "open_clip_config.json", file.parent / "config.json"
-    said = read_json(said, "model_cfg") if said.is_file() else {}
-    timm = read_json(timm) if timm.is_file() else {}
-    pixels = said.get("preprocess_cfg") or timm.get("pretrained_cfg") or {}    # mean, std
+
+    def beside(name, *keys):
+        path = file.parent / name
+        return read_json(path, *keys) if path.is_file() else {}
+    open_clip, timm = beside("open_clip_config.json", "model_cfg"), beside("config.json")
+    pixels = open_clip.get("preprocess_cfg") or timm.get("pretrained_cfg") or {}    # mean, std
     if "stem.0.weight" in state:
-        config, names = timm_convnext(state, said)
+        config, names = timm_convnext(state, open_clip)
     elif "cls_token" in state and "patch_embed.proj.weight" in state:
         config, names = timm_vit(state, file, MOCO_HEADS if moco else HEADS)
-    elif "class_embedding" in state and said:
-        config, names = open_clip_vit(state, said["model_cfg"])
+    elif "class_embedding" in state and open_clip:
+        config, names = open_clip_vit(state, open_clip["model_cfg"])
     else:
         raise SystemExit(f"error: {file} is in none of the layouts known here (timm's ViT with a "
                          f"CLS token and ConvNeXt, MoCo v3, open_clip with its "
                          f"open_clip_config.json beside it); first key: {next(iter(state))}")
-    mean, std = (encoders.CLIP_MEAN, encoders.CLIP_STD) if said else encoders.IMAGENET
+    mean, std = (encoders.CLIP_MEAN, encoders.CLIP_STD) if open_clip else encoders.IMAGENET
     return fill(config, state, names, file), pixels.get("mean", mean), pixels.get("std", std)
 
 

@@ -7,6 +7,7 @@ instead). And the order of samples is a function of (seed, epoch) alone.
 import functools
 import hashlib
 import itertools
+import math
 import os
 import signal
 from collections import Counter
@@ -20,8 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import records
-from model import CHOSEN, IGNORE, IMAGE_TOKEN, PADDING, REJECTED, SHARED
-from records import ANSWER, OTHER, PROMPT, BadRecord
+import runtime
+from model import CHOSEN, IGNORE, PADDING, REJECTED, SHARED
+from records import ANSWER, IMAGE_TOKEN, OTHER, PROMPT, BadRecord
 
 MAX_TEXT = 1500             # text tokens of prompt + answer, for either answer of a pair (MMPR)
 MAX_LENGTH = 2048           # the same with the image tokens
@@ -38,7 +40,7 @@ class Samples(torch.utils.data.Dataset):
     """
 
     def __init__(self, kind, sources, tokenizer, encoder, max_length, num_samples=None, seed=0,
-                 skip_bad=False, verbose=os.environ.get("RANK", "0") == "0"):
+                 skip_bad=False, verbose=True):
         make = {"captions": records.caption_record, "conversations": records.conversation_record,
                 "pairs": records.pair_record}[kind]
         self.kind, self.size, self.num_image_tokens = kind, encoder.image_size, encoder.num_tokens
@@ -50,6 +52,7 @@ class Samples(torch.utils.data.Dataset):
         if num_samples is not None:
             raw = list(raw)
             raw = [raw[i] for i in np.random.default_rng(seed).permutation(len(raw))]
+        most = math.inf if num_samples is None else num_samples
         self.dropped, kept, texts = Counter(), [], []
         self.text_only = self.read = 0
         ids, roles, offsets = [], [], [0]
@@ -65,8 +68,7 @@ class Samples(torch.utils.data.Dataset):
         def flush():
             """Tokenise what was collected, in one call, and apply the length rule."""
             if skip_bad:           # Pillow decodes beside Python: a thread a core
-                cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-                with ThreadPoolExecutor(cores) as pool:
+                with ThreadPoolExecutor(max(1, os.cpu_count() // runtime.local_world())) as pool:
                     good = list(pool.map(readable, texts))
                 self.dropped.update(["bad"] * good.count(False))
                 texts[:] = itertools.compress(texts, good)
@@ -82,7 +84,7 @@ class Samples(torch.utils.data.Dataset):
                 total = text + (self.num_image_tokens if record.image else 0)
                 if total > self.max_length or (kind == "pairs" and text > MAX_TEXT):
                     self.dropped["over-long"] += 1
-                elif num_samples is None or len(kept) < num_samples:
+                elif len(kept) < most:
                     kept.append(record._replace(pieces=None))
                     self.text_only += record.image is None
                     ids.append(np.concatenate(parts).astype(np.int32))
@@ -91,31 +93,20 @@ class Samples(torch.utils.data.Dataset):
                     offsets.append(offsets[-1] + len(ids[-1]))
             texts.clear()
 
-        for where, item, root in tqdm(raw, f"reading {kind}", disable=not verbose, leave=False):
-            if num_samples is not None and len(kept) >= num_samples:
+        silent = not (verbose and runtime.is_main())
+        for where, item, root in tqdm(raw, f"reading {kind}", disable=silent, leave=False):
+            if len(kept) >= most:
                 break
             self.read += 1
             try:
-                item = records.parse(where, item)
-                image = records.image_of(item, root, where)
-                if image == "many":
-                    self.dropped["multi-image"] += 1
-                    continue
-                record = make(where, item, image)
-                # The template's own special tokens are ours; any in the data's text would be read
-                # as structure (a second image, a forged turn), so the item is dropped.
-                bare = "".join(p for p, _ in record.pieces)
-                expected = records.template_count(record, special)
-                if any(bare.count(t) != n for t, n in expected.items()):
-                    self.dropped["special token in text"] += 1
-                    continue
+                record = self.record(make, where, item, root, special)
             except BadRecord as e:
                 if not skip_bad:
                     raise SystemExit(f"error: {e}  (--skip-bad drops and counts such records)")
                 self.dropped["bad"] += 1
                 continue
-            texts.append(record)
-            if len(texts) >= min(1024, num_samples or 1024):
+            texts += [record] if record else []
+            if len(texts) >= min(1024, most):
                 flush()
         flush()
         # Arrays, not lists: a worker counts references to each string it reads of a list, and so
@@ -129,6 +120,23 @@ class Samples(torch.utils.data.Dataset):
                              f"(dropped: {dict(self.dropped)})")
         self.ids, self.roles = np.concatenate(ids), np.concatenate(roles)
         self.offsets = np.array(offsets)
+
+    def record(self, make, where, item, root, special):
+        """One raw item → Record, or None, counted, where the recipe has no use for it."""
+        item = records.parse(where, item)
+        image = records.image_of(item, root, where)
+        if image == "many":
+            self.dropped["multi-image"] += 1
+            return None
+        record = make(where, item, image)
+        # The template's own special tokens are ours; any in the data's text would be read as
+        # structure (a second image, a forged turn), so the item is dropped.
+        bare = "".join(p for p, _ in record.pieces)
+        expected = records.template_count(record, special)
+        if any(bare.count(t) != n for t, n in expected.items()):
+            self.dropped["special token in text"] += 1
+            return None
+        return record
 
     def __len__(self):
         return len(self.where)
@@ -198,15 +206,16 @@ def collate(samples, layout):
     """Samples → one right-padded micro-batch.
 
     layout "sft": prompt + chosen answer(s); "dpo": the shared-prefix pair layout of model.py.
-    → pixel_values uint8 (B, 3, S, S), input_ids, labels (B, T), index (B,), and for "dpo" branch
-    and position_ids (B, T).
+    → pixel_values uint8 (B, 3, S, S), input_ids, labels (B, T), and for "dpo" branch, position_ids
+    (B, T) and index (B,), which names the rows of the cached reference.
     """
     rows = [(pair_row if layout == "dpo" else answer_row)(s["ids"], s["roles"]) for s in samples]
     fill = {"input_ids": 0, "labels": IGNORE, "branch": PADDING, "position_ids": 0}
     batch = {k: pad_sequence([torch.from_numpy(row[k]) for row in rows], batch_first=True,
                              padding_value=fill[k]) for k in rows[0]}
     batch["pixel_values"] = torch.from_numpy(np.stack([s["pixels"] for s in samples]))
-    batch["index"] = torch.tensor([s["index"] for s in samples])
+    if layout == "dpo":
+        batch["index"] = torch.tensor([s["index"] for s in samples])
     return batch
 
 

@@ -1,4 +1,4 @@
-"""Which encoder, which layer, which pixels: every fact a vision tower brings along, in two tables.
+"""Which encoder, which layer, which pixels: every fact a vision tower brings along, in tables.
 
 `FAMILIES` says, for each transformers model type, where the features are read (PAPER: LLaVA-NeXT's
 choice for SigLIP and CLIP, the final norm for the others) and what the class insists on although
@@ -54,15 +54,13 @@ FAMILIES = {
 
 
 class Preset(NamedTuple):
-    """path: hub id or folder beside this file. geometry: model type, hidden, layers, heads, MLP
-    width, patch, image size (ConvNeXt: type, widths, depths, –, –, patch, size): enough to plan
-    without weights. Feature layer, prefix tokens, mean and std are its family's; mean, std: its own
-    where they are not and no processor file says so.
+    """path: hub id or folder beside this file. geometry: enough to plan without weights. Of an
+    encoder: model type, hidden, layers, heads, MLP width, patch, image size (ConvNeXt: type,
+    widths, depths, –, –, patch, size). Of Qwen2.5: hidden, layers, heads, kv heads, MLP width, rows
+    of the embedding, whether lm_head shares them; None: its folder says.
     """
     path: str
-    geometry: tuple
-    mean: tuple | None = None
-    std: tuple | None = None
+    geometry: tuple | None
 
 
 ENCODERS = {
@@ -85,33 +83,22 @@ ENCODERS = {
     "dinov2-giant": Preset("facebook/dinov2-giant", ("dinov2", 1536, 40, 24, 4096, 14, 518)),
     "mae-large": Preset("facebook/vit-mae-large", ("vit_mae", 1024, 24, 16, 4096, 16, 224)),
     "mae-huge": Preset("facebook/vit-mae-huge", ("vit_mae", 1280, 32, 16, 5120, 14, 224)),
-    "moco-v3-base": Preset("weights/vit-b-300ep.pth.tar", (VIT, 768, 12, 12, 3072, 16, 224),
-                           *IMAGENET),
+    "moco-v3-base": Preset("weights/vit-b-300ep.pth.tar", (VIT, 768, 12, 12, 3072, 16, 224)),
     "vit-huge-in21k": Preset("google/vit-huge-patch14-224-in21k",
                              (VIT, 1280, 32, 16, 5120, 14, 224)),
     "convnext-xxl": Preset("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
-                           ("convnext", (384, 768, 1536, 3072), (3, 4, 30, 3), None, None, 4, 768),
-                           CLIP_MEAN, CLIP_STD),
+                           ("convnext", (384, 768, 1536, 3072), (3, 4, 30, 3), None, None, 4, 768)),
     "toy-vit": Preset("weights/toy-vit", (SIGLIP, 128, 5, 4, 512, 8, 48)),
     "toy-vit-l": Preset("weights/toy-vit-l", (SIGLIP, 192, 7, 6, 768, 8, 48)),
 }
 MOCO_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
-
-
-class LLM(NamedTuple):
-    """path: hub id or folder beside this file. geometry, of Qwen2.5: hidden, layers, heads, kv
-    heads, MLP width, rows of the embedding, whether lm_head shares them; None: its folder says."""
-    path: str
-    geometry: tuple | None
-
-
 LLMS = {      # the 7B's table has 128 rows more than the others', all of them spare
-    "qwen2.5-0.5b": LLM("Qwen/Qwen2.5-0.5B-Instruct", (896, 24, 14, 2, 4864, 151_936, True)),
-    "qwen2.5-1.5b": LLM("Qwen/Qwen2.5-1.5B-Instruct", (1536, 28, 12, 2, 8960, 151_936, True)),
-    "qwen2.5-3b": LLM("Qwen/Qwen2.5-3B-Instruct", (2048, 36, 16, 2, 11008, 151_936, True)),
-    "qwen2.5-7b": LLM("Qwen/Qwen2.5-7B-Instruct", (3584, 28, 28, 4, 18944, 152_064, False)),
-    "toy-lm": LLM("weights/toy-lm", None),
-    "toy-lm-l": LLM("weights/toy-lm-l", None),
+    "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B-Instruct", (896, 24, 14, 2, 4864, 151_936, True)),
+    "qwen2.5-1.5b": Preset("Qwen/Qwen2.5-1.5B-Instruct", (1536, 28, 12, 2, 8960, 151_936, True)),
+    "qwen2.5-3b": Preset("Qwen/Qwen2.5-3B-Instruct", (2048, 36, 16, 2, 11008, 151_936, True)),
+    "qwen2.5-7b": Preset("Qwen/Qwen2.5-7B-Instruct", (3584, 28, 28, 4, 18944, 152_064, False)),
+    "toy-lm": Preset("weights/toy-lm", None),
+    "toy-lm-l": Preset("weights/toy-lm-l", None),
 }
 
 
@@ -166,10 +153,11 @@ class Encoder(nn.Module):
         self.vision, self.family = vision, family_of(vision.config)
         config = vision.config
         self.image_size, self.patch_size = side(config.image_size), side(config.patch_size)
-        self.hidden_size = config.hidden_size if self.family.read != "map" else \
-            config.hidden_sizes[-1]
-        if self.family.read == "map":        # every stage after the first halves the map
+        if self.family.read == "map":        # ConvNeXt: every stage after the first halves the map
+            self.hidden_size = config.hidden_sizes[-1]
             self.patch_size *= 2 ** (len(config.depths) - 1)
+        else:
+            self.hidden_size = config.hidden_size
         self.prefix = self.family.prefix_tokens + (getattr(config, "num_register_tokens", 0) or 0)
         self.num_tokens = (self.image_size // self.patch_size) ** 2
         self.mean, self.std = tuple(mean), tuple(std)
@@ -348,14 +336,13 @@ def load_encoder(name, image_size=None):
         family_of(config)                                     # refuses before anything is loaded
         vision = open_model(AutoModel, f"--encoder {name}", path, config=config,
                             **class_options(config))
-        file = convert.file_at(path, "preprocessor_config.json")     # the processor's own win
+        file = convert.file_at(path, "preprocessor_config.json")
         facts = read_json(file) if file else {}
         mean = facts.get("image_mean") or family_of(original).mean
         std = facts.get("image_std") or family_of(original).std
     vision = truncate(vision)
     size = image_size or (preset and preset.geometry[-1]) or side(vision.config.image_size)
-    return Encoder(convert.resize_positions(vision, size), preset and preset.mean or mean,
-                   preset and preset.std or std)
+    return Encoder(convert.resize_positions(vision, size), mean, std)
 
 
 def open_model(kind, name, path, **options):
@@ -393,9 +380,9 @@ def read_json(path, *keys, remedy=""):
         raise SystemExit(f"error: cannot read {path}: {e.strerror}{remedy}")
     except (ValueError, RecursionError) as e:
         raise SystemExit(f"error: {path}: not JSON ({e}){remedy}")
-    for key in keys if isinstance(facts, dict) else ["{"]:
-        if not isinstance(facts, dict) or key not in facts:
-            raise SystemExit(f"error: {path}: no '{key}' in it{remedy}")
+    missing = [k for k in keys if k not in facts] if isinstance(facts, dict) else ["{"]
+    if missing:
+        raise SystemExit(f"error: {path}: no '{missing[0]}' in it{remedy}")
     return facts
 
 

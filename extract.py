@@ -16,7 +16,7 @@ from pathlib import Path
 
 import encoders
 import flags
-import model as m
+import folders
 import rundir
 import runtime
 import torch
@@ -59,6 +59,11 @@ deviation; the Pillow backend is the definition.
 """
 
 
+NORM_EPS = """
+for norm in [m for m in encoder.modules() if isinstance(m, torch.nn.LayerNorm)]:
+    norm.eps = {}  # as it was trained; the class says 1e-6"""
+
+
 def movement(vision, original):
     """Relative weight change of the embeddings, each block, and whatever else the class holds:
     {name: float}."""
@@ -71,9 +76,10 @@ def movement(vision, original):
                                   group)[0]
 
 
-def blocks_of(moved):
-    """The changes of the transformer blocks alone."""
-    return [v for k, v in moved.items() if k.split(".")[-1].isdigit()]
+def block_changes(moved):
+    """The least and the largest change of a transformer block."""
+    changes = [v for k, v in moved.items() if k.split(".")[-1].isdigit()]
+    return min(changes), max(changes)
 
 
 @torch.no_grad()
@@ -104,7 +110,7 @@ def main():
             print(f"{out} is already there: nothing to do (--overwrite replaces it)")
             return
     base = config["arguments"]["encoder"]
-    model, _ = m.load_mllm(stage / "final")
+    model, _ = folders.load_mllm(stage / "final")
     encoder = model.encoder
     original = encoders.load_encoder(base, config["arguments"].get("image_size"))
 
@@ -121,39 +127,37 @@ def main():
         print(f"  {name:<32} {change:9.2e}" + ("  (never trained: unused)" if frozen else ""))
     if args.stage != "pretrain":      # stage 1 moved it already: what did this stage add?
         parent = Path(args.run, "pretrain", "final")
-        first, _ = m.load_mllm(parent)
+        first, _ = folders.load_mllm(parent)
         if config["parent_digest"] != rundir.digest_of(parent):
             raise SystemExit(f"error: {parent} was trained anew since {stage} began with it; train "
                              f"{args.stage} anew, too")
         moved = movement(encoder.vision, first.encoder.vision)
-        print(f"of which since stage 1: {min(blocks_of(moved)):.2e} … {max(blocks_of(moved)):.2e} "
-              f"a block")
-    if not min(blocks_of(moved)):
+        print("of which since stage 1: {:.2e} … {:.2e} a block".format(*block_changes(moved)))
+    least, most = block_changes(moved)
+    if not least:
         raise SystemExit(f"error: nothing moved, or not every block: {stage}/final holds an "
                          f"encoder that {flags.script_of(args.stage)} did not train; was "
                          f"--encoder-lr or --lr 0?")
 
     # ---- write aside, reopen, compare bit by bit, rename
     family, vision = encoder.family, encoder.vision
-    blocks = blocks_of(moved)
+    eps = getattr(vision.config, "pivot_norm_eps", None)
     card = CARD.format(
         base=base, title=f"{encoders.short_name(base)}, after {args.stage.upper()}",
         folder=stage / "final", stage=args.stage, cls=type(vision).__name__,
         layer="hidden_states[-1]" if family.read == "block" else "last_hidden_state",
         slice=".flatten(2).transpose(1, 2)" if family.read == "map" else
         f"[:, {encoder.prefix}:]" if encoder.prefix else "",
-        eps="".join(f"\nfor norm in [m for m in encoder.modules() if isinstance(m, "
-                    f"torch.nn.LayerNorm)]:\n    norm.eps = {x}  # as it was trained; the class "
-                    f"says 1e-6" for x in [getattr(vision.config, "pivot_norm_eps", None)] if x),
+        eps=NORM_EPS.format(eps) if eps else "",
         dropped=f" without its first {encoder.prefix} tokens" if encoder.prefix else "",
         unused=", *not* `last_hidden_state`, which adds a norm that nobody trained"
         if family.frozen == ("post_layernorm.",) and not encoder.prefix else "",
-        extra=", add_pooling_layer=False" \
+        extra=", add_pooling_layer=False"
         if "add_pooling_layer" in encoders.class_options(vision.config) else "",
         tokens=encoder.num_tokens, width=encoder.hidden_size, size=encoder.image_size,
         llm=config["arguments"]["llm"], digest=config.get("data_digest"),
         parent=config.get("parent_digest", "none: stage 1 starts from the original"),
-        moved=f"{min(blocks):.1e} … {max(blocks):.1e} a block (relative weight change"
+        moved=f"{least:.1e} … {most:.1e} a block (relative weight change"
               + (" since stage 1)" if args.stage != "pretrain" else ")"))
     aside = Path(f"{out}.tmp")
     shutil.rmtree(aside, ignore_errors=True)

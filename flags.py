@@ -43,11 +43,10 @@ def arguments(doc, paper):
     the command line, then the parent stage, then the toy's or the paper's values."""
     parser = Parser(doc)
 
-    def add(flag, kind, text, **options):
+    def add(flag, kind, text):
         default = paper.get(flag[2:].replace("-", "_"))
-        note = "" if default is None else f" (default {default:g})" if isinstance(default, float) \
-            else f" (default {default})"
-        parser.add_argument(flag, type=kind, help=text + note, **options)
+        parser.add_argument(flag, type=kind,
+                            help=text if default is None else f"{text} (default {default})")
 
     parser.add_argument("--run-dir", "--run", dest="run", metavar="DIR", help="run folder of one "
                         "encoder–LLM pair; default runs/<encoder>__<llm>. Under torchrun write "
@@ -115,9 +114,9 @@ def script_of(stage):
     return "pretrain.py" if stage == "pretrain" else f"train_{stage}.py"
 
 
-def settle_two_steps(parser, stage, second, paper, toy):
-    """`settle` for stage 1 and re-pairing, with the flags those two add: a projector step on
-    captions, then a step on DATA/<second>.jsonl."""
+def add_two_steps(parser, second):
+    """The flags stage 1 and re-pairing add: a projector step on captions, then a step on
+    DATA/<second>.jsonl."""
     parser.add_argument("--captions", help="LLaVA-Pretrain json for the projector step; default "
                         "DATA/captions.jsonl or .json")
     parser.add_argument("--instruct", help="LLaVA conversations for the second step, .json or "
@@ -126,7 +125,11 @@ def settle_two_steps(parser, stage, second, paper, toy):
                         help="passes over the captions (default 1)")
     parser.add_argument("--projector-max-steps", type=COUNT,
                         help="bound of the projector step; default: --max-steps")
-    args = settle(parser, stage, paper, toy)
+
+
+def settle_two_steps(args, stage, second, paper, toy):
+    """`settle` for the two that have these flags."""
+    args = settle(args, stage, paper, toy)
     args.captions = args.captions or records.default_file(args.data, "captions")
     args.instruct = args.instruct or records.default_file(args.data, second)
     args.images = args.images or f"{args.data}/images"
@@ -135,24 +138,26 @@ def settle_two_steps(parser, stage, second, paper, toy):
     return args
 
 
-def settle(parser, stage, paper, toy, parent=None):
-    """Parse, then fill every flag left open: parent stage → toy's values → paper's values.
+def defaults(paper, toy, llm):
+    """The paper's values, or the toy's where the LLM is a toy."""
+    toys = encoders.short_name(llm or paper["llm"]).startswith("toy-")
+    return {**paper, **(toy if toys else {})}
+
+
+def settle(args, stage, paper, toy, parent=None):
+    """Fill every flag left open: from the parent stage, then the toy's values, then the paper's.
 
     parent: name of the stage whose final/ is trained on. Prints what is inherited, and where a
     toy's values differ from the paper's. raises SystemExit with the missing command when the
     parent is not there.
     """
-    args = parser.parse_args()
     typed = {k for k, v in vars(args).items() if v is not None}
     inherited = {}
     args.run_typed = args.run is not None
 
-    def defaults():
-        """The paper's values, or the toy's where the LLM is a toy."""
-        llm = args.llm or inherited.get("llm") or paper["llm"]
-        return {**paper, **(toy if encoders.short_name(llm).startswith("toy-") else {})}
     if args.run is None:
-        names = [getattr(args, k) or defaults()[k] for k in ("encoder", "llm")]
+        fallback = defaults(paper, toy, args.llm)
+        names = [getattr(args, k) or fallback[k] for k in ("encoder", "llm")]
         args.run = f"runs/{encoders.short_name(names[0])}__{encoders.short_name(names[1])}"
     folder = Path(args.run, parent or "")
     there = parent and (folder / "final" / "config.json").exists()
@@ -174,16 +179,15 @@ def settle(parser, stage, paper, toy, parent=None):
                                  f"{getattr(args, key)}; leave --run-dir out or name another")
         if "data" in typed and args.data != inherited["data"]:
             print0(f"  --data {args.data} ({parent} had {inherited['data']})")
-    fallback, toys = defaults(), []
-    for key in vars(args):
-        if getattr(args, key) is None:
-            source = inherited if key in inherited and \
-                key in ("encoder", "llm", "data", "image_size") else fallback
-            setattr(args, key, source.get(key))
-            if source is inherited and source[key] is not None:
-                print0(f"  --{key.replace('_', '-')} {source[key]} (inherited from {parent})")
-            elif source is fallback and fallback.get(key) != paper.get(key):
-                toys.append(f"--{key.replace('_', '-')} {fallback[key]} ({paper.get(key)})")
+    fallback, toys = defaults(paper, toy, args.llm or inherited.get("llm")), []
+    for key in [k for k, v in vars(args).items() if v is None]:
+        flag, value = f"--{key.replace('_', '-')}", fallback.get(key)
+        if key in ("encoder", "llm", "data", "image_size") and inherited.get(key) is not None:
+            value = inherited[key]
+            print0(f"  {flag} {value} (inherited from {parent})")
+        elif value != paper.get(key):
+            toys.append(f"{flag} {value} ({paper.get(key)})")
+        setattr(args, key, value)
     if toys:
         print0(f"  a toy's values, the paper's in brackets: {', '.join(toys)}")
     if args.attention == "flex" and not (args.plan or torch.cuda.is_available()):
@@ -191,8 +195,8 @@ def settle(parser, stage, paper, toy, parent=None):
                          "backward pass on a CPU; leave it out")
     cxx = os.environ.get("CXX", "g++")
     if args.compile and not (torch.cuda.is_available() or shutil.which(cxx)):
-        raise SystemExit("error: --compile needs a C++ compiler on a CPU, and there is no g++; "
-                         "leave it out")
+        raise SystemExit(f"error: --compile needs a C++ compiler on a CPU, and there is no {cxx}; "
+                         f"leave it out")
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() or args.plan else "fp32")
     args.stage = stage
     return args

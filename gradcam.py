@@ -33,6 +33,7 @@ import rundir
 import runtime
 import data
 import records
+import folders
 import model as m
 import numpy as np
 import torch
@@ -75,10 +76,9 @@ def get_args():
     heldout = Path(args.data, "preferences", "heldout.jsonl")
     args.preferences = args.preferences or str(
         heldout if heldout.exists() else heldout.with_name("meta.json"))
-    defaults = "TOY" if encoders.short_name(made_with["llm"]).startswith("toy-") else "PAPER"
-    for key, stage in (("sft_lr", train_sft), ("dpo_lr", train_dpo), ("beta", train_dpo)):
-        if getattr(args, key) is None:
-            setattr(args, key, getattr(stage, defaults)[key.split("_")[-1]])
+    sft, dpo = (flags.defaults(s.PAPER, s.TOY, made_with["llm"]) for s in (train_sft, train_dpo))
+    args.sft_lr, args.dpo_lr = args.sft_lr or sft["lr"], args.dpo_lr or dpo["lr"]
+    args.beta = args.beta or dpo["beta"]
     args.out = args.out or str(Path(args.run, "probes", "gradcam"))
     return args
 
@@ -207,7 +207,7 @@ def draw(path, rows):
 def main():
     args = get_args()
     device = runtime.start()
-    model, tokenizer = m.load_mllm(Path(args.run, args.stage, "final"))
+    model, tokenizer = folders.load_mllm(Path(args.run, args.stage, "final"))
     model, encoder = model.eval().to(device), model.encoder
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
     n, (rank, world) = len(pairs), runtime.world()
@@ -261,7 +261,7 @@ def main():
         print0(f"  {pairs.where[i]}: inside: SFT {words[0]}, DPO {words[1]}, chance {words[2]}")
         (ids, roles), text = pairs.tokens(i), []
         for role in (records.PROMPT, records.ANSWER, records.OTHER):
-            piece = tokenizer.decode(ids[roles == role]).split(m.IMAGE_TOKEN)[-1]
+            piece = tokenizer.decode(ids[roles == role]).split(records.IMAGE_TOKEN)[-1]
             text.append(piece.split("<|im_end|>")[0].strip())
         rows.append(([panel(pixels, mask, h, reach) for h in (None, *heats[i])],
                      [f"object: {words[2]} of the picture"] + [

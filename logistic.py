@@ -5,10 +5,9 @@ The objective is C Σ loss + ½‖W‖², intercepts free. Therefore features ma
 takes it up) and rotated (a norm does not notice): in their principal axes the Hessian at W = 0 is
 diagonal. L-BFGS that starts from its inverse, and at each C from the solution before, is what this
 file adds. One evaluation is two matrix products, 4·n·D·K operations: 230 GFLOP for 50,000 images,
-1,152 features and 1,000 classes. There goes the time: 4·D·K operations a row, beside which softmax
-over K numbers is a twentieth. All C at once would share nothing: a product six times as wide takes
-six times as long, and starts cold. Rows go in chunks: memory holds the features twice, and never
-the logits.
+1,152 features and 1,000 classes. That is where the time goes: softmax costs a twentieth of it. All
+C at once would save nothing: a product six times as wide takes six times as long, and starts cold.
+Rows go in chunks: memory holds the features twice, and never the logits.
 """
 import torch
 

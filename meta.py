@@ -8,6 +8,7 @@ not the T × T scores. plan.py makes a plan of it.
 from typing import NamedTuple
 
 import encoders
+import folders
 import model as m
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -71,10 +72,10 @@ def empty_llm(name):
 def empty_mllm(encoder, llm, image_size=None, dtype="bf16"):
     """The model without weights, on the meta device, in the dtype that it computes in."""
     encoder, llm = empty_encoder(encoder, image_size), empty_llm(llm)
-    m.refuse_llm(llm, llm.config.model_type)
+    folders.refuse_llm(llm, llm.config.model_type)
     with torch.device("meta"):
         model = m.MLLM(encoder, llm, image_token_id=0)
-    return m.no_dropout(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32))
+    return folders.no_dropout(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32))
 
 
 # ------------------------------------------------------------------------------------------ one row

@@ -2,14 +2,13 @@
 
     python train_dpo.py --encoder siglip2-so400m --llm qwen2.5-7b --plan            # 8 × H100
     python train_dpo.py --encoder siglip2-so400m --llm qwen2.5-7b --plan 4xa100
-    python plan.py                                                # the table of the README
+    python plan.py                                                # the table of docs/real-use.md
 
 What can be counted is counted, not estimated: a row's FLOPs and the bytes it keeps (meta.py), the
 bytes of weights, gradients and moments on each GPU. Assumed are the kernels, the utilisation, and,
 where there is no data yet, the lengths: all of them are printed. Not run on a GPU.
 """
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 import data
 import encoders
 import meta
+import folders
 import model as m
 import records
 from runtime import freeze, is_sharded, print0
@@ -122,7 +122,7 @@ def lengths(args, model, kind, file):
     n, why = model.encoder.num_tokens, f"no {file}"
     if Path(file).is_file():
         try:
-            tokenizer, why = m.open_tokenizer(encoders.resolve(args.llm)), None
+            tokenizer, why = folders.open_tokenizer(encoders.resolve(args.llm)), None
         except SystemExit:                   # a preset's, with no network to fetch it
             why = f"the tokenizer of {args.llm} is not here"
     if why:
@@ -137,7 +137,7 @@ def lengths(args, model, kind, file):
                                  f"most {data.MAX_LENGTH} tokens; a smaller --image-size does")
         return Lengths(min(many, args.num_samples or many), *rows,
                        f"{why}: the paper's number, assumed lengths, the rule's longest")
-    m.prepare_tokenizer(tokenizer, model.llm.config.vocab_size)
+    folders.prepare_tokenizer(tokenizer, model.llm.config.vocab_size)
     sources = data.pair_files(args, file) if kind == "pairs" else [(file, args.images)]
     samples = data.Samples(kind, sources, tokenizer, model.encoder,
                            model.llm.config.max_position_embeddings, SAMPLE, args.seed,
@@ -168,18 +168,17 @@ def machine(spec):
 
 
 def phase_plan(args, model, phase):
-    """Everything about one phase: a dict of plain numbers. phase: as pretrain.train takes it."""
-    name, kind, file, rates, epochs, bound = phase
+    """Everything about one runtime.Phase: a dict of plain numbers."""
     gpus, _, size, speed = machine(args.plan)
     if args.global_batch % gpus or gpus % args.replicas:
         raise SystemExit(f"error: --global-batch {args.global_batch} or --replicas "
                          f"{args.replicas} does not fit {gpus} GPUs")
-    freeze(model, rates)
+    freeze(model, phase.rates)
     pairs, live = args.stage == "dpo", getattr(args, "reference", None) == "live"
-    long = lengths(args, model, kind, file)
+    long = lengths(args, model, phase.kind, phase.file)
     mean, worst = (meta.trace(model, *getattr(long, w), pairs) for w in ("mean", "longest"))
-    steps = epochs * (long.records // args.global_batch)
-    steps = steps if bound is None else min(steps, bound)
+    steps = phase.epochs * (long.records // args.global_batch)
+    steps = steps if phase.max_steps is None else min(steps, phase.max_steps)
     options = dict(processes=gpus // args.replicas, compute=2 if args.dtype == "bf16" else 4,
                    sharded=is_sharded(gpus, args.dtype), live=live)
     share = args.global_batch // gpus
@@ -192,10 +191,11 @@ def phase_plan(args, model, phase):
     reference = mean.forward * pairs * (args.global_batch * steps if live else long.records)
     step = per_row * args.global_batch
     run = step * steps + reference
-    return dict(name=name, rates=rates, lengths=long, pairs=pairs, steps=steps, fits=fits,
-                micro=micro, held=held, total=total, usable=USABLE * size, step=step, run=run,
-                plain=worst.outside + sum(worst.blocks), saved=worst.outside + sum(worst.inputs)
-                + max(worst.blocks), seconds=step / (gpus * speed * UTILISATION),
+    return dict(name=phase.name, rates=phase.rates, lengths=long, pairs=pairs, steps=steps,
+                fits=fits, micro=micro, held=held, total=total, usable=USABLE * size, step=step,
+                run=run, plain=worst.outside + sum(worst.blocks),
+                saved=worst.outside + sum(worst.inputs) + max(worst.blocks),
+                seconds=step / (gpus * speed * UTILISATION),
                 hours=run / (gpus * speed * UTILISATION) / 3600)
 
 
@@ -240,7 +240,7 @@ def show_plan(args, phases):
     print0(f"in all {hours:.2f} h")
 
 
-# --------------------------------------------------------------------------- the README's table
+# ------------------------------------------------------------------------------- the docs' table
 
 def table():
     """The paper's configurations in Markdown: So400m with four LLMs on 8 × H100."""
@@ -251,9 +251,8 @@ def table():
     for llm in ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"):
         plans = []
         for stage in (pretrain, train_dpo):
-            sys.argv[1:] = ["--llm", llm, "--plan", "--activation-checkpointing",
-                            "--data", "nowhere", "--run-dir", "nowhere"]     # no data: the paper's
-            args = stage.get_args()
+            args = stage.get_args(["--llm", llm, "--plan", "--activation-checkpointing", "--data",
+                                   "nowhere", "--run-dir", "nowhere"])       # no data: the paper's
             model = meta.empty_mllm(args.encoder, args.llm)
             plans += [phase_plan(args, model, p) for p in stage.phases(args)]
         _, full, dpo = plans

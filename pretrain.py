@@ -18,7 +18,7 @@ import rundir
 import runtime
 import data
 import encoders
-import model as m
+import folders
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", projector_epochs=1,
              projector_lr=1e-3, epochs=1, lr=1e-5, encoder_lr=2e-6, global_batch=256,
@@ -27,9 +27,10 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=2,
            projector_lr=5e-3, lr=1e-3, encoder_lr=5e-4, global_batch=32, micro_batch=32, workers=1)
 
 
-def get_args():
+def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
-    args = flags.settle_two_steps(parser, "pretrain", "instruct", PAPER, TOY)
+    flags.add_two_steps(parser, "instruct")
+    args = flags.settle_two_steps(parser.parse_args(argv), "pretrain", "instruct", PAPER, TOY)
     if len(encoders.parts_of(args.encoder)) == 2:
         raise SystemExit(f"error: --encoder {args.encoder}: two encoders are judged together, by "
                          f"repair_eval.py, which keeps both frozen; each is trained by itself")
@@ -37,30 +38,28 @@ def get_args():
 
 
 def phases(args):
-    """[(name, kind of data.Samples, file, rates per module, epochs, bound on steps), …]."""
-    return [("1a", "captions", args.captions,
-             {"encoder": 0, "projector": args.projector_lr, "llm": 0},
-             args.projector_epochs, args.projector_max_steps),
-            ("1b", "conversations", args.instruct,
-             {**runtime.learning_rates(args), "projector": args.lr},
-             args.epochs, args.max_steps)]
+    """Two: the projector alone on captions, then everything on conversations."""
+    return [runtime.Phase("1a", "captions", args.captions,
+                          {"encoder": 0, "projector": args.projector_lr, "llm": 0},
+                          args.projector_epochs, args.projector_max_steps),
+            runtime.Phase("1b", "conversations", args.instruct,
+                          {**runtime.learning_rates(args), "projector": args.lr},
+                          args.epochs, args.max_steps)]
 
 
 def train(args, run, device, model, tokenizer, facts, phases):
-    """Two phases on one step axis, then final/. repair_eval.py re-pairs through this same loop.
+    """The phases on one step axis, then final/. repair_eval.py re-pairs through this same loop.
 
     facts: what else config.json should hold and a resumed run must agree with.
-    phases: as phases() lists them.
     """
     # ---- data
     limit = model.llm.config.max_position_embeddings
-    samples = [data.Samples(kind, [(file, args.images)], tokenizer, model.encoder, limit,
-                            args.num_samples, args.seed, args.skip_bad)
-               for _, kind, file, *_ in phases]
+    samples = [data.Samples(phase.kind, [(phase.file, args.images)], tokenizer, model.encoder,
+                            limit, args.num_samples, args.seed, args.skip_bad) for phase in phases]
     plans = [data.BatchPlan(s, args.global_batch, args.micro_batch, args.seed, *runtime.world())
              for s in samples]
-    counts = [runtime.num_steps(epochs, bound, plan)
-              for (*_, epochs, bound), plan in zip(phases, plans)]
+    counts = [runtime.num_steps(phase.epochs, phase.max_steps, plan)
+              for phase, plan in zip(phases, plans)]
     run.describe({"data": [s.summary() for s in samples],
                   "data_digest": [p.digest(n) for p, n in zip(plans, counts)],
                   "projector_digest": rundir.tensors_digest(model.projector), **facts})
@@ -71,31 +70,30 @@ def train(args, run, device, model, tokenizer, facts, phases):
     clock = runtime.Clock(device)
     run.heed_signals()
     first = 0                                         # step at which the phase begins
-    for (name, _, _, rates, _, _), samples, plan, steps in zip(phases, samples, plans, counts):
-        if run.start >= first + steps and name != phases[-1][0]:
+    for phase, items, plan, steps in zip(phases, samples, plans, counts):
+        if run.start >= first + steps and phase is not phases[-1]:
             first += steps                            # a checkpoint says this phase is behind us
             continue
-        runtime.print0(f"stage {name}")
-        optimizer = runtime.adamw(model, rates)       # on the sharded fp32 masters
+        runtime.print0(f"stage {phase.name}")
+        optimizer = runtime.adamw(model, phase.rates)    # on the sharded fp32 masters
         if run.start > first:
             run.resume(model, optimizer)
         elif run.start == first > 0:
             run.resume(model)                         # at the border: weights alone
         start = max(run.start - first, 0)
 
-        clock.start(data.loader(samples, plan.schedule(start, steps), "sft", args.workers))
-        for step in (bar := runtime.progress(start, steps, name)):
+        clock.start(data.loader(items, plan.schedule(start, steps), "sft", args.workers))
+        for step in (bar := runtime.progress(start, steps, phase.name)):
             lrs = runtime.set_lr(optimizer, step, steps, args.warmup)
             # Token means divide by the tokens of the *global* batch, or micro-batches would count
             # unequally. Every process holds the index, so the count needs no communication.
-            num_tokens = samples.answer_tokens[plan.batch(step)].sum()
+            num_tokens = items.answer_tokens[plan.batch(step)].sum()
             sums = {"loss": 0.0, "tokens": 0}
             for micro in range(plan.micro_steps):
-                batch = clock.wait()
+                batch = clock.next_batch()
                 model.set_requires_gradient_sync(micro == plan.micro_steps - 1)
 
                 # METHOD: L = −E log π(y), a mean over the tokens of all answers
-                batch.pop("index")
                 logps = model(**batch)                                # (B, T) fp32
                 loss = -logps.sum() / num_tokens
                 loss.backward()
@@ -104,12 +102,12 @@ def train(args, run, device, model, tokenizer, facts, phases):
                 sums["tokens"] += batch["input_ids"].numel()
             sums = runtime.reduce_sum(sums)
             norms = runtime.clip_grad_norm(model)
-            runtime.require_finite(step, sums["loss"], norms, samples, plan)
+            runtime.require_finite(step, sums["loss"], norms, items, plan)
             optimizer.step()
             optimizer.zero_grad()
 
             # ---- log, save
-            run.log({"step": first + step, "phase": name,
+            run.log({"step": first + step, "phase": phase.name,
                      "samples_seen": (step + 1) * args.global_batch,
                      "loss": sums["loss"], "lr": lrs, "grad_norm": norms},
                     clock.lap(first + step, sums["tokens"]))
@@ -124,8 +122,9 @@ def main():
     if args.plan:
         return show_plan(args, phases(args))
     device = runtime.start()
-    run = rundir.Run(Path(args.run, "pretrain"), args, facts := rundir.parents(args))
-    model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
+    facts = rundir.parents(args)
+    run = rundir.Run(Path(args.run, "pretrain"), args, facts)
+    model, tokenizer = folders.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
     train(args, run, device, model, tokenizer, facts, phases(args))
 
 

@@ -32,7 +32,7 @@ import rundir
 import runtime
 import records
 import report
-import model as m
+import folders
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -49,8 +49,8 @@ def get_args():
     add = parser.add_argument
     add("--encoder", nargs="+", required=True, help="presets, folders, hub ids, trained models")
     add("--llm", nargs="+", required=True, help="presets, folders or hub ids")
-    add("--data", default="data/toy/align", help="folder with pairs.jsonl and images/ "
-        "(default data/toy/align)")
+    add("--data", default="data/align", help="folder with pairs.jsonl and images/ "
+        "(default data/align)")
     add("--k", type=flags.COUNT, default=10, help="neighbours (default 10)")
     add("--limit", type=flags.COUNT, default=1024, help="pairs a subset (default 1024); scores "
         "depend on it: compare at one")
@@ -89,7 +89,7 @@ def vision_features(name, pairs, device):
     """→ [blocks (n, L, D), of a trained model projector (n, 1, d_llm)], names of all these rows."""
     path, projector, blocks = encoders.resolve(name), None, []
     if Path(path, "processor_config.json").exists():          # a trained model, not an encoder
-        model = flags.one_eyed(m.load_mllm(path)[0], path).eval().to(device)
+        model = flags.one_eyed(folders.load_mllm(path)[0], path).eval().to(device)
         encoder, projector = model.encoder, model.projector
     else:
         encoder = encoders.load_encoder(name).eval().to(device)
@@ -117,7 +117,7 @@ def llm_features(name, pairs, device):
     from transformers import AutoModelForCausalLM
     path = encoders.resolve(name)
     llm = encoders.open_model(AutoModelForCausalLM, f"--llm {name}", path)
-    tokenizer, llm = m.open_tokenizer(path), llm.base_model.eval().to(device)
+    tokenizer, llm = folders.open_tokenizer(path), llm.base_model.eval().to(device)
 
     def step(batch):
         ids = [torch.tensor(x) for x in tokenizer([text for *_, text in batch])["input_ids"]]

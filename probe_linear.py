@@ -31,7 +31,7 @@ import records
 import report
 import encoders
 import logistic
-import model as m
+import folders
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -197,7 +197,9 @@ def main():
     device, views = runtime.start(), {}
     (out / "features").mkdir(parents=True, exist_ok=True)
     for i, (name, path) in enumerate(zip(names, paths)):
-        trained = flags.one_eyed(m.load_mllm(path)[0], path) if i >= len(args.encoder) else None
+        trained = None
+        if i >= len(args.encoder):
+            trained = flags.one_eyed(folders.load_mllm(path)[0], path)
         projector = trained.projector.to(device) if trained else None
         encoder = trained.encoder if trained else encoders.load_encoder(path)
         stem = name.replace("/", "-") + (f"-limit{args.limit}" if args.limit else "")
@@ -212,7 +214,7 @@ def main():
         return
 
     # ---- classifiers, by the main process with everybody's threads
-    torch.set_num_threads(torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(torch.get_num_threads() * runtime.local_world())
     classes, n = len(train), len(test_y)
     y = torch.arange(classes, device=device).repeat_interleave(args.per_class)
     held = torch.arange(args.per_class).lt(max(1, args.per_class // 5)).repeat(classes).to(device)

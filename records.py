@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from model import IMAGE_TOKEN, SYSTEM
 from runtime import BadRecord
 
 MAX_PIXELS = 50_000_000     # a larger image is refused before it is decoded
@@ -108,11 +107,27 @@ def image_of(item, root, where):
 
 # ----------------------------------------------------------------------------------------- template
 
+IMAGE_TOKEN = "<image>"
+SYSTEM = "You are a helpful assistant."
+# Qwen's ChatML with the system turn spelled out; content is a string or LLaVA's list of parts.
+# It takes the place of the tokenizer's own template, so that no default system prompt slips in.
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
 def user_turn(text, image, system=None):
-    """ChatML up to where the assistant speaks; the image, if any, comes first in its turn."""
+    """ChatML up to where the assistant speaks; the image, if any, comes first in its turn. What
+    CHAT_TEMPLATE says, piece by piece (a test compares); a later turn ends the answer's line first.
+    """
     head = f"<|im_start|>system\n{system}<|im_end|>\n" if system else "\n"
-    return (f"{head}<|im_start|>user\n{IMAGE_TOKEN + chr(10) if image else ''}{text}<|im_end|>\n"
-            f"<|im_start|>assistant\n")
+    picture = f"{IMAGE_TOKEN}\n" if image else ""
+    return f"{head}<|im_start|>user\n{picture}{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def caption_record(where, item, image):
@@ -190,7 +205,9 @@ def pair_sources(path):
     if path.suffix != ".json":
         return [(path, None)]
     try:
-        sets = json.loads(path.read_text(encoding="utf-8")) or {"": "empty"}
+        sets = json.loads(path.read_text(encoding="utf-8"))
+        if not sets:
+            raise ValueError("no set in it")
         # Published beside its folders, or one level inside them (MMPR-v1.2/meta.json).
         base = next((b for b in (path.parent, path.parent.parent)
                      if all((b / s["annotation"]).is_file() for s in sets.values())), path.parent)

@@ -17,7 +17,6 @@ Writes  runs/NAME/repair/<encoder>/: what a training stage writes, and bench/: p
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import flags
@@ -26,7 +25,7 @@ import runtime
 from runtime import print0
 import answer
 import encoders
-import model as m
+import folders
 from plan import show_plan
 import pretrain
 import report
@@ -41,8 +40,9 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=2,
            max_new_tokens=32)
 
 
-def get_args():
+def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
+    flags.add_two_steps(parser, "repair")
     parser.add_argument("--reuse-projector-layers", type=int, default=0, choices=[0, 1, 2],
                         help="start so many linear layers of the projector from the one the "
                         "extracted encoder was trained with (default 0: all fresh)")
@@ -68,11 +68,11 @@ def get_args():
                         help="print one table of models already scored, and each one's differences "
                         "to the first, with intervals; nothing is run")
     parser.set_defaults(seed=1)      # not stage 1's: its projector began there, this one is new
-    typed, _ = parser.parse_known_args([x for x in sys.argv[1:] if x not in ("-h", "--help")])
-    made = Path(typed.mllm or "").parent / "config.json"
-    if typed.mllm and not typed.llm and made.exists():        # a toy's LLM has a toy's defaults
-        parser.set_defaults(llm=encoders.read_json(made, "arguments")["arguments"]["llm"])
-    args = flags.settle_two_steps(parser, "repair", "repair", PAPER, TOY)
+    args = parser.parse_args(argv)
+    made = Path(args.mllm or "").parent / "config.json"
+    if args.mllm and not args.llm and made.exists():          # a toy's LLM has a toy's defaults
+        args.llm = encoders.read_json(made, "arguments")["arguments"]["llm"]
+    args = flags.settle_two_steps(args, "repair", "repair", PAPER, TOY)
     args.bench = args.bench or f"{args.data}/bench"
     if args.encoder_lr:
         raise SystemExit(f"error: --encoder-lr {args.encoder_lr:g}: the encoder is frozen here")
@@ -80,13 +80,13 @@ def get_args():
 
 
 def phases(args):
-    """[(name, kind of data.Samples, file, rates per module, epochs, bound on steps), …]."""
-    frozen = {"encoder": 0}                       # the eye is judged, not trained
-    return [("projector", "captions", args.captions,
-             {**frozen, "projector": args.projector_lr, "llm": 0},
-             args.projector_epochs, args.projector_max_steps),
-            ("re-pair", "conversations", args.instruct,
-             {**frozen, "projector": args.lr, "llm": args.lr}, args.epochs, args.max_steps)]
+    """Two, as in stage 1; but the encoder, which is judged here, stays frozen."""
+    return [runtime.Phase("projector", "captions", args.captions,
+                          {"encoder": 0, "projector": args.projector_lr, "llm": 0},
+                          args.projector_epochs, args.projector_max_steps),
+            runtime.Phase("re-pair", "conversations", args.instruct,
+                          {"encoder": 0, "projector": args.lr, "llm": args.lr},
+                          args.epochs, args.max_steps)]
 
 
 def repair_folder(args):
@@ -110,15 +110,15 @@ def reuse_projector(model, encoder, layers):
     hint = "it needs an encoder as extract.py leaves it, RUN/STAGE/encoder, with final/ beside it"
     if Path(encoder).name != "encoder" or not (final / "config.json").exists():
         raise SystemExit(f"error: --reuse-projector-layers {layers}: no model at {final}; {hint}")
-    stored = {k: file.get_tensor(k) for k, file in m.stored(final).items()
+    stored = {k: file.get_tensor(k) for k, file in folders.stored(final).items()
               if not k.startswith("language_model.")}
     for name, p in model.encoder.state_dict().items():
-        if not torch.equal(stored.get(m.file_name_of(f"encoder.{name}"), torch.empty(0)), p):
+        if not torch.equal(stored.get(folders.file_name_of(f"encoder.{name}"), torch.empty(0)), p):
             raise SystemExit(f"error: --reuse-projector-layers {layers}: {final} holds another "
                              f"encoder than {encoder} (first: {name}); extract it again")
     for name, p in model.projector.named_parameters():
         if int(name.split(".")[0][-1]) <= layers:                     # linear_1.…, linear_2.…
-            old = stored[m.file_name_of(f"projector.{name}")]
+            old = stored[folders.file_name_of(f"projector.{name}")]
             if old.shape != p.shape:
                 raise SystemExit(f"error: --reuse-projector-layers {layers}: {name} of {final} is "
                                  f"{tuple(old.shape)}, with this --llm it is {tuple(p.shape)}; "
@@ -163,7 +163,7 @@ def stored_answers(args, folder, key):
         return key
     if runtime.is_main() and anew:
         shutil.rmtree(folder, ignore_errors=True)
-    runtime.dist.barrier()
+    runtime.barrier()
     folder.mkdir(parents=True, exist_ok=True)
     rundir.write_whole(config, lambda aside: aside.write_text(json.dumps(key)))
     return key
@@ -185,7 +185,7 @@ def evaluate(args, mllm, device, folder):
            **{p.name: runtime.from_main(lambda p=p, r=rows: file_key(p, r, args))
               for p, (rows, _) in files.items()}}
     if not args.rescore:
-        model, tokenizer = m.load_mllm(mllm)
+        model, tokenizer = folders.load_mllm(mllm)
         key.update(model=rundir.file_digest(mllm), dtype=args.dtype)
     key = stored_answers(args, folder, key)
     if not args.rescore:
@@ -250,7 +250,7 @@ def main():
     if rundir.starts_anew(folder, args) or not rundir.finished(folder, args, facts):
         read_files(args)                              # before the training, not after it
         run = rundir.Run(folder, args, facts)
-        model, tokenizer = m.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
+        model, tokenizer = folders.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
         if args.reuse_projector_layers:
             reuse_projector(model, args.encoder, args.reuse_projector_layers)
         pretrain.train(args, run, device, model, tokenizer, facts, phases(args))

@@ -16,11 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from runtime import from_main, is_main, print0, reduce_sum, reshard, restarted, stop, world
+from runtime import barrier, from_main, is_main, print0, reduce_sum, reshard, restarted, stop, world
 import encoders
-import model as m
+import folders
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -67,7 +66,7 @@ def write_whole(path, write):
         aside = Path(f"{path}.tmp")
         write(aside)
         os.replace(aside, path)
-    dist.barrier()
+    barrier()
 
 
 def tensors_digest(module):
@@ -236,7 +235,7 @@ class Run:
                                                    {k: config[k] for k in facts}))
             if refusal:
                 raise SystemExit(refusal)
-        dist.barrier()
+        barrier()
         if is_main():
             for old in self.folder.iterdir() if self.anew else ():
                 if old.name != "lock":
@@ -245,7 +244,7 @@ class Run:
             if not self.start:      # killed before its first checkpoint: its lines would double
                 for name in ("metrics.jsonl", "timing.jsonl"):
                     (self.folder / name).unlink(missing_ok=True)
-        dist.barrier()              # nobody looks for files that are about to go
+        barrier()              # nobody looks for files that are about to go
         for key, value in facts.items():
             print0(f"  {key}: {value}")
 
@@ -309,7 +308,7 @@ class Run:
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
             aside.mkdir(parents=True)
-        dist.barrier()
+        barrier()
         reshard(model)
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
         try:
@@ -328,7 +327,7 @@ class Run:
             kept = sorted((p for p in folder.parent.glob("step-*")), key=lambda p: int(p.name[5:]))
             for old in kept[:-self.args.keep]:
                 shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
+        barrier()
         print0(f"  saved after {done} steps, in {time.perf_counter() - began:.2f} s")
 
     def card(self, folder):
@@ -339,7 +338,7 @@ class Run:
         rows |= {k.replace("_", " "): v for k, v in config.items() if k.endswith("_digest")}
         rows |= {"data": config.get("data"), "versions": config["versions"]}
         if "parent_digest" in config:
-            new, old = m.stored(folder), m.stored(parent)
+            new, old = folders.stored(folder), folders.stored(parent)
             parts, still = relative_change(((k, file.get_tensor(k), old[k].get_tensor(k))
                                             for k, file in new.items()),
                                            lambda name: name.split(".")[0])
@@ -367,8 +366,8 @@ class Run:
         if is_main():
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-        dist.barrier()
-        m.save_mllm(model, tokenizer, aside, is_main())
+        barrier()
+        folders.save_mllm(model, tokenizer, aside, is_main())
         if is_main():
             (aside / "README.md").write_text(self.card(aside), encoding="utf-8")
             sync(*aside.rglob("*"), aside)
@@ -377,4 +376,4 @@ class Run:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         print0(f"wrote {self.folder}/final")
-        dist.barrier()
+        barrier()

@@ -1,16 +1,19 @@
 """How it is run: processes, sharding, optimisation, timing. What is computed: model.py.
 
-Everything that knows about processes lives here, so that a stage reads the same for one and for
-sixty-four of them. One process is a group of one: the same reductions, the same checkpoints.
+What knows about processes lives here (and, for checkpoints, in rundir.py), so that a stage reads
+the same for one and for sixty-four. One process is a group of one: the same reductions, the same
+checkpoints.
 """
 import ctypes
 import math
 import os
+import resource
 import signal
 import sys
 import time
 from datetime import timedelta
 from functools import partial
+from typing import NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")     # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")     # workers fork after tokenising
@@ -46,15 +49,18 @@ def start():
     if "RANK" in os.environ:
         die_with_parent()
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-        # torchrun's store outlives a restart of its workers, and with it the addresses of the
-        # dead: whoever is quicker than its peer would knock there and be refused. A name for each
-        # attempt parts them. (Nodes count attempts differently: there see the README.)
+        # torchrun's store survives a restart of its workers with the dead ones' addresses in it. A
+        # prefix for each attempt keeps a quick worker from connecting to them. (Nodes count
+        # attempts differently: docs/real-use.md says what to do there.)
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit, store=store,
                             rank=rank, world_size=size)
     torch.manual_seed(0)
+    # cuDNN's attention, an H100's default, gives NaN gradients under a mask where T % 128 = 64 and
+    # scores are far below 0, as some of Qwen2.5's heads have them (torch 2.13, pytorch#196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not cuda:
         return torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False      # "fp32" means it, in the patch convolution, too
@@ -81,6 +87,11 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def local_world():
+    """How many processes share this machine's cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def is_main():
     return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0
 
@@ -98,6 +109,11 @@ def progress(start, end, desc, what=None):
     return tqdm(range(start, end) if what is None else what, desc=desc, initial=start, total=end,
                 unit="step", disable=not is_main(), dynamic_ncols=True,
                 mininterval=0.5 if sys.stderr.isatty() else 10)
+
+
+def barrier():
+    """Wait until every process is here."""
+    dist.barrier()
 
 
 def reduce_sum(values):
@@ -154,8 +170,8 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
     for block in model.blocks if compiled else ():
         block.compile(dynamic=True)    # a block at a time, FSDP gathers between; for all lengths
     words, lm_head = model.llm.get_input_embeddings(), model.llm.get_output_embeddings()
-    # A tied table gets a dense gradient from lm_head; the lookup's, a few rows of it, need not be
-    # another. (On a CPU: CUDA would add the rows in bf16 and in any order.)
+    # With tied embeddings lm_head already gives a dense gradient; the lookup's stays sparse, to
+    # spare a second dense one. (On a CPU: CUDA would add the rows in bf16 and in any order.)
     words.sparse = device.type == "cpu" and words.weight is lm_head.weight
     if not is_sharded(size, dtype):
         return model.to(device).train()
@@ -212,13 +228,24 @@ def adamw(model, rates):
             groups.append({"params": trained, "lr": lr, "peak": lr, "name": name})
     if not groups:
         raise SystemExit("error: every learning rate is 0: nothing would be trained")
-    # FSDP2 settles at the first forward in which dtype a block's gradients are summed; not at all
-    # where they are frozen, as in phase 1a, and then 1b would sum in bf16. unshard() settles anew.
+    # FSDP2 fixes the dtype in which a block's gradients are summed at its first forward, and fixes
+    # none where the block is frozen, as in phase 1a: 1b would then sum in bf16. unshard() makes it
+    # decide again.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
             module.reshard()
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+
+
+class Phase(NamedTuple):
+    """A stretch of training: which data, which modules at which rates, how long."""
+    name: str
+    kind: str                       # of data.Samples
+    file: str
+    rates: dict                     # {"encoder", "projector", "llm"}; 0 freezes
+    epochs: int
+    max_steps: int | None
 
 
 def learning_rates(args):
@@ -282,7 +309,7 @@ class Clock:
     def start(self, loader):
         self.batches, self.waited, self.began = iter(loader), 0.0, None
 
-    def wait(self):
+    def next_batch(self):
         """The next micro-batch on the device; an unreadable image raises BadRecord."""
         t = time.perf_counter()
         self.began = self.began or t
@@ -298,7 +325,6 @@ class Clock:
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
-            import resource
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"step": step, "data_wait": round(waited, 4), "seconds": round(seconds, 4),
                 "tokens_per_s": round(tokens / seconds, 1), "peak_bytes": peak}

@@ -17,7 +17,10 @@ from study_pairs import write
 from study_plan import FULL, QUICK
 
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
-NAMES = {"original": "original", "stage1": "stage 1", "sft": "SFT", "dpo": "DPO"}
+NAMES = {"original": "original", "stage1": "stage 1", "sft": "SFT", "dpo": "DPO",
+         "dpo-1e-4": "DPO at 1e-4"}
+# Folders of OUT with runs made otherwise: shown beside the others, deciding nothing.
+BESIDE = {"first": "first time", "dpo-1e-4": "DPO at 1e-4"}
 
 
 def short(rate):
@@ -33,8 +36,8 @@ def summarise(results, plan=FULL):
         middle, half = interval(values)
         return {"mean": middle, "half": half, "by_seed": values, "n": len(values)}
 
-    def apart(measure, a, b, first=0):
-        return cell(results.combined(minus(measure, a, b), first))
+    def apart(measure, a, b, first=0, of=None):
+        return cell(beside.get(of, results).combined(minus(measure, a, b), first))
 
     def decided(values, side, lost):
         """All registered seeds decide, or none do."""
@@ -42,14 +45,15 @@ def summarise(results, plan=FULL):
             return verdict(values, side)
         return (f"{len(values)} of {plan['seeds']} seeds" if values or lost else "not run yet") + \
             (f"; {lost} lost, diverged" if lost else "")
-    found, first = [], Results(results.out / "first")       # the same, sums rounded another way
+    found, beside = [], {name: Results(results.out / name) for name in BESIDE}
     for part, text, paper, side, terms in findings(plan):
         values = results.combined(terms)
         found.append({"part": part, "finding": text, "paper": paper, "side": side,
                       **(cell(values) or {}),
                       "verdict": decided(values, side, results.lost(terms))})
-        if before := first.combined(terms):
-            found[-1]["first"] = {**cell(before), "verdict": decided(before, side, 0)}
+        for name, other in beside.items():
+            if values := other.combined(terms):
+                found[-1][name] = {**cell(values), "verdict": decided(values, side, 0)}
     untuned = {name: apart(m, main_of("dpo", part), main_of("sft", part), plan["tuning_seeds"])
                for name, m, part in (
                    ("the model", "vqa average", "vqa"), ("linear probe", "linear", "eye"),
@@ -62,7 +66,7 @@ def summarise(results, plan=FULL):
             "text": f"{short(rate['dpo'])}, {short(rate['sft'])}",
             "verdict": "holds" if rate["dpo"] < rate["sft"] else
             "does not" if rate["dpo"] > rate["sft"] else "undecided"}
-    (rate, said), (earlier, before) = choice(results), choice(first)
+    (rate, said), (earlier, before) = choice(results), choice(beside["first"])
     found.append({"part": "lr", "finding": "best learning rate: DPO's below SFT's (no interval)",
                   "paper": "1e-6, 5e-6", "verdict": "not run yet", **said,
                   **({"first": before} if before else {})})
@@ -70,7 +74,8 @@ def summarise(results, plan=FULL):
     def against(base, others, rows):
         """Of each measure the condition `base` as it is, and the others minus it."""
         return [{"measure": label, base: cell(results.combined([(1, (m, *main_of(base, part)))])),
-                 **{c: apart(m, main_of(c, part), main_of(base, part)) for c in others}}
+                 **{c: apart(m, main_of(c, part), main_of(base, part)) for c in others},
+                 "dpo-1e-4": apart(m, main_of("dpo", part), main_of(base, part), 0, "dpo-1e-4")}
                 for label, m, part in rows]
     of_encoders = [r for r in measures() if r[1] in ("linear", "seg", "align", "repair average")]
     controls = [{"trained": label, **{
@@ -151,13 +156,17 @@ def section(summary, plan=FULL):
             f"{effect['linear']:.1f} in the linear probe.", "",
             *table("the paper's finding | paper | here | ",
                    [[f["finding"], f["paper"], show(f), f["verdict"]] for f in s["findings"]])]
-    if twice := [f for f in s["findings"] if f.get("first")]:
-        out += ["Trained twice, from stage 1 on, with the same worlds, seeds and rates. The first "
-                "time sums were not bound to AVX2; stage 1 then drew slightly other wrong answers, "
-                "so the pairs differ a little. The verdicts above are the second time's:", "",
-                *table("the paper's finding | first time | verdict | second time | verdict", [
-                    [f["finding"], show(f["first"]), f["first"]["verdict"], show(f), f["verdict"]]
-                    for f in twice])]
+    if again := [f for f in s["findings"] if f.keys() & BESIDE]:
+        names = [n for n in BESIDE if any(n in f for f in again)]
+        out += ["The same findings of runs made otherwise, which decide nothing. The *first time*, "
+                "at the same rates, sums were not bound to AVX2; stage 1 then drew slightly other "
+                "wrong answers, so the pairs differ a little. *DPO at 1e-4* is the rate that the "
+                "second tuning prefers, with all else as above:", "",
+                *table(" | ".join(["the paper's finding", "above | verdict",
+                                   *(f"{BESIDE[n]} | verdict" for n in names)]),
+                       [[f["finding"], *(x for one in (f, *(f.get(n) for n in names)) for x in
+                                         (show(one), one["verdict"] if one else ""))]
+                        for f in again])]
     if any(s["untuned"].values()):
         untuned = ", ".join(f"{name} {show(c)}" for name, c in s["untuned"].items())
         out += [f"DPO minus SFT on seeds {plan['tuning_seeds']} to {plan['seeds'] - 1}, which were "
@@ -166,7 +175,7 @@ def section(summary, plan=FULL):
             ("stage1", "Each minus stage 1 (re-paired: minus stage 1's encoder re-paired):"),
             ("original", "The encoder against the one it began as, before stage 1:")):
         if rows := [e for e in s[f"each_minus_{base}"] if e["dpo"]]:
-            shown = [c for c in NAMES if c in rows[0]]
+            shown = [c for c in NAMES if rows[0].get(c)]
             out += [text, "", *table(" | ".join(["", *(NAMES[c] for c in shown)]), [
                 [e["measure"], *(show(e[c], "+" if c != base else "") for c in shown)]
                 for e in rows])]

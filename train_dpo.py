@@ -19,6 +19,7 @@ import rundir
 import runtime
 from runtime import print0
 import data
+import folders
 import model as m
 import torch
 from safetensors import safe_open
@@ -32,7 +33,7 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=1, lr=5e-5, 
            global_batch=32, micro_batch=32, workers=1)
 
 
-def get_args():
+def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
     parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
                         "chosen, rejected; default DATA/preferences/meta.json")
@@ -44,7 +45,7 @@ def get_args():
                         "from a frozen second model at every step (live: teaching, checking)")
     parser.add_argument("--heldout", help="pairs scored before and after training; default "
                         "DATA/preferences/heldout.jsonl, where that exists")
-    args = flags.settle(parser, "dpo", PAPER, TOY, parent="pretrain")
+    args = flags.settle(parser.parse_args(argv), "dpo", PAPER, TOY, parent="pretrain")
     args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
     heldout = Path(args.data, "preferences", "heldout.jsonl")
     args.heldout = args.heldout or (str(heldout) if heldout.exists() else None)
@@ -55,9 +56,9 @@ def get_args():
 
 
 def phases(args):
-    """What --plan plans: (name, kind of data, file, rates per module, epochs, bound on steps)."""
-    return [("dpo", "pairs", args.preferences, runtime.learning_rates(args), args.epochs,
-             args.max_steps)]
+    """One, and of it --plan plans."""
+    return [runtime.Phase("dpo", "pairs", args.preferences, runtime.learning_rates(args),
+                          args.epochs, args.max_steps)]
 
 
 def branch_logps(logps, branch):
@@ -76,9 +77,9 @@ def score_pairs(args, model, pairs, plan, clock, desc):
     cover = plan.cover()
     clock.start(data.loader(pairs, cover, "dpo", args.workers))
     for _ in runtime.progress(0, len(cover), desc):
-        batch = clock.wait()
+        batch = clock.next_batch()
         index = batch.pop("index").cpu()
-        with torch.set_grad_enabled(args.compile):        # no name keeps a graph for the next batch
+        with torch.set_grad_enabled(args.compile):    # nothing holds the graph: it is freed at once
             logps[index] = torch.stack(branch_logps(model(**batch), batch["branch"]),
                                        1).detach().cpu()
         seen[index] = 1
@@ -138,7 +139,7 @@ def main():
 
     # ---- model
     parent = Path(args.run, "pretrain", "final")
-    model, tokenizer = m.load_mllm(parent)
+    model, tokenizer = folders.load_mllm(parent)
 
     # ---- data
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
@@ -160,7 +161,8 @@ def main():
         sets["heldout"] = (heldout, plan.like(heldout))
         print0(f"  held-out: {heldout.summary()}")
     if args.reference == "live":
-        ref_model = runtime.shard(m.load_mllm(parent)[0].requires_grad_(False), device, args.dtype,
+        ref_model, _ = folders.load_mllm(parent)
+        ref_model = runtime.shard(ref_model.requires_grad_(False), device, args.dtype,
                                   attention=args.attention, compiled=args.compile)
         del sets["pairs"]
     key = {"parent_digest": run.config["parent_digest"], "dtype": args.dtype,
@@ -181,7 +183,7 @@ def main():
         sums = {"loss": 0.0, "tokens": 0, "chosen_reward": 0.0, "rejected_reward": 0.0,
                 "correct": 0}
         for micro in range(plan.micro_steps):
-            batch = clock.wait()
+            batch = clock.next_batch()
             model.set_requires_gradient_sync(micro == plan.micro_steps - 1)
 
             # METHOD: one image, one prompt, two answers, one forward.

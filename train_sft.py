@@ -16,7 +16,7 @@ from plan import show_plan
 import rundir
 import runtime
 import data
-import model as m
+import folders
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=5e-6,
              global_batch=256, micro_batch=8, warmup=0.03, num_samples=20_000, workers=4)
@@ -24,19 +24,19 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=1, lr=1e-4, 
            micro_batch=32, workers=1)
 
 
-def get_args():
+def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
     parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
                         "chosen, rejected; default DATA/preferences/meta.json")
-    args = flags.settle(parser, "sft", PAPER, TOY, parent="pretrain")
+    args = flags.settle(parser.parse_args(argv), "sft", PAPER, TOY, parent="pretrain")
     args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
     return args
 
 
 def phases(args):
-    """What --plan plans: (name, kind of data, file, rates per module, epochs, bound on steps)."""
-    return [("sft", "pairs", args.preferences, runtime.learning_rates(args), args.epochs,
-             args.max_steps)]
+    """One, and of it --plan plans."""
+    return [runtime.Phase("sft", "pairs", args.preferences, runtime.learning_rates(args),
+                          args.epochs, args.max_steps)]
 
 
 def main():
@@ -48,7 +48,7 @@ def main():
 
     # ---- model
     parent = Path(args.run, "pretrain", "final")
-    model, tokenizer = m.load_mllm(parent)
+    model, tokenizer = folders.load_mllm(parent)
 
     # ---- data
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
@@ -74,11 +74,10 @@ def main():
         num_tokens = pairs.answer_tokens[plan.batch(step)].sum()
         sums = {"loss": 0.0, "tokens": 0}
         for micro in range(plan.micro_steps):
-            batch = clock.wait()
+            batch = clock.next_batch()
             model.set_requires_gradient_sync(micro == plan.micro_steps - 1)
 
             # METHOD: L = −E log π(y_c), a mean over answer tokens
-            batch.pop("index")
             logps = model(**batch)                                    # (B, T) fp32
             loss = -logps.sum() / num_tokens
             loss.backward()

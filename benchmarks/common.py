@@ -23,6 +23,7 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import encoders  # noqa: E402
+import folders  # noqa: E402
 import model as m  # noqa: E402
 import records  # noqa: E402
 import rundir  # noqa: E402
@@ -81,16 +82,16 @@ def build(shape, seed=0):
         num_attention_heads=width // 64, num_key_value_heads=max(1, width // 256),
         vocab_size=shape.vocab, max_position_embeddings=4096, tie_word_embeddings=True))
     encoder = encoders.Encoder(encoders.truncate(vision), encoders.HALF, encoders.HALF)
-    tokenizer = m.open_tokenizer(ROOT / "weights" / "toy-lm")
-    image_id = m.prepare_tokenizer(tokenizer, shape.vocab)
-    return m.no_dropout(m.MLLM(encoder, llm, image_id)), tokenizer
+    tokenizer = folders.open_tokenizer(ROOT / "weights" / "toy-lm")
+    image_id = folders.prepare_tokenizer(tokenizer, shape.vocab)
+    return folders.no_dropout(m.MLLM(encoder, llm, image_id)), tokenizer
 
 
 def save(shape, folder):
     """Write the random model as the folder that both load_mllm and transformers open."""
     model, tokenizer = build(shape)
     Path(folder).mkdir(parents=True)
-    m.save_mllm(model, tokenizer, folder, True)
+    folders.save_mllm(model, tokenizer, folder, True)
 
 
 def pairs(shape, n, image_id, seed=1):

@@ -23,7 +23,8 @@ import tempfile
 from pathlib import Path
 
 import common as c
-import model as m
+import folders
+import records
 import torch
 from turns import Side, alternate, ratio, watched
 
@@ -32,7 +33,7 @@ SIDES = {"TRL": (False, False), "TRL, precomputed": (True, False), "TRL, answer 
 
 def our_side(turns, folder, shape, num_batches, compiled):
     """The cached reference pass, then EPOCHS × num_batches steps of train_dpo.py."""
-    ours = c.Ours(m.load_mllm(folder)[0], compiled=compiled)
+    ours = c.Ours(folders.load_mllm(folder)[0], compiled=compiled)
     batches = c.batches(shape, c.pairs(shape, num_batches * shape.batch,
                                        ours.model.image_token_id), "dpo")
     if compiled:
@@ -68,7 +69,7 @@ def trl_side(turns, folder, shape, num_batches, precomputed, answer_rows):
             return logps
 
     processor = AutoProcessor.from_pretrained(folder)
-    image_id = processor.tokenizer.convert_tokens_to_ids(m.IMAGE_TOKEN)
+    image_id = processor.tokenizer.convert_tokens_to_ids(records.IMAGE_TOKEN)
     samples = c.pairs(shape, num_batches * shape.batch, image_id)
     pixels = (torch.stack([torch.from_numpy(s["pixels"]) for s in samples]) / 255 - 0.5) / 0.5
     collate_ids = DataCollatorForPreference(pad_token_id=0)

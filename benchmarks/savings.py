@@ -22,6 +22,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import common as c
+import folders
 import model as m
 import numpy as np
 import records
@@ -76,7 +77,7 @@ def answer_logps(model, batch, savings):
 
 def variant_side(turns, folder, shape, num_batches, savings):
     """Train like train_dpo.py, but without the savings that are not named."""
-    model, _ = m.load_mllm(folder)
+    model, _ = folders.load_mllm(folder)
     trained = [p for n, p in model.named_parameters() if p.requires_grad]
     samples = c.pairs(shape, num_batches * shape.batch, model.image_token_id)
     batches = c.batches(shape, samples, "dpo") if "prefix" in savings else \

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import common as c
-import model as m
+import folders
 import torch
 from dpo_vs_trl import trainer_arguments
 from turns import Side, alternate, ratio, watched
@@ -22,7 +22,7 @@ from turns import Side, alternate, ratio, watched
 
 def our_side(turns, folder, shape, num_batches):
     """EPOCHS × num_batches steps of train_sft.py."""
-    ours = c.Ours(m.load_mllm(folder)[0])
+    ours = c.Ours(folders.load_mllm(folder)[0])
     batches = c.batches(shape, c.pairs(shape, num_batches * shape.batch,
                                        ours.model.image_token_id), "sft")
     for step in range(c.EPOCHS * num_batches):

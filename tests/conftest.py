@@ -23,6 +23,7 @@ import torch  # noqa: E402
 
 import encoders  # noqa: E402
 import in_fork  # noqa: E402
+import folders  # noqa: E402
 import model as m  # noqa: E402
 import runtime  # noqa: E402, F401  (sets the environment transformers reads)
 
@@ -110,4 +111,4 @@ def tiny_model(vision="siglip", llm="qwen2", tie=True, seed=0, dtype=torch.float
             "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TEXT, tie_word_embeddings=tie)),
             }[llm]()
     encoder = encoders.Encoder(encoders.truncate(eye), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    return m.no_dropout(m.MLLM(encoder, head, image_token_id=63)).to(dtype)
+    return folders.no_dropout(m.MLLM(encoder, head, image_token_id=63)).to(dtype)

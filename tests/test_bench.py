@@ -225,15 +225,15 @@ def scored(stage1, sixteen, tmp_path_factory):
     """A run folder whose model has answered all sixteen, in batches of three. Its LLM is the toy's
     shape with wild random weights: what it says hangs on every token and pixel."""
     import torch
-    import model as m
+    import folders
     folder = tmp_path_factory.mktemp("scored")
     shutil.copytree(stage1 / "pretrain/final", folder / "m/final")
-    model, tokenizer = m.load_mllm(folder / "m/final")
+    model, tokenizer = folders.load_mllm(folder / "m/final")
     torch.manual_seed(0)
     with torch.no_grad():
         for p in (*model.llm.parameters(), *model.projector.parameters()):
             p.normal_(0, 0.3) if p.dim() == 2 else p.fill_(1)
-    m.save_mllm(model, tokenizer, folder / "m/final", True)
+    folders.save_mllm(model, tokenizer, folder / "m/final", True)
     out = run(*command(folder / "m", sixteen), "--eval-batch", 3)
     return folder / "m", out.stdout
 
@@ -682,14 +682,14 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
     from transformers import AutoModelForImageTextToText
     import encoders
     import flags
-    import model as m
+    import folders
     from conftest import COMMON
     tiny_encoder("dinov2", 32, 8, 16).save_pretrained(tmp_path / "dino")
     line = ["repair_eval.py", "--run-dir", tmp_path / "r", "--encoder", f"toy-vit+{tmp_path}/dino",
             *COMMON, "--data", world, "--max-steps", 2, "--limit", 4, "--save-every", 1]
     run(*line, "--activation-checkpointing", processes=2)
     folder = tmp_path / "r/repair/toy-vit+dino"
-    model, _ = m.load_mllm(folder / "final")
+    model, _ = folders.load_mllm(folder / "final")
     for part, name in zip(model.encoder.parts, ("toy-vit", str(tmp_path / "dino"))):
         for key, p in encoders.load_encoder(name).state_dict().items():
             assert torch.equal(p, part.state_dict()[key]), key
@@ -712,17 +712,17 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
 def test_reused_layers_start_where_pivot_left_them(stage1, world, tmp_path):
     """"1+1": linear_1 is the trained one, linear_2 fresh, bit by bit, before the first step."""
     import torch
-    import model as m
+    import folders
     import repair_eval
     import rundir
     from conftest import COMMON
     shutil.copytree(stage1 / "pretrain/final", tmp_path / "run/dpo/final")
-    trained, _ = m.load_mllm(tmp_path / "run/dpo/final")
+    trained, _ = folders.load_mllm(tmp_path / "run/dpo/final")
     trained.encoder.vision.save_pretrained(tmp_path / "run/dpo/encoder")
     eye = str(tmp_path / "run/dpo/encoder")
     for layers in (1, 2):
-        fresh, _ = m.build_mllm(eye, "toy-lm", 0)
-        model, _ = m.build_mllm(eye, "toy-lm", 0)
+        fresh, _ = folders.build_mllm(eye, "toy-lm", 0)
+        model, _ = folders.build_mllm(eye, "toy-lm", 0)
         repair_eval.reuse_projector(model, eye, layers)
         for i, name in ((1, "linear_1"), (2, "linear_2")):
             source, other = (trained, fresh) if i <= layers else (fresh, trained)

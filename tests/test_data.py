@@ -10,14 +10,15 @@ from PIL import Image
 import data
 import records
 import encoders
+import folders
 import model as m
 
 
 @pytest.fixture(scope="module")
 def tools():
     """Tokenizer and encoder of the toy, as the stages use them."""
-    tokenizer = m.open_tokenizer(encoders.resolve("toy-lm"))
-    m.prepare_tokenizer(tokenizer, 10 ** 6)
+    tokenizer = folders.open_tokenizer(encoders.resolve("toy-lm"))
+    folders.prepare_tokenizer(tokenizer, 10 ** 6)
     return tokenizer, encoders.load_encoder("toy-vit")
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import convert
 import encoders
 import meta
-import model as m
+import folders
 from conftest import COMMON, VISION, run
 from test_stages import opens_in_transformers
 
@@ -250,7 +250,7 @@ def test_the_round_trip(name, world, tmp_path):
     assert "bit-equal" in done
     folder = tmp_path / "r/dpo/encoder"
 
-    trained = m.load_mllm(tmp_path / "r/dpo/final")[0].encoder.eval()
+    trained = folders.load_mllm(tmp_path / "r/dpo/final")[0].encoder.eval()
     again = encoders.load_encoder(str(folder)).eval()
     pixels = pixels_for(again)
     want = trained(pixels)
@@ -281,9 +281,9 @@ def test_the_round_trip(name, world, tmp_path):
 @pytest.mark.parametrize("name", ["siglip", "clip"])
 def test_final_of_siglip_and_clip_opens_in_transformers(name, tmp_path):
     write_checkpoint(name, tmp_path / "eye")
-    model, tokenizer = m.build_mllm(str(tmp_path / "eye"), "toy-lm", 0)
+    model, tokenizer = folders.build_mllm(str(tmp_path / "eye"), "toy-lm", 0)
     (tmp_path / "final").mkdir()
-    m.save_mllm(model, tokenizer, tmp_path / "final", True)
+    folders.save_mllm(model, tokenizer, tmp_path / "final", True)
     opens_in_transformers(tmp_path / "final", 32)
 
 
@@ -291,12 +291,12 @@ def test_final_of_siglip_and_clip_opens_in_transformers(name, tmp_path):
 def test_final_of_the_others_does_not_open_as_something_else(name, tmp_path):
     """LLaVA's class cannot say "after the final norm": it refuses, lest it read another layer."""
     write_checkpoint(name, tmp_path / "eye")
-    model, tokenizer = m.build_mllm(str(tmp_path / "eye"), "toy-lm", 0)
+    model, tokenizer = folders.build_mllm(str(tmp_path / "eye"), "toy-lm", 0)
     (tmp_path / "final").mkdir()
-    m.save_mllm(model, tokenizer, tmp_path / "final", True)
+    folders.save_mllm(model, tokenizer, tmp_path / "final", True)
     with pytest.raises(ValueError, match="pivot_normed_features"):
         t.AutoModelForImageTextToText.from_pretrained(tmp_path / "final")
-    again, _ = m.load_mllm(tmp_path / "final")
+    again, _ = folders.load_mllm(tmp_path / "final")
     pixels = pixels_for(again.encoder)
     assert torch.equal(again.encoder.eval()(pixels), model.encoder.eval()(pixels))
 

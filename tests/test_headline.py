@@ -17,7 +17,7 @@ import transformers as t
 from safetensors.torch import load_file
 
 import encoders
-import model as m
+import folders
 from conftest import ROOT, metrics
 
 EXTRA = ["--activation-checkpointing", "--global-batch", "16", "--num-samples", "16",
@@ -82,7 +82,7 @@ def test_the_headline_command_on_eight_processes(place):
     still = [k for k in after if torch.equal(before[k], after[k])]
     assert sorted(still) == [f"vision_tower.post_layernorm.{x}" for x in ("bias", "weight")]
     assert (folder / "dpo/ref_logps.safetensors").exists()
-    model, _ = m.load_mllm(folder / "dpo/final")
+    model, _ = folders.load_mllm(folder / "dpo/final")
     assert model.llm.lm_head.weight is model.llm.model.embed_tokens.weight
 
     shutil.copytree(folder, place / "runs/one", ignore=shutil.ignore_patterns("dpo"))

@@ -23,12 +23,12 @@ def lines(path):
 def test_files_stay_readable():
     for path in FILES:
         text = lines(path)
-        assert len(text) <= (300 if path.name in STAGES else 460)
+        assert len(text) <= (300 if path.name in STAGES else 440)
         assert not [i for i, x in enumerate(text, 1) if len(x) > 100], path.name
         assert ast.get_docstring(ast.parse("\n".join(text))), path.name
     # The recipe and its judging; the toy's own world and the study are not a part of it.
-    assert sum(len(lines(p)) for p in FILES if not p.name.startswith(("toy", "study"))) <= 6100
-    assert sum(len(lines(p)) for p in FILES if p.name.startswith("study")) <= 1630
+    assert sum(len(lines(p)) for p in FILES if not p.name.startswith(("toy", "study"))) <= 6150
+    assert sum(len(lines(p)) for p in FILES if p.name.startswith("study")) <= 1640
 
 
 def test_run_time_imports_are_the_six():

@@ -10,9 +10,10 @@ import torch
 import data
 import records
 import encoders
+import folders
 import model as m
 import runtime
-from conftest import TEXT, tiny_model
+from conftest import TEXT, run, tiny_model
 
 IMAGE = 63
 
@@ -34,14 +35,14 @@ def random_pairs(model, count=3, seed=0):
 def batch_of(pairs, pixels, layout):
     batch = data.collate([{"ids": i, "roles": r, "pixels": p, "index": n}
                           for n, ((i, r), p) in enumerate(zip(pairs, pixels))], layout)
-    batch.pop("index")
+    batch.pop("index", None)
     return batch
 
 
 def llava_twin(model):
     """transformers' LlavaForConditionalGeneration with the same weights: another implementation."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
-    config = LlavaConfig(**{k: v for k, v in m.llava_config(model).items()
+    config = LlavaConfig(**{k: v for k, v in folders.llava_config(model).items()
                             if k not in ("model_type", "architectures", "transformers_version")})
     twin = LlavaForConditionalGeneration(config).to(next(model.parameters()).dtype)
     rename = {"language_model.model.": "model.language_model.",
@@ -49,7 +50,7 @@ def llava_twin(model):
               "multi_modal_projector.": "model.multi_modal_projector."}
 
     def theirs(name):
-        name = m.file_name_of(name)
+        name = folders.file_name_of(name)
         head = next(k for k in rename if name.startswith(k))
         return rename[head] + name.removeprefix(head)
     twin.load_state_dict({theirs(k): v for k, v in model.state_dict().items()}, strict=True)
@@ -317,7 +318,7 @@ def other_llm(name):
 def test_other_llms_keep_the_two_answers_apart(name):
     """Any causal LM of full attention: the rejected answer does not see the chosen one."""
     llm = other_llm(name)
-    m.refuse_llm(llm, name)
+    folders.refuse_llm(llm, name)
     model = m.MLLM(tiny_model().encoder, llm, IMAGE).eval()
     pairs, pixels = random_pairs(model, 1)
     batch = batch_of(pairs, pixels, "dpo")
@@ -336,7 +337,7 @@ def test_other_llms_keep_the_two_answers_apart(name):
 @pytest.mark.parametrize("name", ["mamba", "gpt2", "gemma3_text"])
 def test_an_llm_that_cannot_hold_two_answers_is_refused(name):
     with pytest.raises(SystemExit, match=f"--llm x is a {name}: only models whose layers are all"):
-        m.refuse_llm(other_llm(name), "x")
+        folders.refuse_llm(other_llm(name), "x")
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -420,3 +421,12 @@ def test_a_step_of_1e_6_moves_fp32_masters():
         p.grad = torch.ones_like(p)
         optimizer.step()
         assert bool((p != before).all()) == moves
+
+
+def test_cudnns_attention_is_off(tmp_path):
+    """On an H100 with torch 2.13 its gradients are NaN under some of our masks (pytorch#196678)."""
+    script = tmp_path / "script.py"
+    script.write_text("import runtime, torch\nbefore = torch.backends.cuda.cudnn_sdp_enabled()\n"
+                      "runtime.start()\nprint(before, torch.backends.cuda.cudnn_sdp_enabled())\n"
+                      "runtime.stop()\n")
+    assert run(script).stdout.split() == ["True", "False"]

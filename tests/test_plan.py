@@ -16,6 +16,7 @@ import data
 import records
 import encoders
 import meta
+import folders
 import model as m
 import plan
 import repair_eval
@@ -223,7 +224,7 @@ def test_lengths_are_those_of_the_batches(world, stage1):
     text = run("train_dpo.py", "--run-dir", stage1, "--data", world, "--plan", "1xh100",
                "--global-batch", 8).stdout
     planned, longest = map(int, re.search(r"rows of (\d+) tokens, at most (\d+)", text).groups())
-    model, tokenizer = m.load_mllm(stage1 / "pretrain/final")
+    model, tokenizer = folders.load_mllm(stage1 / "pretrain/final")
     samples = data.Samples("pairs", records.pair_sources(world / "preferences/meta.json"), tokenizer,
                            model.encoder, 10_000)
     rows = [len(data.pair_row(s["ids"], s["roles"])["input_ids"]) for s in samples]

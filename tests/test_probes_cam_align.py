@@ -65,7 +65,7 @@ def batches(seed=0, chosen=(5, 6, 7), rejected=(8, 9)):
             "pixels": rng.integers(0, 256, (3, 32, 32), dtype=np.uint8)}
     out = [data.collate([pair], layout) for layout in ("sft", "dpo")]
     for batch in out:
-        batch.pop("index")
+        batch.pop("index", None)
     return out
 
 

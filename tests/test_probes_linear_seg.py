@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import encoders
 import logistic
-import model as m
+import folders
 import probe_linear
 import probe_seg
 import runtime
@@ -298,10 +298,10 @@ def test_linear_refuses(call, eyes, classes8, tmp_path, spoil, says):
 
 def test_trained_models_bring_their_projector(call, classes8, tmp_path):
     """--mllm: the encoder's features are those of --encoder; the projector's, those of a loop."""
-    model, tokenizer = m.build_mllm("toy-vit", "toy-lm", seed=0)
+    model, tokenizer = folders.build_mllm("toy-vit", "toy-lm", seed=0)
     final = tmp_path / "runs" / "x" / "dpo" / "final"
     final.mkdir(parents=True)
-    m.save_mllm(model, tokenizer, final, True)
+    folders.save_mllm(model, tokenizer, final, True)
     call(probe_linear, "--encoder", "toy-vit", "--mllm", final, "--data", classes8, "--limit", 2,
          "--workers", 0)
     out = tmp_path / "runs" / "x" / "probes" / "linear"

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import encoders
-import model as m
+import folders
 import rundir
 from conftest import COMMON, ROOT, bit_equal, metrics, run
 
@@ -71,8 +71,8 @@ def test_metrics_carry_rates_and_norms_of_every_module(trained):
 def test_stage_1a_moves_the_projector_alone(world, tmp_path):
     run("pretrain.py", "--run", tmp_path / "r", "--encoder", "toy-vit", *COMMON, "--data", world,
         "--projector-max-steps", 2, "--max-steps", 1, "--lr", 0)
-    trained, _ = m.load_mllm(tmp_path / "r/pretrain/final")
-    start, _ = m.build_mllm("toy-vit", "toy-lm", 0)
+    trained, _ = folders.load_mllm(tmp_path / "r/pretrain/final")
+    start, _ = folders.build_mllm("toy-vit", "toy-lm", 0)
     moved = {n for n, p in trained.named_parameters() if not torch.equal(p, start.get_parameter(n))}
     # --encoder-lr has its own default, so 1b moves the eye even where --lr 0 freezes the rest
     assert {n.split(".")[0] for n in moved} == {"projector", "encoder"}
@@ -109,8 +109,8 @@ def test_pretrain_on_any_number_of_processes_counts_the_same(world, tmp_path):
             "--projector-lr", 1e-3, "--lr", 1e-4, "--encoder-lr", 1e-4,
             "--projector-max-steps", 2, "--max-steps", 3, processes=processes)
         return tmp_path / str(processes) / "pretrain"
-    start = m.build_mllm("toy-vit", "toy-lm", 0)[0].state_dict()
-    start = {m.file_name_of(name): tensor for name, tensor in start.items()}
+    start = folders.build_mllm("toy-vit", "toy-lm", 0)[0].state_dict()
+    start = {folders.file_name_of(name): tensor for name, tensor in start.items()}
     one = folder(1, 8)
     for processes, micro_batch in ((2, 2), (4, 1)):
         other = folder(processes, micro_batch)
@@ -228,7 +228,7 @@ def opens_in_transformers(folder, size):
     from transformers import AutoModelForImageTextToText, AutoProcessor
     theirs = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    ours, tokenizer = m.load_mllm(folder)
+    ours, tokenizer = folders.load_mllm(folder)
     image = Image.effect_mandelbrot((size, size), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     messages = [{"role": "user", "content": [{"type": "image"},
                                              {"type": "text", "text": "What shape is it?"}]}]
@@ -243,8 +243,8 @@ def opens_in_transformers(folder, size):
     assert (want - got).abs().max() < 1e-5
     answer = theirs.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1]:]
     mine = ours.generate(pixels, inputs["input_ids"], inputs["attention_mask"], 8,
-                         m.stop_ids(tokenizer))[0]
-    assert [t for t in answer.tolist() if t not in m.stop_ids(tokenizer)] == mine
+                         folders.stop_ids(tokenizer))[0]
+    assert [t for t in answer.tolist() if t not in folders.stop_ids(tokenizer)] == mine
 
 
 def test_the_card_of_final_states_where_it_comes_from(trained):
@@ -269,11 +269,11 @@ def test_the_card_of_final_states_where_it_comes_from(trained):
 
 
 def test_a_folder_in_several_shards_is_the_same_model(trained, tmp_path):
-    model, tokenizer = m.load_mllm(trained[0] / "dpo/final")
-    m.save_mllm(model, tokenizer, tmp_path, True, shard_bytes=1_000_000)
+    model, tokenizer = folders.load_mllm(trained[0] / "dpo/final")
+    folders.save_mllm(model, tokenizer, tmp_path, True, shard_bytes=1_000_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     from transformers import AutoModelForImageTextToText
-    again, _ = m.load_mllm(tmp_path)
+    again, _ = folders.load_mllm(tmp_path)
     for (name, a), b in zip(model.named_parameters(), again.parameters()):
         assert torch.equal(a, b), name
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path)
@@ -284,7 +284,7 @@ def test_a_folder_in_several_shards_is_the_same_model(trained, tmp_path):
 def test_extracted_encoder_is_what_was_trained(trained):
     """Invariant 6, trap 5: reopened by transformers alone, bit-equal to the eye inside the MLLM."""
     from transformers import SiglipVisionModel
-    model, _ = m.load_mllm(trained[0] / "dpo/final")
+    model, _ = folders.load_mllm(trained[0] / "dpo/final")
     theirs = SiglipVisionModel.from_pretrained(trained[0] / "dpo/encoder").eval()
     pixels = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
     values = (pixels.float() / 255 - 0.5) / 0.5
@@ -324,7 +324,7 @@ def test_repairing_keeps_the_eye_and_scores(trained, world, tmp_path):
     done = run("repair_eval.py", "--encoder", encoder, *COMMON, "--data", world, "--max-steps", 2,
                "--limit", 12, processes=2)
     folder = trained[0] / "repair/dpo"
-    model, _ = m.load_mllm(folder / "final")
+    model, _ = folders.load_mllm(folder / "final")
     for name, p in encoders.load_encoder(str(encoder)).named_parameters():
         assert torch.equal(p, model.encoder.get_parameter(name)), name
     starts = [json.loads((d / "config.json").read_text())["projector_digest"]

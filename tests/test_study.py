@@ -651,8 +651,38 @@ def test_what_was_run_twice_is_shown_beside(tmp_path):
     one = rows["the model, average: DPO above SFT"]
     assert (one["mean"], one["verdict"]) == (pytest.approx(2.2), "holds")
     assert (one["first"]["mean"], one["first"]["verdict"]) == (0, "undecided")
-    assert "| +0.0 [+0.0, +0.0] | undecided | +2.20 [+2.00, +2.40] | holds |" in \
-        report.section(summary, plan)
+    text = report.section(summary, plan)
+    assert "| +2.20 [+2.00, +2.40] | holds | +0.0 [+0.0, +0.0] | undecided |" in text
+    assert "DPO at 1e-4 | verdict" not in text
+
+
+def test_dpo_at_another_rate_is_shown_beside(tmp_path):
+    """Its findings, and its column among what each gains over stage 1; it decides nothing."""
+    plan, out = study_plan.FULL, tmp_path / "results"
+    fake_results(out, plan)
+    before = report.summarise(report.Results(out), plan)
+    fake_results(out / "dpo-1e-4", plan)
+    for path in (out / "dpo-1e-4").glob("*/*.json"):
+        found = json.loads(path.read_text())
+        if path.parent.name in ("vqa", "repair"):
+            prefix = path.parent.name
+            found["values"]["dpo"][f"{prefix} average"] = \
+                found["values"]["sft"][f"{prefix} average"] + 7
+            study_pairs.write(path, found)
+        else:
+            path.unlink()
+    summary = report.summarise(report.Results(out), plan)
+    for old, new in zip(before["findings"], summary["findings"], strict=True):
+        assert old.items() <= new.items()
+    row = next(f for f in summary["findings"] if f["finding"] == "the model, average: DPO above SFT")
+    assert (row["dpo-1e-4"]["mean"], row["dpo-1e-4"]["verdict"]) == (pytest.approx(7), "holds")
+    gains = {e["measure"]: e for e in summary["each_minus_stage1"]}
+    for measure in ("the model, average", "re-paired, average"):
+        assert gains[measure]["dpo-1e-4"]["mean"] == pytest.approx(gains[measure]["sft"]["mean"] + 7)
+    assert gains["linear probe"]["dpo-1e-4"] is None
+    text = report.section(summary, plan)
+    assert "|  | stage 1 | SFT | DPO | DPO at 1e-4 |" in text
+    assert "above | verdict | DPO at 1e-4 | verdict |" in text
 
 
 def test_findings_stay_listed_when_nothing_was_run(tmp_path):
