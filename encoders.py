@@ -57,7 +57,8 @@ class Preset(NamedTuple):
     """path: hub id or folder beside this file. geometry: enough to plan without weights. Of an
     encoder: model type, hidden, layers, heads, MLP width, patch, image size (ConvNeXt: type,
     widths, depths, –, –, patch, size). Of Qwen2.5: hidden, layers, heads, kv heads, MLP width, rows
-    of the embedding, whether lm_head shares them; None: its folder says.
+    of the embedding, whether lm_head shares them; None: its folder says. Mean and std are those of
+    the processor's or open_clip's config, else the family's.
     """
     path: str
     geometry: tuple | None

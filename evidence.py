@@ -1,6 +1,6 @@
 """All the evidence of a run in one table: the original encoder, SFT's and DPO's, side by side.
 
-    python evidence.py --run runs/toy-vit__toy-lm
+    python evidence.py --run-dir runs/toy-vit__toy-lm
 
 Reads what repair_eval.py and the four instruments wrote in the run folder, and runs nothing itself;
 where one has not been run yet, its line is empty and the command that fills it is named. In percent
@@ -89,7 +89,7 @@ INSTRUMENTS = (
     ("Alignment, mutual k-NN", "align", alignment, "align.png",
      "python probe_align.py --encoder {three} --llm {llm} --data {data}/align"),
     ("Gradient of each loss at stage 1", "gradcam", heat, "gradcam.png",
-     "python gradcam.py --run {run} --num-samples 120"))
+     "python gradcam.py --run-dir {run} --num-samples 120"))
 
 
 def main():

@@ -1,6 +1,6 @@
 """Detach the trained eye: a folder that transformers opens, and how far every block moved.
 
-    python extract.py --run runs/toy-vit__toy-lm --stage dpo [--out DIR]
+    python extract.py --run-dir runs/toy-vit__toy-lm --stage dpo [--out DIR]
 
 Reads   runs/NAME/STAGE/final and the original encoder named in its config.json.
 Writes  runs/NAME/STAGE/encoder (or DIR): config.json, model.safetensors,

@@ -1,8 +1,8 @@
 """Where the loss looks: the gradient of one pair's SFT and DPO loss, patch by patch.
 
-Pictures:     python gradcam.py --run runs/toy-vit__toy-lm --data data/toy
-Measurement:  python gradcam.py --run runs/toy-vit__toy-lm --data data/toy --num-samples 300
-The paper's:  python gradcam.py --run runs/toy-vit__toy-lm --data data/toy --steps 20
+Pictures:     python gradcam.py --run-dir runs/toy-vit__toy-lm --data data/toy
+Measurement:  python gradcam.py --run-dir runs/toy-vit__toy-lm --data data/toy --num-samples 300
+The paper's:  python gradcam.py --run-dir runs/toy-vit__toy-lm --data data/toy --steps 20
 
 The loss is back-propagated to the image features A (N patches × D channels); the heat of a patch is
 Σ_d |∂L/∂A|, the L1 norm over channels, as in the authors' code. There A is the projector's output

@@ -122,9 +122,9 @@ CHAT_TEMPLATE = (
 
 
 def user_turn(text, image, system=None):
-    """ChatML up to where the assistant speaks; the image, if any, comes first in its turn. What
-    CHAT_TEMPLATE says, piece by piece (a test compares); a later turn ends the answer's line first.
-    """
+    """ChatML up to where the assistant speaks; the image, if any, comes first in its turn. It is
+    what CHAT_TEMPLATE renders (a test compares). Without `system` it begins with the newline that
+    ends the previous answer's turn."""
     head = f"<|im_start|>system\n{system}<|im_end|>\n" if system else "\n"
     picture = f"{IMAGE_TOKEN}\n" if image else ""
     return f"{head}<|im_start|>user\n{picture}{text}<|im_end|>\n<|im_start|>assistant\n"

@@ -58,8 +58,9 @@ def start():
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit, store=store,
                             rank=rank, world_size=size)
     torch.manual_seed(0)
-    # cuDNN's attention, an H100's default, gives NaN gradients under a mask where T % 128 = 64 and
-    # scores are far below 0, as some of Qwen2.5's heads have them (torch 2.13, pytorch#196678).
+    # Of cuDNN's attention, an H100's default since torch 2.11, it is reported that the gradient of
+    # q is NaN under a mask where T % 128 = 64 and scores lie far below 0, as in some of Qwen2.5's
+    # heads (pytorch#196678; not seen here, where there is no GPU).
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not cuda:
         return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""results/*/*.json of the controlled study → a table of findings, figures, the README's section.
+"""results/*/*.json of the controlled study → the README's section, summary.md with more, figures.
 
     python study_report.py                        # results/summary.*, its figures, README.md
     python study_report.py --out runs/study-quick/results --quick
@@ -21,6 +21,11 @@ NAMES = {"original": "original", "stage1": "stage 1", "sft": "SFT", "dpo": "DPO"
          "dpo-1e-4": "DPO at 1e-4"}
 # Folders of OUT with runs made otherwise: shown beside the others, deciding nothing.
 BESIDE = {"first": "first time", "dpo-1e-4": "DPO at 1e-4"}
+MADE = {"first": "The *first time*, at the same rates, the processor's instruction set was not "
+                 "fixed (now: AVX2, one thread); stage 1 then drew slightly other wrong answers, "
+                 "so the pairs differ a little.",
+        "dpo-1e-4": "*DPO at 1e-4* is the rate that the second tuning prefers, with all else the "
+                    "same (the gradient at stage 1, too)."}
 
 
 def short(rate):
@@ -134,7 +139,7 @@ def section(summary, plan=FULL):
     if s["seeds"]:
         counts = [c["sampled"] for c in s["wrong_answers"].values()]
         found = f" ({min(counts):,} to {max(counts):,} of {plan['world']['preferences']:,} " \
-                f"questions; a rule that reads the two answers and does not look gets " \
+                f"questions; a rule that sees both answers and not the image gets " \
                 f"{s['blind']['mean']:.0f} % of these pairs right, chance 50)" if counts else ""
         out += [f"{s['seeds']} seeds, {s['hours_of_one_core']} hours of runs, each on one core. "
                 f"Rejected answers: the stage-1 model's own wrong ones{found}; {plan['pairs']:,} "
@@ -142,9 +147,9 @@ def section(summary, plan=FULL):
                 f"SFT {short(s['chosen']['sft'])}, DPO {short(s['chosen']['dpo'])} (the paper's: "
                 f"5e-6 and 1e-6; the grid: {short(plan['rates'][0])} to "
                 f"{short(plan['rates'][-1])})."
-                + "".join(f" Tuned again, with sums bound, {m.upper()}'s best is {short(r)}; all "
-                          "else was trained at the first choice." for m, r in s["better"].items()
-                          if r != s["chosen"][m])
+                + "".join(f" Chosen again, with rounding fixed, {m.upper()}'s is {short(r)}; what "
+                          "is shown here was trained at the first choice." for m, r in
+                          s["better"].items() if r != s["chosen"][m])
                 + "".join(f" **{m.upper()}'s is at the edge of the grid**: a better one may lie "
                           "outside." for m in s["edge"])
                 + (f" Made by {s['codes']} states of this code." if s["codes"] > 1 else ""), ""]
@@ -156,13 +161,25 @@ def section(summary, plan=FULL):
             f"{effect['linear']:.1f} in the linear probe.", "",
             *table("the paper's finding | paper | here | ",
                    [[f["finding"], f["paper"], show(f), f["verdict"]] for f in s["findings"]])]
+    out += pictures(s, ("findings",))
+    return "\n".join(out).rstrip() + "\n"
+
+
+def pictures(summary, names):
+    """The lines that show these figures, and an empty one."""
+    lines = [f"![{alt}](results/{name}.png)" for name, alt, *_ in FIGURES if name in names and
+             drawn(summary, name)]
+    return [*lines, ""] if lines else []
+
+
+def details(summary, plan=FULL):
+    """What summary.md has besides the section. Markdown."""
+    s, out = summary, []
     if again := [f for f in s["findings"] if f.keys() & BESIDE]:
         names = [n for n in BESIDE if any(n in f for f in again)]
-        out += ["The same findings of runs made otherwise, which decide nothing. The *first time*, "
-                "at the same rates, sums were not bound to AVX2; stage 1 then drew slightly other "
-                "wrong answers, so the pairs differ a little. *DPO at 1e-4* is the rate that the "
-                "second tuning prefers, with all else as above:", "",
-                *table(" | ".join(["the paper's finding", "above | verdict",
+        out += ["The same findings of runs made otherwise, under the same rule; they do not "
+                f"replace the registered verdicts. {' '.join(MADE[n] for n in names)}", "",
+                *table(" | ".join(["the paper's finding", "registered | verdict",
                                    *(f"{BESIDE[n]} | verdict" for n in names)]),
                        [[f["finding"], *(x for one in (f, *(f.get(n) for n in names)) for x in
                                          (show(one), one["verdict"] if one else ""))]
@@ -175,7 +192,7 @@ def section(summary, plan=FULL):
             ("stage1", "Each minus stage 1 (re-paired: minus stage 1's encoder re-paired):"),
             ("original", "The encoder against the one it began as, before stage 1:")):
         if rows := [e for e in s[f"each_minus_{base}"] if e["dpo"]]:
-            shown = [c for c in NAMES if rows[0].get(c)]
+            shown = [c for c in NAMES if any(e.get(c) for e in rows)]
             out += [text, "", *table(" | ".join(["", *(NAMES[c] for c in shown)]), [
                 [e["measure"], *(show(e[c], "+" if c != base else "") for c in shown)]
                 for e in rows])]
@@ -190,8 +207,12 @@ def section(summary, plan=FULL):
                 "never trained on (one attribute swapped, chance 50):", "",
                 *table("trained with | model, average | linear | segmentation | re-paired, average "
                        "| held-out pairs", rows)]
-    figures = [f"![{alt}](results/{name}.png)" for name, alt, *_ in FIGURES if drawn(s, name)]
-    return "\n".join(out + figures).rstrip() + "\n"
+    return "\n".join(out + pictures(s, ("lr", "groups", "eye", "size", "controls")))
+
+
+def page(summary, plan=FULL):
+    """summary.md: both, with links from where it lies."""
+    return f"{section(summary, plan)}\n{details(summary, plan)}".replace("](results/", "](")
 
 
 # ------------------------------------------------------------------------------------ the figures
@@ -379,7 +400,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "summary.json", summary)
     text = section(summary, plan)
-    (args.out / "summary.md").write_text(text.replace("](results/", "]("), encoding="utf-8")
+    (args.out / "summary.md").write_text(page(summary, plan), encoding="utf-8")
     draw_figures(summary, args.out)
     if args.out == Path("results") and not args.quick:
         aside = Path("README.md.tmp")

@@ -56,7 +56,7 @@ def get_args(argv=None):
 
 
 def phases(args):
-    """One, and of it --plan plans."""
+    """The stage's single phase: what --plan reads."""
     return [runtime.Phase("dpo", "pairs", args.preferences, runtime.learning_rates(args),
                           args.epochs, args.max_steps)]
 
@@ -79,7 +79,7 @@ def score_pairs(args, model, pairs, plan, clock, desc):
     for _ in runtime.progress(0, len(cover), desc):
         batch = clock.next_batch()
         index = batch.pop("index").cpu()
-        with torch.set_grad_enabled(args.compile):    # nothing holds the graph: it is freed at once
+        with torch.set_grad_enabled(args.compile):    # its graph is freed at once: nothing holds it
             logps[index] = torch.stack(branch_logps(model(**batch), batch["branch"]),
                                        1).detach().cpu()
         seen[index] = 1

@@ -34,7 +34,7 @@ def get_args(argv=None):
 
 
 def phases(args):
-    """One, and of it --plan plans."""
+    """The stage's single phase: what --plan reads."""
     return [runtime.Phase("sft", "pairs", args.preferences, runtime.learning_rates(args),
                           args.epochs, args.max_steps)]
 

@@ -261,7 +261,7 @@ ROWS = [Row(*row) for row in [
     ("sft", "parent's processor lost", "", ["RUN/pretrain/final/processor_config.json"],
      lambda b: (b / FINAL / "processor_config.json").unlink()),
     ("sft", "parent's weights are NaN", "", ["step 0: loss nan", ".jsonl:"], nan_weights),
-    ("sft", "no set in meta.json", "", ["DATA/preferences/meta.json"],
+    ("sft", "no set in meta.json", "", ["DATA/preferences/meta.json", "no set in it"],
      lambda b: put(b / META, {})),
     ("sft", "meta.json without annotation", "", ["DATA/preferences/meta.json", "annotation"],
      lambda b: change(b / META, "toy_shape", {"root": "images"})),

@@ -35,6 +35,7 @@ def random_pairs(model, count=3, seed=0):
 def batch_of(pairs, pixels, layout):
     batch = data.collate([{"ids": i, "roles": r, "pixels": p, "index": n}
                           for n, ((i, r), p) in enumerate(zip(pairs, pixels))], layout)
+    assert ("index" in batch) == (layout == "dpo")
     batch.pop("index", None)
     return batch
 
@@ -424,7 +425,7 @@ def test_a_step_of_1e_6_moves_fp32_masters():
 
 
 def test_cudnns_attention_is_off(tmp_path):
-    """On an H100 with torch 2.13 its gradients are NaN under some of our masks (pytorch#196678)."""
+    """On an H100 its gradients are reported NaN under masks like ours (pytorch#196678)."""
     script = tmp_path / "script.py"
     script.write_text("import runtime, torch\nbefore = torch.backends.cuda.cudnn_sdp_enabled()\n"
                       "runtime.start()\nprint(before, torch.backends.cuda.cudnn_sdp_enabled())\n"

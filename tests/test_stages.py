@@ -279,6 +279,10 @@ def test_a_folder_in_several_shards_is_the_same_model(trained, tmp_path):
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert torch.equal(theirs.model.multi_modal_projector.linear_1.weight,
                        model.projector.linear_1.weight)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="1MB")
+    sizes = [json.loads((folder / "model.safetensors.index.json").read_text())["metadata"]
+             ["total_size"] for folder in (tmp_path, tmp_path / "theirs")]
+    assert sizes[0] == sizes[1], "bytes of the tensors"
 
 
 def test_extracted_encoder_is_what_was_trained(trained):

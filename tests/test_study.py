@@ -572,7 +572,8 @@ def test_section_from_full_results(tmp_path):
     gap = found["the gap is larger with the fewest pairs than with the most"]
     assert gap["by_seed"] == pytest.approx([0] * 5) and gap["verdict"] == "undecided"
     assert not [f for f in summary["findings"] if f["verdict"] == "not run yet"]
-    text = report.section(summary, plan)
+    assert "lr.png" not in report.section(summary, plan)
+    text = report.section(summary, plan) + report.details(summary, plan)
     assert "| +2.20 [+2.00, +2.40] | holds |" in text and "5 seeds" in text
     assert "4,000 to 4,000 of 45,000 questions" in text and "lr.png" in text
     assert "gets 60 % of these pairs right" in text
@@ -647,11 +648,11 @@ def test_what_was_run_twice_is_shown_beside(tmp_path):
     assert (best["text"], best["verdict"]) == ("1e-4, 1e-4", "undecided")
     assert best["first"] == {"text": "1e-5, 1e-4", "verdict": "holds"}
     assert summary["chosen"] == {"sft": 1e-4, "dpo": 1e-5}, "all else was trained at these"
-    assert "DPO's best is 1e-4; all else was" in report.section(summary, plan)
+    assert "DPO's is 1e-4; what is shown here was trained at" in report.section(summary, plan)
     one = rows["the model, average: DPO above SFT"]
     assert (one["mean"], one["verdict"]) == (pytest.approx(2.2), "holds")
     assert (one["first"]["mean"], one["first"]["verdict"]) == (0, "undecided")
-    text = report.section(summary, plan)
+    text = report.details(summary, plan)
     assert "| +2.20 [+2.00, +2.40] | holds | +0.0 [+0.0, +0.0] | undecided |" in text
     assert "DPO at 1e-4 | verdict" not in text
 
@@ -680,16 +681,17 @@ def test_dpo_at_another_rate_is_shown_beside(tmp_path):
     for measure in ("the model, average", "re-paired, average"):
         assert gains[measure]["dpo-1e-4"]["mean"] == pytest.approx(gains[measure]["sft"]["mean"] + 7)
     assert gains["linear probe"]["dpo-1e-4"] is None
-    text = report.section(summary, plan)
+    text = report.details(summary, plan)
     assert "|  | stage 1 | SFT | DPO | DPO at 1e-4 |" in text
-    assert "above | verdict | DPO at 1e-4 | verdict |" in text
+    assert "registered | verdict | DPO at 1e-4 | verdict |" in text
+    assert "*first time*" not in text
 
 
 def test_findings_stay_listed_when_nothing_was_run(tmp_path):
     summary = report.summarise(report.Results(tmp_path))
     assert {f["verdict"] for f in summary["findings"]} == {"not run yet"}
     text = report.section(summary)
-    assert "has not been run yet" in text and ".png" not in text
+    assert "has not been run yet" in text and ".png" not in text + report.details(summary)
     assert text.count("not run yet |") == len(summary["findings"]) >= 30
 
 
@@ -698,14 +700,15 @@ def test_one_seed_decides_nothing(tmp_path):
     assert {f["verdict"] for f in summary["findings"]} == {"1 of 5 seeds", "undecided"}    # rates
     four = report.summarise(fake_results(tmp_path / "four", study_plan.FULL, seeds=4))
     assert {f["verdict"] for f in four["findings"]} == {"4 of 5 seeds", "undecided"}
-    assert report.section(four).count(" (4 of 5 seeds) | ") == 12             # rows of controls
+    assert report.details(four).count(" (4 of 5 seeds) | ") == 12             # rows of controls
 
 
 def test_readme_section_is_the_committed_jsons():
     """What the README says of the study, to the letter, is what results/*/*.json give."""
-    text = report.section(report.summarise(report.Results(RESULTS)))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    summary = report.summarise(report.Results(RESULTS))
+    text, readme = report.section(summary), (ROOT / "README.md").read_text(encoding="utf-8")
     assert report.put_section(readme, text) == readme, "run: python study_report.py"
+    assert report.page(summary) == (RESULTS / "summary.md").read_text(encoding="utf-8")
     assert sum(f.stat().st_size for f in RESULTS.rglob("*") if f.is_file()) < 5e6
 
 
