@@ -353,7 +353,7 @@ def test_one_table_of_all_instruments(trained, world, tmp_path):
     """evidence.py says what the instruments wrote, and which commands are still to be run."""
     folder = trained[0]
     before = run("evidence.py", "--run", folder).stdout
-    assert f"not run yet: python gradcam.py --run {folder}" in before and "top-1" not in before
+    assert f"not run yet: python gradcam.py --run-dir {folder}" in before and "top-1" not in before
     eyes = ["--encoder", "toy-vit", folder / "sft/encoder", folder / "dpo/encoder"]
     shutil.copytree(world / "imagenet", tmp_path / "imagenet")        # one image a class here
     for image in list((tmp_path / "imagenet").glob("train/*/*.png")):

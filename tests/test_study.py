@@ -821,8 +821,9 @@ def test_every_run_reads_what_its_commands_write_and_every_finding_is_fed(tmp_pa
     summary = report.summarise(report.Results(s.out), plan)
     assert {f["verdict"] for f in summary["findings"]} <= {"2 of 5 seeds", "undecided"}
     assert all(row.pop("held-out") is None for row in summary["controls"])     # in notes alone
-    cells = [c for row in summary["each_minus_stage1"] + summary["each_minus_original"]
-             + summary["controls"] for c in row.values()]
+    compared = summary["each_minus_stage1"] + summary["each_minus_original"]
+    assert all(row.pop("dpo-1e-4") is None for row in compared)                # not of this plan
+    cells = [c for row in compared + summary["controls"] for c in row.values()]
     assert None not in cells, "each judge gave all its values"
     assert s.chosen() == dict.fromkeys(("sft", "dpo"), plan["rates"][0])     # all equal: the lowest
 
