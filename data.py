@@ -105,7 +105,8 @@ class Samples(torch.utils.data.Dataset):
                     raise SystemExit(f"error: {e}  (--skip-bad drops and counts such records)")
                 self.dropped["bad"] += 1
                 continue
-            texts += [record] if record else []
+            if record:
+                texts.append(record)
             if len(texts) >= min(1024, most):
                 flush()
         flush()

@@ -18,14 +18,13 @@ from study_plan import FULL, QUICK
 
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
 NAMES = {"original": "original", "stage1": "stage 1", "sft": "SFT", "dpo": "DPO",
-         "dpo-1e-4": "DPO at 1e-4"}
-# Folders of OUT with runs made otherwise: shown beside the others, deciding nothing.
-BESIDE = {"first": "first time", "dpo-1e-4": "DPO at 1e-4"}
-MADE = {"first": "The *first time*, at the same rates, the processor's instruction set was not "
-                 "fixed (now: AVX2, one thread); stage 1 then drew slightly other wrong answers, "
-                 "so the pairs differ a little.",
-        "dpo-1e-4": "*DPO at 1e-4* is the rate that the second tuning prefers, with all else the "
-                    "same (the gradient at stage 1, too)."}
+         "first": "first time", "dpo-1e-4": "DPO at 1e-4"}
+# Folders of OUT with runs made otherwise, and how: shown beside the others, deciding nothing.
+BESIDE = {"first": "The *first time*, at the same rates, the processor's instruction set was not "
+                   "fixed (now: AVX2, one thread); stage 1 then drew slightly other wrong answers, "
+                   "so the pairs differ a little.",
+          "dpo-1e-4": "*DPO at 1e-4* is the rate that the second tuning prefers, with all else the "
+                      "same (the gradient at stage 1, too)."}
 
 
 def short(rate):
@@ -161,13 +160,13 @@ def section(summary, plan=FULL):
             f"{effect['linear']:.1f} in the linear probe.", "",
             *table("the paper's finding | paper | here | ",
                    [[f["finding"], f["paper"], show(f), f["verdict"]] for f in s["findings"]])]
-    out += pictures(s, ("findings",))
+    out += pictures(s, lambda name: name == "findings")
     return "\n".join(out).rstrip() + "\n"
 
 
-def pictures(summary, names):
-    """The lines that show these figures, and an empty one."""
-    lines = [f"![{alt}](results/{name}.png)" for name, alt, *_ in FIGURES if name in names and
+def pictures(summary, wanted):
+    """The lines that show these figures, and an empty one. wanted: name → whether."""
+    lines = [f"![{alt}](results/{name}.png)" for name, alt, *_ in FIGURES if wanted(name) and
              drawn(summary, name)]
     return [*lines, ""] if lines else []
 
@@ -178,9 +177,9 @@ def details(summary, plan=FULL):
     if again := [f for f in s["findings"] if f.keys() & BESIDE]:
         names = [n for n in BESIDE if any(n in f for f in again)]
         out += ["The same findings of runs made otherwise, under the same rule; they do not "
-                f"replace the registered verdicts. {' '.join(MADE[n] for n in names)}", "",
+                f"replace the registered verdicts. {' '.join(BESIDE[n] for n in names)}", "",
                 *table(" | ".join(["the paper's finding", "registered | verdict",
-                                   *(f"{BESIDE[n]} | verdict" for n in names)]),
+                                   *(f"{NAMES[n]} | verdict" for n in names)]),
                        [[f["finding"], *(x for one in (f, *(f.get(n) for n in names)) for x in
                                          (show(one), one["verdict"] if one else ""))]
                         for f in again])]
@@ -207,7 +206,7 @@ def details(summary, plan=FULL):
                 "never trained on (one attribute swapped, chance 50):", "",
                 *table("trained with | model, average | linear | segmentation | re-paired, average "
                        "| held-out pairs", rows)]
-    return "\n".join(out + pictures(s, ("lr", "groups", "eye", "size", "controls")))
+    return "\n".join(out + pictures(s, lambda name: name != "findings"))
 
 
 def page(summary, plan=FULL):
