@@ -71,7 +71,7 @@ def summarise(results, plan=FULL):
             "verdict": "holds" if rate["dpo"] < rate["sft"] else
             "does not" if rate["dpo"] > rate["sft"] else "undecided"}
     (rate, said), (earlier, before) = choice(results), choice(beside["first"])
-    found.append({"part": "lr", "finding": "best learning rate: DPO's below SFT's (no interval)",
+    found.append({"part": "lr", "finding": "best rate (DPO, SFT): DPO's is lower (no interval)",
                   "paper": "1e-6, 5e-6", "verdict": "not run yet", **said,
                   **({"first": before} if before else {})})
 
@@ -134,7 +134,8 @@ def section(summary, plan=FULL):
     out = ["`make reproduce` runs the paper's comparison at toy scale, with seeds; "
            "[results/README.md](results/README.md) fixed its plan, its findings and its interval "
            "before any test split was read. In percentage points, mean [95 % interval over seeds]; "
-           "*holds*: the interval lies on the paper's side of 0.", ""]
+           "*holds*: the interval lies on the paper's side of 0; *does not*: wholly on the other; "
+           "else *undecided*.", ""]
     if s["seeds"]:
         counts = [c["sampled"] for c in s["wrong_answers"].values()]
         found = f" ({min(counts):,} to {max(counts):,} of {plan['world']['preferences']:,} " \
@@ -146,8 +147,8 @@ def section(summary, plan=FULL):
                 f"SFT {short(s['chosen']['sft'])}, DPO {short(s['chosen']['dpo'])} (the paper's: "
                 f"5e-6 and 1e-6; the grid: {short(plan['rates'][0])} to "
                 f"{short(plan['rates'][-1])})."
-                + "".join(f" Chosen again, with rounding fixed, {m.upper()}'s is {short(r)}; what "
-                          "is shown here was trained at the first choice." for m, r in
+                + "".join(f" A second tuning prefers {short(r)} for {m.upper()}; what is shown "
+                          "here was trained at the first choice." for m, r in
                           s["better"].items() if r != s["chosen"][m])
                 + "".join(f" **{m.upper()}'s is at the edge of the grid**: a better one may lie "
                           "outside." for m in s["edge"])
@@ -158,7 +159,7 @@ def section(summary, plan=FULL):
             f"tenth of the answers differ and training adds no noise of its own (it does): "
             f"{effect['group']:.1f} points in a group, {effect['average']:.1f} on average, "
             f"{effect['linear']:.1f} in the linear probe.", "",
-            *table("the paper's finding | paper | here | ",
+            *table("the paper's finding | paper | here | verdict",
                    [[f["finding"], f["paper"], show(f), f["verdict"]] for f in s["findings"]])]
     out += pictures(s, lambda name: name == "findings")
     return "\n".join(out).rstrip() + "\n"

@@ -64,6 +64,10 @@ def test_readme_counts_and_names_every_file():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme, re.M))
     assert {p.name: str(len(lines(p))) for p in FILES} == table
+    groups = re.findall(r"^\| \*\*[^|]+\*\* \| ([\d,]+) \| \|\n((?:\| `.*\n)+)", readme, re.M)
+    assert len(groups) == 6
+    for total, rows in groups:
+        assert int(total.replace(",", "")) == sum(map(int, re.findall(r"` \| (\d+) \|", rows)))
     total = re.search(r"(\d,\d+) lines in all", readme)[1]
     assert int(total.replace(",", "")) == sum(len(lines(p)) for p in FILES)
 

@@ -648,7 +648,7 @@ def test_what_was_run_twice_is_shown_beside(tmp_path):
     assert (best["text"], best["verdict"]) == ("1e-4, 1e-4", "undecided")
     assert best["first"] == {"text": "1e-5, 1e-4", "verdict": "holds"}
     assert summary["chosen"] == {"sft": 1e-4, "dpo": 1e-5}, "all else was trained at these"
-    assert "DPO's is 1e-4; what is shown here was trained at" in report.section(summary, plan)
+    assert "A second tuning prefers 1e-4 for DPO; what is shown here was" in report.section(summary, plan)
     one = rows["the model, average: DPO above SFT"]
     assert (one["mean"], one["verdict"]) == (pytest.approx(2.2), "holds")
     assert (one["first"]["mean"], one["first"]["verdict"]) == (0, "undecided")
