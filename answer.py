@@ -66,7 +66,8 @@ def read_tsv(path):
         if missing or not {"image", "image_path"} & row.keys():
             raise SystemExit(f"error: {where}: no '{(missing or ['image'])[0]}'")
         if row["index"] in seen:
-            raise SystemExit(f"error: {where}: index {row['index']} is an earlier row's, too")
+            raise SystemExit(f"error: {where}: index {row['index']} is an earlier row's, too; "
+                             "is it an old copy of the file?")
         seen.add(row["index"])
         row["where"], cell = where, row.pop("image", "").strip()
         if len(cell) > 64:

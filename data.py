@@ -55,14 +55,15 @@ class Samples(torch.utils.data.Dataset):
         most = math.inf if num_samples is None else num_samples
         self.dropped, kept, texts = Counter(), [], []
         self.text_only = self.read = 0
-        ids, roles, offsets = [], [], [0]
+        ids, roles, offsets, answers, bad = [], [], [0], [], []
 
         def readable(record):
             try:
                 if record.image:
                     records.load_image(record.image, self.size, record.where)
                 return True
-            except BadRecord:
+            except BadRecord as e:
+                bad.append(str(e))
                 return False
 
         def flush():
@@ -70,11 +71,11 @@ class Samples(torch.utils.data.Dataset):
             if skip_bad:           # Pillow decodes beside Python: a thread a core
                 with ThreadPoolExecutor(max(1, os.cpu_count() // runtime.local_world())) as pool:
                     good = list(pool.map(readable, texts))
-                self.dropped.update(["bad"] * good.count(False))
                 texts[:] = itertools.compress(texts, good)
             encoded = iter(tokenizer([t for r in texts for t, _ in r.pieces],
                                      add_special_tokens=False)["input_ids"]) if texts else ()
             end = [tokenizer.convert_tokens_to_ids("<|im_end|>")] if kind != "captions" else []
+            new_ids, new_roles = [], []
             for record in texts:
                 parts = [next(encoded) + (end if role != PROMPT else [])
                          for _, role in record.pieces]
@@ -87,10 +88,14 @@ class Samples(torch.utils.data.Dataset):
                 elif len(kept) < most:
                     kept.append(record._replace(pieces=None))
                     self.text_only += record.image is None
-                    ids.append(np.concatenate(parts).astype(np.int32))
-                    roles.append(np.repeat([role for _, role in record.pieces],
-                                           [len(part) for part in parts]).astype(np.int8))
-                    offsets.append(offsets[-1] + len(ids[-1]))
+                    for part, (_, role) in zip(parts, record.pieces):
+                        new_ids += part
+                        new_roles += [role] * len(part)
+                    length = sum(map(len, parts))
+                    offsets.append(offsets[-1] + length)
+                    answers.append(new_roles[-length:].count(ANSWER))
+            ids.append(np.array(new_ids, np.int32))
+            roles.append(np.array(new_roles, np.int8))
             texts.clear()
 
         silent = not (verbose and runtime.is_main())
@@ -103,13 +108,18 @@ class Samples(torch.utils.data.Dataset):
             except BadRecord as e:
                 if not skip_bad:
                     raise SystemExit(f"error: {e}  (--skip-bad drops and counts such records)")
-                self.dropped["bad"] += 1
+                bad.append(str(e))
                 continue
             if record:
                 texts.append(record)
             if len(texts) >= min(1024, most):
                 flush()
         flush()
+        if bad:
+            self.dropped["bad"] = len(bad)
+            if not silent:
+                runtime.print0("\n".join(f"  dropped: {why}" for why in bad[:3])
+                               + (f"\n  and {len(bad) - 3} more" if len(bad) > 3 else ""))
         # Arrays, not lists: a worker counts references to each string it reads of a list, and so
         # comes to own a copy of its page (100 MB a worker with 500,000 records).
         string = np.dtypes.StringDType(na_object=None)
@@ -119,8 +129,13 @@ class Samples(torch.utils.data.Dataset):
         if not kept:
             raise SystemExit(f"error: no usable record in {sources[0][0]} "
                              f"(dropped: {dict(self.dropped)})")
-        self.ids, self.roles = np.concatenate(ids), np.concatenate(roles)
+        self.ids = np.concatenate(ids)       # int32
+        ids.clear()
+        self.roles = np.concatenate(roles)   # int8
         self.offsets = np.array(offsets)
+        # Tokens of role ANSWER of each sample: (n,) int. Every process knows them all, so the token
+        # count of a global batch needs no communication.
+        self.answer_tokens = np.array(answers)
 
     def record(self, make, where, item, root, special):
         """One raw item → Record, or None, counted, where the recipe has no use for it."""
@@ -146,12 +161,6 @@ class Samples(torch.utils.data.Dataset):
         """ids and roles of sample i, one `<image>` id not yet expanded."""
         span = slice(self.offsets[i], self.offsets[i + 1])
         return self.ids[span].astype(np.int64), self.roles[span]
-
-    @functools.cached_property
-    def answer_tokens(self):
-        """How many tokens of role ANSWER each sample has: (n,) int. Every process knows them all,
-        so the token count of a global batch needs no communication."""
-        return np.add.reduceat((self.roles == ANSWER).astype(np.int64), self.offsets[:-1])
 
     @functools.cached_property
     def keys(self):

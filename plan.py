@@ -2,13 +2,11 @@
 
     python train_dpo.py --encoder siglip2-so400m --llm qwen2.5-7b --plan            # 8 × H100
     python train_dpo.py --encoder siglip2-so400m --llm qwen2.5-7b --plan 4xa100
-    python plan.py                                                # the table of docs/real-use.md
 
 What can be counted is counted, not estimated: a row's FLOPs and the bytes it keeps (meta.py), the
 bytes of weights, gradients and moments on each GPU. Assumed are the kernels, the utilisation, and,
 where there is no data yet, the lengths: all of them are printed. Not run on a GPU.
 """
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -238,34 +236,3 @@ def show_plan(args, phases):
             print0(f"    {'with' if checkpointing else 'without'} it "
                    + (f"--micro-batch {b} fits" if b else "no micro-batch fits"))
     print0(f"in all {hours:.2f} h")
-
-
-# ------------------------------------------------------------------------------- the docs' table
-
-def table():
-    """The paper's configurations in Markdown: So400m with four LLMs on 8 × H100."""
-    import pretrain
-    import train_dpo
-    lines = ["| head | parameters | weights, gradients, AdamW a GPU | `--micro-batch`, stage 1 / "
-             "DPO | without checkpointing | stage 1 | DPO | in all |", "|---" * 8 + "|"]
-    for llm in ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"):
-        plans = []
-        for stage in (pretrain, train_dpo):
-            args = stage.get_args(["--llm", llm, "--plan", "--activation-checkpointing", "--data",
-                                   "nowhere", "--run-dir", "nowhere"])       # no data: the paper's
-            model = meta.empty_mllm(args.encoder, args.llm)
-            plans += [phase_plan(args, model, p) for p in stage.phases(args)]
-        _, full, dpo = plans
-        states = sum(dpo["held"][k] for k in ("weights", "optimizer", "gradients"))
-        count = sum(p.numel() for p in model.parameters())
-        lines.append(f"| {llm} | {count / 1e9:.2f} B | {states / 1e9:.1f} GB | "
-                     f"{full['fits'][True]} / {dpo['fits'][True]} | "
-                     f"{full['fits'][False]} / {dpo['fits'][False]} | "
-                     f"{plans[0]['hours'] + full['hours']:.1f} h | {dpo['hours']:.2f} h | "
-                     f"{sum(p['hours'] for p in plans):.1f} h |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    print(table())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from runtime import BadRecord
 
@@ -24,6 +24,7 @@ MAX_PIXELS = 50_000_000     # a larger image is refused before it is decoded
 MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
 PROMPT, ANSWER, OTHER = 0, 1, 2   # role of a piece's tokens; OTHER is a pair's rejected answer
 Image.MAX_IMAGE_PIXELS = None     # our own bound, above, is checked first
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26    # bytes of a PNG's profile or text; Pillow's 1 MB is met
 real_folder = functools.lru_cache(os.path.realpath)
 
 
@@ -243,7 +244,10 @@ def load_image(source, size, where):
             if image.width * image.height > MAX_PIXELS:
                 raise BadRecord(f"{where}: image of {image.width} × {image.height} pixels, over "
                                 f"the bound of {MAX_PIXELS // 10 ** 6} million")
-            image = ImageOps.exif_transpose(image)
+            try:
+                image = ImageOps.exif_transpose(image)
+            except Exception:             # broken EXIF is no broken picture: it has no orientation
+                pass
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             if "A" in image.mode or "transparency" in image.info:

@@ -16,7 +16,12 @@ from functools import partial
 from typing import NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")     # before transformers is imported
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")     # workers fork after tokenising
+# Texts are tokenised by this process alone, a thread a core (its loaders' workers only read ids).
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("RAYON_NUM_THREADS", str(max(
+    1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+# Every micro-batch has another length; grown segments leave no holes that no other length fits.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -44,11 +49,11 @@ class BadRecord(Exception):
 def start():
     """Join the processes torchrun started, or be a group of one. → torch.device."""
     cuda = torch.cuda.is_available()
-    limit = timedelta(minutes=30)       # a lost peer ends in an error, not in a hang
+    limit = timedelta(hours=3)      # of waiting: another may read for long (a lost one is noticed)
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         die_with_parent()
-        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
         # torchrun's store survives a restart of its workers with the dead ones' addresses in it. A
         # prefix for each attempt keeps a quick worker from connecting to them. (Nodes count
         # attempts differently: docs/real-use.md says what to do there.)
@@ -62,11 +67,15 @@ def start():
     # q is NaN under a mask where T % 128 = 64 and scores lie far below 0, as in some of Qwen2.5's
     # heads (pytorch#196678; not seen here, where there is no GPU).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if not cuda:
-        return torch.device("cpu")
-    torch.backends.cudnn.allow_tf32 = False      # "fp32" means it, in the patch convolution, too
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device())
+    if cuda:
+        torch.backends.cudnn.allow_tf32 = False  # "fp32" means it, in the patch convolution, too
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    unused = not cuda and os.path.exists("/dev/nvidiactl")
+    print0(f"  {size} {'process' if size == 1 else 'processes'} on "
+           f"{torch.cuda.get_device_name() if cuda else 'the CPU'}, torch {torch.__version__}"
+           + ("; THIS MACHINE HAS AN NVIDIA GPU that this torch cannot use: driver too old, or a "
+              "build for the CPU?" if unused else ""))
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def die_with_parent():
@@ -358,7 +367,9 @@ def launch(main):
     except RuntimeError as e:
         if "gloo" not in str(e) and not isinstance(e, dist.DistBackendError):
             raise
-        print(f"error: lost another process of this run ({str(e).splitlines()[0][:90]}); what was "
+        # gloo says it in its first line, NCCL ("Last error: …") in its last ones.
+        why = str(e).splitlines()[0][:90] if "gloo" in str(e) else " ".join(str(e).split())
+        print(f"error: lost another process of this run, or the way to it ({why}); what was "
               f"saved before is whole, the same command (without --overwrite) goes on from there",
               file=sys.stderr)
         os._exit(1)

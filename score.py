@@ -58,7 +58,7 @@ def gold_letter(row, options):
     named = [k for k, v in options.items() if plain(v) == plain(answer)]
     if len(named) != 1:
         raise SystemExit(f"error: {row.get('where')}: answer {answer!r} is not one of the options "
-                         f"{', '.join(options)}")
+                         f"{', '.join(options)}; is it an old copy of the file?")
     return named[0]
 
 

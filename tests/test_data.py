@@ -1,11 +1,13 @@
 """What is on disk → batches: layouts, masks, order, odd images."""
 import json
 import os
+import re
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import data
 import records
@@ -37,7 +39,7 @@ def write(folder, records, name="x.jsonl"):
 
 def samples(kind, folder, records, tools, **options):
     return data.Samples(kind, [(write(folder, records), folder / "images")], *tools, 1024,
-                        verbose=False, **options)
+                        **{"verbose": False, **options})
 
 
 PAIR = {"image": "a.png", "question": "<image>\nWhat colour is it?", "chosen": "It is red.",
@@ -135,14 +137,15 @@ def test_bad_records_name_file_and_line(tools, folder, kind, line, message):
     assert len(s) == 2 and s.dropped["bad"] == 1
 
 
-def test_skip_bad_sees_a_truncated_image(tools, folder):
+def test_skip_bad_sees_a_truncated_image(tools, folder, capsys):
     whole = (folder / "images" / "a.png").read_bytes()
     (folder / "images" / "cut.png").write_bytes(whole[:len(whole) // 2])
     records = [PAIR, {**PAIR, "image": "cut.png"}]
     with pytest.raises(data.BadRecord, match="cannot be read"):
         samples("pairs", folder, records, tools)[1]
-    s = samples("pairs", folder, records, tools, skip_bad=True)
+    s = samples("pairs", folder, records, tools, skip_bad=True, verbose=True)
     assert len(s) == 1 and s.dropped["bad"] == 1
+    assert re.search(r"  dropped: \S+:2: image \S+cut.png cannot be read", capsys.readouterr().out)
 
 
 def test_links_may_not_leave_the_folder(tools, folder):
@@ -235,6 +238,26 @@ def test_exif_rotation_palette_alpha_animation_and_one_pixel(tmp_path):
     assert records.load_image(str(tmp_path / "a.gif"), 8, "here")[0].min() > 200
     Image.new("RGB", (1, 1), "white").save(tmp_path / "1.png")
     assert records.load_image(str(tmp_path / "1.png"), 8, "here").min() == 255
+
+
+def test_what_is_around_a_good_picture_may_be_broken_or_large(tmp_path):
+    """EXIF that Pillow cannot parse or write back; a profile and a text over its bound of 1 MB."""
+    picture = Image.new("RGB", (20, 10), "black")
+    picture.paste("white", (0, 0, 10, 10))
+    entries = struct.pack("<HHHI4sHHIHHI", 2, 0x0100, 2, 4, b"big\0",   # ImageWidth is a number
+                          0x0112, 3, 1, 6, 0, 0)
+    picture.save(tmp_path / "0.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0" + entries)
+    picture.save(tmp_path / "1.png", exif=b"Exif\0\0" + b"no TIFF" * 3)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("note", "x" * 2 ** 21, zip=True)
+    picture.save(tmp_path / "2.png", pnginfo=info)
+    picture.save(tmp_path / "3.png", icc_profile=b"\0" * 2 ** 21)
+    for name in ("0.jpg", "1.png", "2.png", "3.png"):
+        pixels = records.load_image(str(tmp_path / name), 8, "here")[0]
+        assert pixels[:, :3].mean() > 200 and pixels[:, 5:].mean() < 50, name
+    whole = (tmp_path / "0.jpg").read_bytes()
+    with pytest.raises(records.BadRecord, match="truncated"):
+        records.load_image(whole[:-20], 8, "here")
 
 
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):

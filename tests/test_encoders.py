@@ -202,6 +202,21 @@ def test_features_are_those_of_transformers(name, tmp_path):
     assert not dead, "a parameter with a zero gradient would be trained in name only"
 
 
+@pytest.mark.parametrize("kind,config", [(t.SiglipModel, t.SiglipConfig),
+                                         (t.CLIPModel, t.CLIPConfig)])
+def test_the_published_pairs_of_encoders_are_read_too(tmp_path, kind, config):
+    """SigLIP and CLIP are on the hub with their text encoder: keys vision_model.*, text_model.*."""
+    torch.manual_seed(0)
+    text = {k: VISION[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers",
+                                   "num_attention_heads")}
+    whole = kind(config(vision_config=VISION, text_config={**text, "vocab_size": 99})).eval()
+    whole.save_pretrained(tmp_path)
+    encoder = encoders.load_encoder(str(tmp_path)).eval()
+    pixels = pixels_for(encoder)
+    theirs = whole.vision_model(values_of(encoder, pixels), output_hidden_states=True)
+    assert torch.equal(encoder(pixels), theirs.hidden_states[-2][:, encoder.prefix:])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_grid_is_in_reading_order(name, tmp_path):
     """Change one patch of the image: the feature that changes most is the one of that patch."""

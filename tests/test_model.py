@@ -430,4 +430,31 @@ def test_cudnns_attention_is_off(tmp_path):
     script.write_text("import runtime, torch\nbefore = torch.backends.cuda.cudnn_sdp_enabled()\n"
                       "runtime.start()\nprint(before, torch.backends.cuda.cudnn_sdp_enabled())\n"
                       "runtime.stop()\n")
-    assert run(script).stdout.split() == ["True", "False"]
+    assert run(script).stdout.split()[-2:] == ["True", "False"]
+
+
+def test_where_it_runs_is_said_and_a_gpu_left_unused_too(monkeypatch, capsys):
+    """A driver too old for this torch would otherwise be a run of days on the CPU, in silence."""
+    exists = runtime.os.path.exists
+    for there in (False, True):
+        monkeypatch.setattr(runtime.os.path, "exists",
+                            lambda p: there if p == "/dev/nvidiactl" else exists(p))
+        runtime.start()
+        runtime.dist.destroy_process_group()
+        said = capsys.readouterr().out
+        assert f"  1 process on the CPU, torch {torch.__version__}" in said
+        assert ("HAS AN NVIDIA GPU" in said) is there
+
+
+def test_an_error_of_nccl_keeps_its_reason(monkeypatch, capsys):
+    """Its first line names a source file alone."""
+    monkeypatch.setattr(runtime.os, "_exit", lambda code: None)
+
+    def main():
+        raise runtime.dist.DistBackendError(
+            "NCCL error in: ProcessGroupNCCL.cpp:93, unhandled cuda error, NCCL version 2.27\n"
+            "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+            "Cuda failure 2 'out of memory'")
+    runtime.launch(main)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Last error: Cuda failure 2 'out of memory'" in said
