@@ -90,7 +90,7 @@ def sft_loss(model, batch):
 
 def dpo_loss(model, batch, ref, beta):
     """DPO's loss of a pair, as train_dpo.py descends it; ref: log π_ref of both answers: 0-dim."""
-    chosen, rejected = train_dpo.branch_logps(model(**batch), batch["branch"])
+    chosen, rejected = m.branch_logps(model(**batch), batch["branch"])
     return m.dpo_loss(chosen, rejected, *ref, beta)[0].sum()
 
 
@@ -234,7 +234,7 @@ def main():
             loss_of = partial(sft_loss, model, batch)
             if layout == "dpo":
                 with torch.no_grad():
-                    ref = train_dpo.branch_logps(model(**batch), batch["branch"])
+                    ref = m.branch_logps(model(**batch), batch["branch"])
                 loss_of = partial(dpo_loss, model, batch, ref, args.beta)
             train_on(model, loss_of, lr, args.steps)
             features, grad, losses[i, which] = gradients(model, loss_of, args.at)

@@ -1,4 +1,4 @@
-"""What is computed: pixels and tokens → response log-probs, in one forward on one screen.
+"""What is computed: pixels and tokens → response log-probs, in one forward.
 
     encode → project → scatter into the token embeddings → LLM → response rows only
            → fp32 log-softmax → gather
@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100                                    # label of a token that is not predicted
 SHARED, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3   # branch of a token in the pair layout
-LOGITS = 1024 * 151_936     # at once through lm_head: 1,024 rows of Qwen's words, 0.6 GB of fp32
+MAX_LOGITS = 1024 * 151_936     # at once through lm_head: 1,024 rows of Qwen, 0.6 GB of fp32
 
 
 class Projector(nn.Module):
@@ -102,13 +102,13 @@ def token_logps(hidden, lm_head, targets):
 
     The logits are cast to fp32 *before* the log-softmax: in bf16 a sum over 200 tokens is off by
     1.2 nats. Rows go through in chunks, recomputed in the backward pass, so that the peak is
-    LOGITS however long the answers are.
+    MAX_LOGITS however long the answers are.
     """
     def chunk(h, t):
         logits = lm_head(h)
         return LogProb.apply(                                                  # fp64 stays (tests)
             logits.to(torch.promote_types(logits.dtype, torch.float32)), t)
-    rows = max(1, LOGITS // lm_head.out_features)
+    rows = max(1, MAX_LOGITS // lm_head.out_features)
     if len(hidden) <= rows:
         return chunk(hidden, targets)
     return torch.cat([checkpoint(chunk, h, t, use_reentrant=False)
@@ -205,6 +205,11 @@ class MLLM(nn.Module):
             positions = positions[:, -1:] + 1
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
         return answers
+
+
+def branch_logps(logps, branch):
+    """Token log-probs (B, T) → log π(y_c), log π(y_r), each (B,): *sums* over the answer."""
+    return [(logps * (branch == b)).sum(1) for b in (CHOSEN, REJECTED)]
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):

@@ -18,14 +18,20 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
-from runtime import BadRecord
-
 MAX_PIXELS = 50_000_000     # a larger image is refused before it is decoded
 MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
 PROMPT, ANSWER, OTHER = 0, 1, 2   # role of a piece's tokens; OTHER is a pair's rejected answer
 Image.MAX_IMAGE_PIXELS = None     # our own bound, above, is checked first
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26    # bytes of a PNG's profile or text; Pillow's 1 MB is met
 real_folder = functools.lru_cache(os.path.realpath)
+
+
+class BadRecord(Exception):
+    """A record or an image that cannot be used: the message names file, line and reason. One met by
+    a DataLoader's worker arrives in a traceback, of which this is the last line."""
+
+    def __init__(self, text):
+        super().__init__(text.strip().rpartition("BadRecord: ")[2])
 
 
 class Record(NamedTuple):

@@ -31,17 +31,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from records import BadRecord
+
 transformers_logging.disable_progress_bar()
 
 MODULES = ("encoder", "projector", "llm")
-
-
-class BadRecord(Exception):
-    """A record or an image that cannot be used: the message names file, line and reason. One met by
-    a DataLoader's worker arrives in a traceback, of which this is the last line."""
-
-    def __init__(self, text):
-        super().__init__(text.strip().rpartition("BadRecord: ")[2])
 
 
 # --------------------------------------------------------------------------------------- processes

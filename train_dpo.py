@@ -61,11 +61,6 @@ def phases(args):
                           args.epochs, args.max_steps)]
 
 
-def branch_logps(logps, branch):
-    """Token log-probs (B, T) → log π(y_c), log π(y_r), each (B,): *sums* over the answer."""
-    return [(logps * (branch == b)).sum(1) for b in (m.CHOSEN, m.REJECTED)]
-
-
 def score_pairs(args, model, pairs, plan, clock, desc):
     """log π of both answers of every pair: (n, 2) fp32, complete on every process.
 
@@ -80,7 +75,7 @@ def score_pairs(args, model, pairs, plan, clock, desc):
         batch = clock.next_batch()
         index = batch.pop("index").cpu()
         with torch.set_grad_enabled(args.compile):    # its graph is freed at once: nothing holds it
-            logps[index] = torch.stack(branch_logps(model(**batch), batch["branch"]),
+            logps[index] = torch.stack(m.branch_logps(model(**batch), batch["branch"]),
                                        1).detach().cpu()
         seen[index] = 1
     return runtime.sum_tensor(logps) / runtime.sum_tensor(seen)
@@ -190,12 +185,12 @@ def main():
             # L = −E log σ(β[(log π(y_c) − log π_ref(y_c)) − (log π(y_r) − log π_ref(y_r))])
             index = batch.pop("index")
             logps = model(**batch)                                    # (B, T) fp32
-            chosen_logps, rejected_logps = branch_logps(logps, batch["branch"])
+            chosen_logps, rejected_logps = m.branch_logps(logps, batch["branch"])
             if args.reference == "cached":
                 ref_chosen, ref_rejected = ref["pairs"][index.cpu()].to(device).unbind(1)
             else:
                 with torch.no_grad():
-                    ref_chosen, ref_rejected = branch_logps(ref_model(**batch), batch["branch"])
+                    ref_chosen, ref_rejected = m.branch_logps(ref_model(**batch), batch["branch"])
             losses, chosen_reward, rejected_reward = m.dpo_loss(
                 chosen_logps, rejected_logps, ref_chosen, ref_rejected, args.beta)
             loss = losses.sum() / args.global_batch       # a mean over the pairs of all processes

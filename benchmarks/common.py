@@ -28,7 +28,6 @@ import model as m  # noqa: E402
 import records  # noqa: E402
 import rundir  # noqa: E402
 import runtime  # noqa: E402
-import train_dpo  # noqa: E402
 
 PATCH, EPOCHS, BETA, LR = 16, 3, 0.1, 2e-5
 RESULTS = ROOT / "benchmarks" / "results"
@@ -132,10 +131,10 @@ class Ours:
     @torch.no_grad()
     def reference(self, batch):
         """log π of both answers: (B, 2), as score_pairs has it."""
-        return torch.stack(train_dpo.branch_logps(self.model(**batch), batch["branch"]), 1)
+        return torch.stack(m.branch_logps(self.model(**batch), batch["branch"]), 1)
 
     def dpo_step(self, batch, ref):
-        logps = train_dpo.branch_logps(self.model(**batch), batch["branch"])
+        logps = m.branch_logps(self.model(**batch), batch["branch"])
         return self.update(m.dpo_loss(*logps, *ref.unbind(1), BETA)[0].mean())
 
     def sft_step(self, batch):

@@ -15,7 +15,7 @@ import encoders
 import gradcam
 import probe_align
 import runtime
-import train_dpo
+import model as m
 from conftest import tiny_model
 
 
@@ -73,7 +73,7 @@ def losses(model, ref=None):
     sft, dpo = batches()
     if ref is None:
         with torch.no_grad():
-            ref = train_dpo.branch_logps(model(**dpo), dpo["branch"])
+            ref = m.branch_logps(model(**dpo), dpo["branch"])
     return {"sft": partial(gradcam.sft_loss, model, sft),
             "dpo": partial(gradcam.dpo_loss, model, dpo, ref, BETA)}
 
@@ -117,7 +117,7 @@ def test_gradients_are_the_finite_differences(fp64, loss, at, vision):
 def test_dpo_at_step_0_is_half_beta_of_the_difference(fp64):
     model = tiny_model(dtype=torch.float64)
     _, dpo = batches()
-    grads = [gradcam.gradients(model, lambda b=b: train_dpo.branch_logps(
+    grads = [gradcam.gradients(model, lambda b=b: m.branch_logps(
         model(**dpo), dpo["branch"])[b].sum(), "encoder")[1] for b in (0, 1)]
     _, grad, loss = gradcam.gradients(model, losses(model)["dpo"], "encoder")
     torch.testing.assert_close(grad, BETA / 2 * (grads[1] - grads[0]), rtol=1e-9, atol=1e-15)
