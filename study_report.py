@@ -25,6 +25,12 @@ BESIDE = {"first": "The *first time*, at the same rates, the processor's instruc
                    "so the pairs differ a little.",
           "dpo-1e-4": "*DPO at 1e-4* is the rate that the second tuning prefers, with all else the "
                       "same (the gradient at stage 1, too)."}
+# What the variants' encoders are judged by, and which variants there are: part, run, what it is.
+FOUR = {"vqa average": "model, average", "linear": "linear", "seg": "segmentation",
+        "repair average": "re-paired, average"}
+VARIANTS = (("head", "head-l", "larger head"), ("encoder", "eye-l", "larger encoder"),
+            ("pretrained", "supervised", "pretrained by class labels"),
+            ("pretrained", "masked", "pretrained by masking"))
 
 
 def short(rate):
@@ -96,6 +102,9 @@ def summarise(results, plan=FULL):
     return {"seeds": len(results.values.get(("vqa", ""), {})), "findings": found,
             "each_minus_stage1": against("stage1", ("sft", "dpo"), measures()),
             "each_minus_original": against("original", ("stage1", "sft", "dpo"), of_encoders),
+            "variants": [{"variant": label, "minus": base, **{
+                m: apart(m, (part, run, "dpo"), (part, run, base)) for m in FOUR}}
+                for part, run, label in VARIANTS for base in ("sft", "original")],
             "controls": controls, "chosen": earlier or rate, "better": rate,
             "rates": rates, "untuned": untuned,
             "validation_stage1": cell(results.combined([(1, (
@@ -196,17 +205,23 @@ def details(summary, plan=FULL):
             out += [text, "", *table(" | ".join(["", *(NAMES[c] for c in shown)]), [
                 [e["measure"], *(show(e[c], "+" if c != base else "") for c in shown)]
                 for e in rows])]
+
+    def named(text, row):
+        n = min((row[m]["n"] for m in FOUR if row[m]), default=0)
+        return text + f" ({n} of {plan['seeds']} seeds)" * (n < plan["seeds"])
+    if rows := [v for v in s["variants"] if v["linear"]]:
+        out += ["The variants, of which few comparisons are registered: DPO's model and encoder, "
+                "minus SFT's, and its encoder minus the one it began as:", "",
+                *table(f"variant | minus | {' | '.join(FOUR.values())}", [
+                    [named(v["variant"], v), NAMES[v["minus"]], *(show(v[m]) for m in FOUR)]
+                    for v in rows])]
     if any(c["linear"] for c in s["controls"][2:]):
-        names, rows = ("vqa average", "linear", "seg", "repair average"), []
-        for c in s["controls"]:
-            n = min(c[m]["n"] if c[m] else 0 for m in names)
-            rows.append([c["trained"] + f" ({n} of {plan['seeds']} seeds)" * (n < plan["seeds"]),
-                         *(show(c[m]) for m in names), show(c["held-out"], "")])
+        rows = [[named(c["trained"], c), *(show(c[m]) for m in FOUR), show(c["held-out"], "")]
+                for c in s["controls"]]
         out += ["Is it the contrast, or the rejected text? In all rows but the easy ones the items "
                 "are the same; points above stage 1 and, last, the reward accuracy on 600 pairs "
                 "never trained on (one attribute swapped, chance 50):", "",
-                *table("trained with | model, average | linear | segmentation | re-paired, average "
-                       "| held-out pairs", rows)]
+                *table(f"trained with | {' | '.join(FOUR.values())} | held-out pairs", rows)]
     return "\n".join(out + pictures(s, lambda name: name != "findings"))
 
 
@@ -300,10 +315,8 @@ def draw_size(axis, s):
 
 def draw_controls(axis, s):
     """Every kind of pair, in points above stage 1."""
-    names = {"vqa average": "the model", "linear": "linear probe", "seg": "segmentation",
-             "repair average": "re-paired"}
-    bars(axis, list(names.values()), {c["trained"]: [c[m] for m in names] for c in s["controls"]
-                                      if not c["trained"].startswith("*")})
+    bars(axis, [name.removesuffix(", average") for name in FOUR.values()], {
+        c["trained"]: [c[m] for m in FOUR] for c in s["controls"] if c["trained"][0] != "*"})
     axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     axis.set_ylabel("points above stage 1")
 

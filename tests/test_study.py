@@ -1,5 +1,6 @@
 """The study's arithmetic, its pairs, its resumption, the README's section; no stage is run."""
 import json
+import re
 import os
 import random
 import signal
@@ -578,6 +579,9 @@ def test_section_from_full_results(tmp_path):
     assert "4,000 to 4,000 of 45,000 questions" in text and "lr.png" in text
     assert "gets 60 % of these pairs right" in text
     assert text.count("\n| DPO, ") == 5 and text.count("\n| *DPO, ") == 5
+    for minus, points in (("SFT", [2.2, 4.4, 6.6, 13.2]), ("original", [13.2, 26.4, 39.6, 79.2])):
+        row = next(x for x in text.splitlines() if x.startswith(f"| larger encoder | {minus} | "))
+        assert [float(x) for x in re.findall(r"([+-][\d.]+) \[", row)] == points, row
     assert "seeds 2 to 4, which were not used for tuning: the model +2.30 [+2.05, +2.55]" in text
     assert "| linear probe | 100.0 [" in text and "| +26.4 [+26.0, +26.8] |" in text
     assert not [x for x in ("edge of the grid", "lost", "states of this code", "rounding")
@@ -700,7 +704,7 @@ def test_one_seed_decides_nothing(tmp_path):
     assert {f["verdict"] for f in summary["findings"]} == {"1 of 5 seeds", "undecided"}    # rates
     four = report.summarise(fake_results(tmp_path / "four", study_plan.FULL, seeds=4))
     assert {f["verdict"] for f in four["findings"]} == {"4 of 5 seeds", "undecided"}
-    assert report.details(four).count(" (4 of 5 seeds) | ") == 12             # rows of controls
+    assert report.details(four).count(" (4 of 5 seeds) | ") == 12 + 8      # controls, variants
 
 
 def test_readme_section_is_the_committed_jsons():
