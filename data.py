@@ -6,7 +6,6 @@ instead). And the order of samples is a function of (seed, epoch) alone.
 """
 import functools
 import hashlib
-import itertools
 import math
 import os
 import signal
@@ -57,21 +56,20 @@ class Samples(torch.utils.data.Dataset):
         self.text_only = self.read = 0
         ids, roles, offsets, answers, bad = [], [], [0], [], []
 
-        def readable(record):
+        def fault(record):
             try:
                 if record.image:
                     records.load_image(record.image, self.size, record.where)
-                return True
             except BadRecord as e:
-                bad.append(str(e))
-                return False
+                return str(e)
 
         def flush():
             """Tokenise what was collected, in one call, and apply the length rule."""
             if skip_bad:           # Pillow decodes beside Python: a thread a core
-                with ThreadPoolExecutor(max(1, os.cpu_count() // runtime.local_world())) as pool:
-                    good = list(pool.map(readable, texts))
-                texts[:] = itertools.compress(texts, good)
+                with ThreadPoolExecutor(runtime.cores()) as pool:
+                    faults = list(pool.map(fault, texts))
+                bad.extend(filter(None, faults))
+                texts[:] = [text for text, why in zip(texts, faults) if not why]
             encoded = iter(tokenizer([t for r in texts for t, _ in r.pieces],
                                      add_special_tokens=False)["input_ids"]) if texts else ()
             end = [tokenizer.convert_tokens_to_ids("<|im_end|>")] if kind != "captions" else []

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 MAX_PIXELS = 50_000_000     # a larger image is refused before it is decoded
 MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
 PROMPT, ANSWER, OTHER = 0, 1, 2   # role of a piece's tokens; OTHER is a pair's rejected answer
 Image.MAX_IMAGE_PIXELS = None     # our own bound, above, is checked first
-PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26    # bytes of a PNG's profile or text; Pillow's 1 MB is met
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26   # bytes of a profile or text; some have over Pillow's 1 MB
+TURNED = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+                         Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                         Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                         Image.Transpose.ROTATE_90), 2))      # EXIF's orientations 2 … 8
 real_folder = functools.lru_cache(os.path.realpath)
 
 
@@ -240,6 +244,16 @@ def planes(image, size):
     return np.asarray(image).transpose(2, 0, 1).copy()
 
 
+def upright(image):
+    """Turned as its EXIF says, if that can be read: pictures with broken EXIF are published, too,
+    and ImageOps.exif_transpose, which writes EXIF back, would refuse them."""
+    try:
+        turn = TURNED.get(image.getexif().get(0x0112))
+    except Exception:
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def load_image(source, size, where):
     """A path or bytes → uint8 pixels as `planes` gives them; raises BadRecord.
     EXIF rotation is applied, 16-bit grey scaled to 8, transparency laid on white, the first frame
@@ -250,10 +264,8 @@ def load_image(source, size, where):
             if image.width * image.height > MAX_PIXELS:
                 raise BadRecord(f"{where}: image of {image.width} × {image.height} pixels, over "
                                 f"the bound of {MAX_PIXELS // 10 ** 6} million")
-            try:
-                image = ImageOps.exif_transpose(image)
-            except Exception:             # broken EXIF is no broken picture: it has no orientation
-                pass
+            image.load()                 # what is broken here is the picture, and later only EXIF
+            image = upright(image)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             if "A" in image.mode or "transparency" in image.info:

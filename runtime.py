@@ -16,12 +16,10 @@ from functools import partial
 from typing import NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")     # before transformers is imported
-# Texts are tokenised by this process alone, a thread a core (its loaders' workers only read ids).
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("RAYON_NUM_THREADS", str(max(
-    1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")      # a loader's workers only read ids
 # Every micro-batch has another length; grown segments leave no holes that no other length fits.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -43,7 +41,10 @@ MODULES = ("encoder", "projector", "llm")
 def start():
     """Join the processes torchrun started, or be a group of one. → torch.device."""
     cuda = torch.cuda.is_available()
-    limit = timedelta(hours=3)      # of waiting: another may read for long (a lost one is noticed)
+    # How long to wait for another, who may have files to read; one that dies is noticed at once,
+    # one that hangs only then.
+    limit = timedelta(hours=3)
+    os.environ.setdefault("RAYON_NUM_THREADS", str(cores()))        # of the tokenizers
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         die_with_parent()
@@ -64,7 +65,8 @@ def start():
     if cuda:
         torch.backends.cudnn.allow_tf32 = False  # "fp32" means it, in the patch convolution, too
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    unused = not cuda and os.path.exists("/dev/nvidiactl")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    unused = os.path.exists("/dev/nvidiactl") and not (cuda or hidden)
     print0(f"  {size} {'process' if size == 1 else 'processes'} on "
            f"{torch.cuda.get_device_name() if cuda else 'the CPU'}, torch {torch.__version__}"
            + ("; THIS MACHINE HAS AN NVIDIA GPU that this torch cannot use: driver too old, or a "
@@ -94,6 +96,12 @@ def world():
 def local_world():
     """How many processes share this machine's cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def cores():
+    """How many cores of this machine are this process's share."""
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, ours // local_world())
 
 
 def is_main():

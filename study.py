@@ -78,7 +78,8 @@ def execute(task, out, log, live, ours):
     start = time.time()
     commands = [] if task.done.exists() else [[str(x) for x in c] for c in task.steps()]
     log.parent.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, **ARITHMETIC, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, **ARITHMETIC, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+           "RAYON_NUM_THREADS": "1"}
     for command in commands:
         if live.stopping:
             raise Failed("stopped")

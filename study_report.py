@@ -11,8 +11,8 @@ import json
 import os
 from pathlib import Path
 
-from study_findings import (Results, baseline, control_rows, findings, interval, main_of, measures,
-                            minus, smallest_effect, verdict)
+from study_findings import (TIE, Results, baseline, control_rows, findings, interval, main_of,
+                            measures, minus, smallest_effect, verdict)
 from study_pairs import write
 from study_plan import FULL, QUICK
 
@@ -144,7 +144,8 @@ def section(summary, plan=FULL):
            "[results/README.md](results/README.md) fixed its plan, its findings and its interval "
            "before any test split was read. In percentage points, mean [95 % interval over seeds]; "
            "*holds*: the interval lies on the paper's side of 0; *does not*: wholly on the other; "
-           "else *undecided*.", ""]
+           f"else *undecided*. A tie *holds* within ±{TIE}; fewer than {plan['seeds']} seeds decide "
+           "nothing.", ""]
     if s["seeds"]:
         counts = [c["sampled"] for c in s["wrong_answers"].values()]
         found = f" ({min(counts):,} to {max(counts):,} of {plan['world']['preferences']:,} " \

@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 import data
 import records
@@ -254,10 +254,34 @@ def test_what_is_around_a_good_picture_may_be_broken_or_large(tmp_path):
     picture.save(tmp_path / "3.png", icc_profile=b"\0" * 2 ** 21)
     for name in ("0.jpg", "1.png", "2.png", "3.png"):
         pixels = records.load_image(str(tmp_path / name), 8, "here")[0]
+        pixels = pixels.T if name == "0.jpg" else pixels      # its orientation can be read: turned
         assert pixels[:, :3].mean() > 200 and pixels[:, 5:].mean() < 50, name
-    whole = (tmp_path / "0.jpg").read_bytes()
-    with pytest.raises(records.BadRecord, match="truncated"):
-        records.load_image(whole[:-20], 8, "here")
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+@pytest.mark.parametrize("spoil", ["cut", "overwritten"])
+def test_broken_pixels_are_refused_whatever_exif_says(tmp_path, kind, spoil):
+    """Pillow raises once, and the second time hands out what it had decoded."""
+    rng, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    picture.save(tmp_path / f"x.{kind}", exif=exif)
+    raw = (tmp_path / f"x.{kind}").read_bytes()
+    middle = len(raw) // 2
+    raw = raw[:middle] if spoil == "cut" else raw[:middle] + b"\xff\xc0" * 99 + raw[middle + 198:]
+    with pytest.raises(records.BadRecord, match="cannot be read"):
+        records.load_image(raw, 8, "here")
+
+
+def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path):
+    picture = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
+    for orientation in range(0, 10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture.save(tmp_path / "x.png", exif=exif)
+        theirs = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "x.png")))
+        ours = records.load_image(str(tmp_path / "x.png"), None, "here")
+        assert (ours == theirs.transpose(2, 0, 1)).all(), orientation
 
 
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):

@@ -436,14 +436,18 @@ def test_cudnns_attention_is_off(tmp_path):
 def test_where_it_runs_is_said_and_a_gpu_left_unused_too(monkeypatch, capsys):
     """A driver too old for this torch would otherwise be a run of days on the CPU, in silence."""
     exists = runtime.os.path.exists
-    for there in (False, True):
+    monkeypatch.setattr(runtime.torch.cuda, "is_available", lambda: False)
+    for there, hidden in ((False, None), (True, None), (True, "")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if hidden is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         monkeypatch.setattr(runtime.os.path, "exists",
                             lambda p: there if p == "/dev/nvidiactl" else exists(p))
         runtime.start()
         runtime.dist.destroy_process_group()
         said = capsys.readouterr().out
         assert f"  1 process on the CPU, torch {torch.__version__}" in said
-        assert ("HAS AN NVIDIA GPU" in said) is there
+        assert ("HAS AN NVIDIA GPU" in said) is (there and hidden is None)
 
 
 def test_an_error_of_nccl_keeps_its_reason(monkeypatch, capsys):
