@@ -131,9 +131,7 @@ class Samples(torch.utils.data.Dataset):
         ids.clear()
         self.roles = np.concatenate(roles)   # int8
         self.offsets = np.array(offsets)
-        # Tokens of role ANSWER of each sample: (n,) int. Every process knows them all, so the token
-        # count of a global batch needs no communication.
-        self.answer_tokens = np.array(answers)
+        self.answer_tokens = np.array(answers)       # of role ANSWER, (n,): all know all of them
 
     def record(self, make, where, item, root, special):
         """One raw item → Record, or None, counted, where the recipe has no use for it."""

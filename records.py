@@ -244,16 +244,6 @@ def planes(image, size):
     return np.asarray(image).transpose(2, 0, 1).copy()
 
 
-def upright(image):
-    """Turned as its EXIF says, if that can be read: pictures with broken EXIF are published, too,
-    and ImageOps.exif_transpose, which writes EXIF back, would refuse them."""
-    try:
-        turn = TURNED.get(image.getexif().get(0x0112))
-    except Exception:
-        turn = None
-    return image if turn is None else image.transpose(turn)
-
-
 def load_image(source, size, where):
     """A path or bytes → uint8 pixels as `planes` gives them; raises BadRecord.
     EXIF rotation is applied, 16-bit grey scaled to 8, transparency laid on white, the first frame
@@ -264,8 +254,12 @@ def load_image(source, size, where):
             if image.width * image.height > MAX_PIXELS:
                 raise BadRecord(f"{where}: image of {image.width} × {image.height} pixels, over "
                                 f"the bound of {MAX_PIXELS // 10 ** 6} million")
-            image.load()                 # what is broken here is the picture, and later only EXIF
-            image = upright(image)
+            image.load()          # broken pixels raise here; broken EXIF, which is published, too,
+            try:                  # spoils no picture (ImageOps.exif_transpose would write it back)
+                turn = TURNED.get(image.getexif().get(0x0112))
+            except Exception:
+                turn = None
+            image = image if turn is None else image.transpose(turn)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             if "A" in image.mode or "transparency" in image.info:

@@ -41,9 +41,7 @@ MODULES = ("encoder", "projector", "llm")
 def start():
     """Join the processes torchrun started, or be a group of one. → torch.device."""
     cuda = torch.cuda.is_available()
-    # How long to wait for another, who may have files to read; one that dies is noticed at once,
-    # one that hangs only then.
-    limit = timedelta(hours=3)
+    limit = timedelta(hours=3)    # until a hang is one: some read for long. A death shows at once
     os.environ.setdefault("RAYON_NUM_THREADS", str(cores()))        # of the tokenizers
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:

@@ -144,8 +144,8 @@ def section(summary, plan=FULL):
            "[results/README.md](results/README.md) fixed its plan, its findings and its interval "
            "before any test split was read. In percentage points, mean [95 % interval over seeds]; "
            "*holds*: the interval lies on the paper's side of 0; *does not*: wholly on the other; "
-           f"else *undecided*. A tie *holds* within ±{TIE}; fewer than {plan['seeds']} seeds decide "
-           "nothing.", ""]
+           f"else *undecided*. A tie *holds* within ±{TIE}; with fewer than {plan['seeds']} seeds "
+           "nothing is decided.", ""]
     if s["seeds"]:
         counts = [c["sampled"] for c in s["wrong_answers"].values()]
         found = f" ({min(counts):,} to {max(counts):,} of {plan['world']['preferences']:,} " \
