@@ -77,7 +77,8 @@ class Samples(torch.utils.data.Dataset):
             for record in texts:
                 parts = [next(encoded) + (end if role != PROMPT else [])
                          for _, role in record.pieces]
-                text = sum(map(len, parts)) - (record.image is not None)
+                length = sum(map(len, parts))
+                text = length - (record.image is not None)
                 if kind == "pairs":        # each branch by itself
                     text -= min(len(parts[1]), len(parts[2]))
                 total = text + (self.num_image_tokens if record.image else 0)
@@ -89,7 +90,6 @@ class Samples(torch.utils.data.Dataset):
                     for part, (_, role) in zip(parts, record.pieces):
                         new_ids += part
                         new_roles += [role] * len(part)
-                    length = sum(map(len, parts))
                     offsets.append(offsets[-1] + length)
                     answers.append(new_roles[-length:].count(ANSWER))
             ids.append(np.array(new_ids, np.int32))

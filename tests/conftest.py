@@ -12,6 +12,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "offline")]
 os.environ["PYTHONPATH"] = str(ROOT / "tests" / "offline")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+# The same rounding on every processor, as study.ARITHMETIC; set before torch is imported.
+os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 # The guard against connections, for this process too (Python may have a sitecustomize of its own).
 import importlib.util  # noqa: E402

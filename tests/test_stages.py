@@ -126,10 +126,8 @@ def test_stage_1_in_bf16_stays_close(stage1, world, tmp_path, processes):
         "--projector-max-steps", 2, "--max-steps", 3, "--dtype", "bf16", processes=processes)
     mine, fp32 = metrics(tmp_path / "r/pretrain"), metrics(stage1 / "pretrain")
     close(mine, fp32, 2e-2)
-    # The first steps of both phases: nearly one model. How bf16 rounds depends on the processor:
-    # below 2 % here with AVX2, 2.6 % with AVX-512 and its bf16, 3.5 % with AVX-512 alone.
-    for a, b in zip(mine[:3], fp32[:3]):
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-2)
+    for a, b in zip(mine[:3], fp32[:3]):      # the first steps of both phases: nearly one model
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
 
 
 def test_bf16_and_activation_checkpointing_stay_close(trained, fresh, world):
