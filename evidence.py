@@ -73,11 +73,11 @@ def heat(facts, names):
     if "SFT" not in share:
         return [("inside the object", ["–"] * 4)]
     sft, dpo, apart = (share[k] for k in ("SFT", "DPO", "DPO - SFT"))
-    half = apart["ci95"] or float("nan")
-    return [("inside the object", [f"chance {number(share['chance']['mean'])}",
-                                   number(sft["mean"]), number(dpo["mean"]),
-                                   interval(apart["mean"], apart["mean"] - half,
-                                            apart["mean"] + half)])]
+    half = apart["ci95"]                                 # none of a single picture
+    return [("inside the object", [
+        f"chance {number(share['chance']['mean'])}", number(sft["mean"]), number(dpo["mean"]),
+        f"{100 * apart['mean']:+.1f}" if half is None else
+        interval(apart["mean"], apart["mean"] - half, apart["mean"] + half)])]
 
 
 # heading, folder below probes/, how it is read, its picture, the command that makes it
@@ -104,7 +104,7 @@ def main():
 
     sections, pictures = [("Re-paired with a new LLM", repaired(run, names))], []
     missing = [f"python repair_eval.py --encoder {e} --llm {made_with['llm']} --data "
-               f"{made_with['data']}" for e, n in zip(three.split(), names)
+               f"{made_with['data']} --run-dir {run}" for e, n in zip(three.split(), names)
                if not (run / "repair" / n / "bench" / "results.json").exists()]
     for heading, folder, read, picture, command in INSTRUMENTS:
         path = run / "probes" / folder / "results.json"

@@ -81,7 +81,8 @@ def fit(x, y, classes, grid, start=None, gap=1e-6, gtol=0.0, memory=10, most=100
                 if new_value <= value * (1 + 1e-7) - 1e-4 * length * fall:    # 1e-7: fp32's last
                     break                                                     # digit
             else:                                  # rounding: `gap` says how far from the optimum
-                theta, value = new, new_value
+                theta, value, gradient = new, new_value, pull + lam * new
+                bound = dot(gradient / least, gradient) / 2 / value
                 break
             s, d = new - theta, pull + lam * new - gradient
             if (curve := dot(s, d)) > 0:

@@ -80,8 +80,10 @@ def short_names(paths, flag="encoder"):
 
 
 def default_out(paths, instrument):
+    """runs/NAME/probes/INSTRUMENT, of the first model that lies in a run folder."""
     runs = [p.parent.parent for p in map(Path, paths) if p.name in ("encoder", "final")]
-    return Path(runs[0] if runs else "runs", "probes", instrument)
+    run = Path(runs[0] if runs else "runs")
+    return (run.parent if run.name == "repair" else run) / "probes" / instrument
 
 
 # -------------------------------------------------------------------------------- images → features
@@ -108,7 +110,7 @@ def balanced(train, per_class, seed):
 
 def read_batch(files, size):
     """Paths → pixels uint8 (B, 3, size, size)."""
-    return torch.from_numpy(np.stack([records.load_image(f, size, "probe") for f in files]))
+    return torch.from_numpy(np.stack([records.load_image(f, size, "--data") for f in files]))
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ def list_pairs(root, split, limit):
 
 def square(image, mask, size, classes):
     """Paths → their largest centred squares: pixels (size, size, 3), labels (size, size), uint8."""
-    pixels = records.load_image(image, None, "probe").transpose(1, 2, 0)
+    pixels = records.load_image(image, None, "--data").transpose(1, 2, 0)
     try:
         with Image.open(mask) as file:               # its size is known before it is decoded
             labels = np.asarray(file) if file.size == pixels.shape[1::-1] else None

@@ -32,12 +32,9 @@ import report
 import score
 import torch
 
-PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", projector_epochs=1,
-             projector_lr=1e-3, epochs=1, lr=1e-5, global_batch=256, micro_batch=8, warmup=0.03,
-             workers=4, max_new_tokens=512)
-TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=2,
-           projector_lr=5e-3, lr=1e-3, global_batch=32, micro_batch=32, workers=1,
-           max_new_tokens=32)
+# Stage 1's values; the encoder is frozen.
+PAPER = {**pretrain.PAPER, "encoder_lr": None, "max_new_tokens": 512}
+TOY = {**pretrain.TOY, "encoder_lr": None, "max_new_tokens": 32}
 
 
 def get_args(argv=None):
@@ -148,24 +145,24 @@ def read_files(args):
 def stored_answers(args, folder, key):
     """Refuse a folder that holds answers of another model, setting or file; --overwrite empties
     it. → the key of all answers there."""
-    config, anew = folder / "config.json", args.overwrite and not runtime.restarted()
-    if config.exists() and (args.rescore or not anew):
+    config = folder / "config.json"
+    if args.overwrite and not args.rescore and not runtime.restarted():
+        if runtime.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+        runtime.barrier()
+    if config.exists():
         old = encoders.read_json(config, remedy="; --overwrite deletes these answers")
-        for what in key.keys() & old.keys():
-            if old[what] != key[what]:
+        for what in key:
+            if old.get(what, key[what]) != key[what]:
                 raise SystemExit(f"error: {folder} holds the answers of another model or setting "
                                  f"({what}: {old[what]}, now {key[what]}); --overwrite deletes "
                                  f"them")
         key = {**old, **key}             # a file that was not there before is welcome
     elif args.rescore:
         raise SystemExit(f"error: {folder} holds no answers to score anew; leave --rescore out")
-    if args.rescore:
-        return key
-    if runtime.is_main() and anew:
-        shutil.rmtree(folder, ignore_errors=True)
-    runtime.barrier()
-    folder.mkdir(parents=True, exist_ok=True)
-    rundir.write_whole(config, lambda aside: aside.write_text(json.dumps(key)))
+    if not args.rescore:
+        folder.mkdir(parents=True, exist_ok=True)
+        rundir.write_whole(config, lambda aside: aside.write_text(json.dumps(key)))
     return key
 
 

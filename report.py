@@ -58,15 +58,16 @@ def means_of(results):
     return {**results["groups"], "Average": results["average"]}
 
 
-def rows_of(columns, cells_of_group, cells_of_bench):
-    """Rows in the order of the table: each group, its benchmarks, the average."""
+def rows_of(columns, cells):
+    """Rows in the order of the table: each group, its benchmarks, the average. cells(name,
+    benchmarks below it) → what stands beside the name."""
     names = [n for n in score.BENCHES if any(n in r["benchmarks"] for r in columns.values())]
     rows = []
     for group in score.GROUPS:
         inside = [n for n in names if score.BENCHES[n].group == group]
-        rows += [[group, *cells_of_group(inside, group)]] if inside else []
-        rows += [[f"  {name}", *cells_of_bench(name)] for name in inside]
-    return rows + [["Average", *cells_of_group(names, "Average")]]
+        rows += [[group, *cells(group, inside)]] if inside else []
+        rows += [[f"  {name}", *cells(name, [name])] for name in inside]
+    return rows + [["Average", *cells("Average", names)]]
 
 
 def table(columns):
@@ -75,15 +76,14 @@ def table(columns):
     def cell(value, interval=None):
         return "–" if value is None else f"{value:.1f}" + (f" ±{interval:.1f}" if interval else "")
 
-    def of_group(inside, group):
-        return ["", ""] + [cell(means_of(r).get(group)) for r in columns.values()]
-
-    def of_bench(name):
-        cells = [r["benchmarks"].get(name, {}) for r in columns.values()]
-        some = next(c for c in cells if c)
+    def cells(name, _):
+        if name not in score.BENCHES:
+            return ["", ""] + [cell(means_of(r).get(name)) for r in columns.values()]
+        found = [r["benchmarks"].get(name, {}) for r in columns.values()]
+        some = next(c for c in found if c)
         return [str(some["n"]), cell(some["chance"])] + [cell(c.get("score"), c.get("ci95"))
-                                                         for c in cells]
-    out = grid([["", "n", "chance", *columns], *rows_of(columns, of_group, of_bench)])
+                                                         for c in found]
+    out = grid([["", "n", "chance", *columns], *rows_of(columns, cells)])
     for name, r in columns.items():
         if r.get("missing"):
             out.append(f"{name}: not scored and left out of the means: {', '.join(r['missing'])}")
@@ -115,8 +115,7 @@ def differences(columns, units):
         low, high = np.percentile(np.mean([d for _, d in pairs], 0), [2.5, 97.5])
         return f"{np.mean([p for p, _ in pairs]):+.1f} [{low:+.1f}, {high:+.1f}]"
     return [[f"minus {first}", *others], *rows_of(
-        columns, lambda inside, _: [cell(n, inside) for n in others],
-        lambda bench: [cell(n, [bench]) for n in others])]
+        columns, lambda _, benches: [cell(n, benches) for n in others])]
 
 
 def units_beside(path):
@@ -160,7 +159,7 @@ def alike(configs):
     pairs = {n: encoders.read_json(p, "arguments") for n, p in configs.items() if p.exists()}
     pairs = {n: {"LLM": c.get("llm_digest"), "data": c["data_digest"],
                  **{f"--{k.replace('_', '-')}": v for k, v in c["arguments"].items()
-                    if k not in free}} for n, c in pairs.items() if "encoder_digest" in c}
+                    if k not in free}} for n, c in pairs.items() if c.get("stage") == "repair"}
     if len(pairs) < 2:
         return []
     first, *others = pairs.values()

@@ -4,7 +4,8 @@
     python benchmarks/easy_vqa.py data/easy-vqa/easy_vqa-1.0-py3-none-any.whl data/real
 
 The package holds 5,000 images of 64 px and 48k questions as `[question, answer, image_id]`. This
-is the whole of what a newcomer has to write: conversations, preference pairs, a benchmark TSV.
+is the whole of what a newcomer has to write: conversations, preference pairs, a benchmark TSV (and
+a row of score.BENCHES that says how the answers are judged).
 """
 import argparse
 import base64

@@ -494,7 +494,7 @@ def test_compare_says_whether_encoders_were_repaired_alike(tmp_path):
     """Same LLM and data order by their digests, same arguments; a difference is named."""
     def config(name, **facts):
         (tmp_path / name).write_text(json.dumps({
-            "encoder_digest": name, "llm_digest": "l", "data_digest": ["d", "e"],
+            "stage": "repair", "llm_digest": "l", "data_digest": ["d", "e"],
             "arguments": {"seed": 0, "lr": 0, "encoder": name}, **facts}))
         return tmp_path / name
     a, b = config("a"), config("b")
@@ -504,7 +504,9 @@ def test_compare_says_whether_encoders_were_repaired_alike(tmp_path):
                         ("--lr", {"arguments": {"seed": 0, "lr": 1}})):
         assert report.alike({"a": a, "c": config("c", **facts)})[1] == \
             f"NOT a controlled comparison: re-paired with another {what}"
-    assert report.alike({"a": a}) == [] == report.alike({"a": a, "x": tmp_path / "none"})
+    stage1 = config("p", stage="pretrain")          # has the same digests, and is no such pair
+    assert report.alike({"a": a}) == [] == report.alike({"a": a, "x": tmp_path / "none"}) == \
+        report.alike({"a": stage1, "b": stage1})
 
 
 def test_evidence_gives_the_interval_that_compare_gives(tmp_path):
