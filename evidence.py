@@ -99,12 +99,13 @@ def main():
     run = Path(parser.parse_args().run)
     made_with = encoders.read_json(run / "pretrain" / "config.json", "arguments")["arguments"]
     names = [encoders.short_name(made_with["encoder"]), "sft", "dpo"]
-    three = f"{made_with['encoder']} {run}/sft/encoder {run}/dpo/encoder"
-    words = {"three": three, "run": run, "data": made_with["data"], "llm": made_with["llm"]}
+    three = [made_with["encoder"], f"{run}/sft/encoder", f"{run}/dpo/encoder"]
+    words = {"three": " ".join(three), "run": run, "data": made_with["data"],
+             "llm": made_with["llm"]}
 
     sections, pictures = [("Re-paired with a new LLM", repaired(run, names))], []
     missing = [f"python repair_eval.py --encoder {e} --llm {made_with['llm']} --data "
-               f"{made_with['data']} --run-dir {run}" for e, n in zip(three.split(), names)
+               f"{made_with['data']} --run-dir {run}" for e, n in zip(three, names)
                if not (run / "repair" / n / "bench" / "results.json").exists()]
     for heading, folder, read, picture, command in INSTRUMENTS:
         path = run / "probes" / folder / "results.json"

@@ -270,13 +270,12 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     draw(out / "gradcam.png", rows)
-    results = {"arguments": vars(args), "data": pairs.summary(), "share_inside": table,
-               "loss": dict(zip(("sft", "dpo"), losses.mean(0).tolist())),
-               "columns": ["SFT", "DPO", "chance", "ceiling"],
-               "samples": [[where, *(None if s != s else s for s in row)]
-                           for where, row in zip(pairs.where, shares.tolist())]}
-    if runtime.is_main():
-        rundir.write_json(out / "results.json", results)
+    rundir.write_json(out / "results.json", {
+        "arguments": vars(args), "data": pairs.summary(), "share_inside": table,
+        "loss": dict(zip(("sft", "dpo"), losses.mean(0).tolist())),
+        "columns": ["SFT", "DPO", "chance", "ceiling"],
+        "samples": [[where, *(None if s != s else s for s in row)]
+                    for where, row in zip(pairs.where, shares.tolist())]})
     print0(f"\nshare of the heat inside the object; {'Grad-CAM' if args.classic else 'gradient'} "
            f"at the {args.at}, {args.steps} steps; {len(sft)} of {n} pairs (no mask: "
            f"{int(cover[:, 0].isnan().sum())}, no heat: {int((heats.sum(2) == 0).any(1).sum())})")

@@ -239,10 +239,9 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     draw(out / "align.png", scores)
-    results = {"arguments": vars(args), "pairs": size, "different_pairs": len(union),
-               "scores": list(scores.values()), "paired": paired}
-    if runtime.is_main():
-        rundir.write_json(out / "results.json", results)
+    rundir.write_json(out / "results.json", {
+        "arguments": vars(args), "pairs": size, "different_pairs": len(union),
+        "scores": list(scores.values()), "paired": paired})
     print0(f"wrote {out}/align.png, {out}/results.json")
 
 

@@ -22,7 +22,6 @@ spread over seeds; the interval of a difference is a bootstrap over validation i
 """
 import colorsys
 import math
-import os
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -214,8 +213,7 @@ def overlays(path, pairs, classes, drawn):
                 tile = Image.blend(tile.convert("L").convert("RGB"),    # grey: classes show pure
                                    colours.resize(tile.size, Image.Resampling.NEAREST), 0.6)
             sheet.paste(tile, (column * TILE, 16 + row * TILE))
-    sheet.save(f"{path}.tmp", "PNG")
-    os.replace(f"{path}.tmp", path)
+    rundir.write_whole(path, lambda aside: sheet.save(aside, "PNG"))
 
 
 def main():

@@ -77,13 +77,9 @@ def get_args(argv=None):
 
 
 def phases(args):
-    """Two, as in stage 1; but the encoder, which is judged here, stays frozen."""
-    return [runtime.Phase("projector", "captions", args.captions,
-                          {"encoder": 0, "projector": args.projector_lr, "llm": 0},
-                          args.projector_epochs, args.projector_max_steps),
-            runtime.Phase("re-pair", "conversations", args.instruct,
-                          {"encoder": 0, "projector": args.lr, "llm": args.lr},
-                          args.epochs, args.max_steps)]
+    """Stage 1's two; but the encoder, which is judged here, stays frozen."""
+    return [phase._replace(name=name, rates={**phase.rates, "encoder": 0})
+            for name, phase in zip(("projector", "re-pair"), pretrain.phases(args))]
 
 
 def repair_folder(args):
@@ -162,7 +158,7 @@ def stored_answers(args, folder, key):
         raise SystemExit(f"error: {folder} holds no answers to score anew; leave --rescore out")
     if not args.rescore:
         folder.mkdir(parents=True, exist_ok=True)
-        rundir.write_whole(config, lambda aside: aside.write_text(json.dumps(key)))
+        rundir.write_json(config, key)
     return key
 
 
@@ -186,8 +182,8 @@ def evaluate(args, mllm, device, folder):
         key.update(model=rundir.file_digest(mllm), dtype=args.dtype)
     key = stored_answers(args, folder, key)
     if not args.rescore:
-        if args.dtype == "bf16":    # parameters alone: rotary frequencies in bf16 are wrong by a
-            for p in model.parameters():               # radian at position 800
+        if args.dtype == "bf16":         # not model.to: rotary frequencies in bf16 are a radian
+            for p in model.parameters():                           # off at position 800
                 p.data = p.data.to(torch.bfloat16)
         model = model.eval().to(device)                # whole on every process: it only answers
     found, units, answered = {}, {}, []
@@ -215,13 +211,12 @@ def evaluate(args, mllm, device, folder):
         answered.append((path, rows, shown, done))
     results = {"mllm": str(mllm), **key, "limit": args.limit, "benchmarks": found,
                **score.summarise({n: r["score"] for n, r in found.items()})}
-
-    def write(file, text):
-        rundir.write_whole(folder / file, lambda aside: aside.write_text(text(), encoding="utf-8"))
-    write("units.json", lambda: json.dumps(units))
-    write("wrong.html", lambda: report.wrong_page(mllm, answered, args.show_wrong, args.ocr_tokens))
-    write("report.txt", lambda: report.text(folder.parent.name, results))
-    write("results.json", lambda: json.dumps(results, indent=1))       # last: all else is there
+    if runtime.is_main():
+        rundir.write_text(folder / "units.json", json.dumps(units))
+        rundir.write_text(folder / "wrong.html", report.wrong_page(
+            mllm, answered, args.show_wrong, args.ocr_tokens))
+        rundir.write_text(folder / "report.txt", report.text(folder.parent.name, results))
+        rundir.write_json(folder / "results.json", results)            # last: all else is there
     print0("\n".join([*report.table({folder.parent.name: results}),
                       f"wrote {folder}: results.json, report.txt (prompts, labels), wrong.html"]))
 
@@ -229,29 +224,27 @@ def evaluate(args, mllm, device, folder):
 def main():
     args = get_args()
     if args.compare:
-        print("\n".join(report.compare(args.compare)))
+        print0("\n".join(report.compare(args.compare)))
         return
     if args.plan:
         return show_plan(args, phases(args))
-    device = runtime.start()
-    suffix = "bench" + "-drawn" * (args.temperature > 0) + "-wrong-image" * args.wrong_image
+    device, folder = runtime.start(), repair_folder(args)
+    mllm = folder / "final"
     if args.mllm:
-        beside = Path(args.mllm).parent if Path(args.mllm).name == "final" else Path(args.mllm)
-        evaluate(args, Path(args.mllm), device, beside / suffix)
-        return
-    folder = repair_folder(args)
-    if args.rescore:
-        evaluate(args, folder / "final", device, folder / suffix)
-        return
-    facts = rundir.parents(args)
-    if rundir.starts_anew(folder, args) or not rundir.finished(folder, args, facts):
-        read_files(args)                              # before the training, not after it
-        run = rundir.Run(folder, args, facts)
-        model, tokenizer = folders.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
-        if args.reuse_projector_layers:
-            reuse_projector(model, args.encoder, args.reuse_projector_layers)
-        pretrain.train(args, run, device, model, tokenizer, facts, phases(args))
-    evaluate(args, folder / "final", device, folder / suffix)
+        mllm = Path(args.mllm)
+        folder = mllm.parent if mllm.name == "final" else mllm
+    elif not args.rescore:
+        facts = rundir.parents(args)
+        if rundir.starts_anew(folder, args) or not rundir.finished(folder, args, facts):
+            read_files(args)                          # before the training, not after it
+            run = rundir.Run(folder, args, facts)
+            model, tokenizer = folders.build_mllm(args.encoder, args.llm, args.seed,
+                                                  args.image_size)
+            if args.reuse_projector_layers:
+                reuse_projector(model, args.encoder, args.reuse_projector_layers)
+            pretrain.train(args, run, device, model, tokenizer, facts, phases(args))
+    evaluate(args, mllm, device, folder / (
+        "bench" + "-drawn" * (args.temperature > 0) + "-wrong-image" * args.wrong_image))
 
 
 if __name__ == "__main__":

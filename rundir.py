@@ -61,12 +61,19 @@ def parents(args):
 
 
 def write_whole(path, write):
-    """Let the main process write a file aside, then rename it; the others wait."""
+    """The main process writes a file aside, then renames it: nobody ever sees half of it."""
     if is_main():
         aside = Path(f"{path}.tmp")
         write(aside)
         os.replace(aside, path)
-    barrier()
+
+
+def write_text(path, text):
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def tensors_digest(module):
@@ -75,13 +82,6 @@ def tensors_digest(module):
     for name, tensor in module.state_dict().items():
         sha.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
-
-
-def write_json(path, value):
-    """Written aside and renamed: a reader never sees half a file."""
-    aside = Path(f"{path}.tmp")
-    aside.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    os.replace(aside, path)
 
 
 def sync(*paths):

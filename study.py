@@ -53,10 +53,6 @@ ARITHMETIC = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ATEN_CPU_CAPA
               "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
-class Failed(Exception):
-    """A command that did not end well: what it said last."""
-
-
 def record_of(task, out):
     """The file that says what a task gave: its result or, of what only others need, a note."""
     return task.done if task.part else out / "made" / (task.name.replace("/", "-") + ".json")
@@ -82,13 +78,12 @@ def execute(task, out, log, live, ours):
            "RAYON_NUM_THREADS": "1"}
     for command in commands:
         if live.stopping:
-            raise Failed("stopped")
+            raise SystemExit("stopped")
         words = command if command[0] == sys.executable else [sys.executable, *command]
         with open(log, "a") as said:
             said.write(f"\n$ {' '.join(command)}\n")
             said.flush()
-            process = subprocess.Popen(words, stdout=said, stderr=said, env=env,
-                                       pass_fds=live.lock)
+            process = subprocess.Popen(words, stdout=said, stderr=said, env=env, close_fds=False)
             live.add(process)
             if live.stopping:             # asked to stop before it was among those that run
                 process.terminate()
@@ -99,7 +94,7 @@ def execute(task, out, log, live, ours):
             said = "stopped" if live.stopping else \
                 next((x for x in reversed(said[-20:]) if "rror" in x), said[-1])
             if "nothing was updated" not in said:
-                raise Failed(said)
+                raise SystemExit(said)
             values = {"diverged": said}           # that is a result, too
             break
     else:
@@ -110,20 +105,15 @@ def execute(task, out, log, live, ours):
         "commands": [" ".join(c).replace(sys.executable, "python") for c in commands],
         "values": values, "seconds": round(seconds, 1)})
     if diverged(task, out):
-        raise Failed(f"the seed is lost for all that needs this: {values['diverged']}")
+        raise SystemExit(f"the seed is lost for all that needs this: {values['diverged']}")
     if not task.done.exists():
-        raise Failed(f"{task.done} was not made; see {log}")
+        raise SystemExit(f"{task.done} was not made; see {log}")
     return seconds
 
 
 class Live(set):
-    """Processes that run now, and whether they were asked to stop. `lock`: [the lock's open file],
-    which they inherit: it is held as long as one of them lives, whatever ends the driver."""
+    """Processes that run now, and whether they were asked to stop."""
     stopping = False
-
-    def __init__(self, lock=()):
-        super().__init__()
-        self.lock = [file.fileno() for file in lock]
 
     def stop(self):
         self.stopping = True
@@ -219,10 +209,10 @@ def show_plan(study, parts, jobs, quick):
     print(f"{'in all':<25}{clock(total):>10}")
 
 
-def go(study, parts, jobs, quick, limit=float("inf"), lock=()):
+def go(study, parts, jobs, quick, limit=float("inf")):
     """Run all that is pending, but start nothing that would not end within `limit` seconds;
     → {task that failed: why}."""
-    queue, failed, live, spent, planned = pending(study, parts), {}, Live(lock), 0.0, 0.0
+    queue, failed, live, spent, planned = pending(study, parts), {}, Live(), 0.0, 0.0
     count, done, cost = len(queue), 0, {t.name: seconds_of(t, quick) for t in queue}
     running, start, pace = {}, time.time(), 1.0
     ours = made_by(study.plan)                  # as it is now, when runs begin
@@ -249,8 +239,7 @@ def go(study, parts, jobs, quick, limit=float("inf"), lock=()):
                         spent += future.result()
                         planned += cost[task.name]
                     except (Exception, SystemExit) as e:    # whatever it is: of this task alone
-                        failed[task.name] = str(e) if isinstance(e, (Failed, SystemExit)) else \
-                            repr(e)
+                        failed[task.name] = str(e) if isinstance(e, SystemExit) else repr(e)
                         print(f"FAILED {task.name}: {failed[task.name]}", flush=True)
                         continue
                     pace = spent / planned if planned else 1.0      # this machine's, of estimates
@@ -316,7 +305,7 @@ def get_args():
 def main():
     args = get_args()
     study = Study(QUICK if args.quick else FULL, args.seeds, args.work, args.out)
-    ours = refuse_other_plans(study)
+    refuse_other_plans(study)
     parts = [p for p in PARTS if p in args.parts]
     show_plan(study, parts, args.jobs, args.quick)
     if args.plan:
@@ -328,11 +317,13 @@ def main():
         except OSError:
             raise SystemExit(f"error: another study runs in {study.work}, or a command of one that "
                              "was killed; wait for its end")
-        refuse_other_plans(study)                    # again: now nobody else writes here
-        write(study.work / "plan.json", ours)
+        # Once more: now nobody else writes here.
+        write(study.work / "plan.json", refuse_other_plans(study))
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        failed = go(study, parts, args.jobs, args.quick, 60 * args.minutes, [lock])
+        # Commands inherit the lock: it is held as long as one of them lives, whatever ends us.
+        os.set_inheritable(lock.fileno(), True)
+        failed = go(study, parts, args.jobs, args.quick, 60 * args.minutes)
     report = subprocess.run([sys.executable, "study_report.py", "--out", study.out,
                              *(["--quick"] if args.quick else [])])
     if report.returncode:

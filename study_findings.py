@@ -12,9 +12,8 @@ import re
 from pathlib import Path
 from statistics import mean, stdev
 
-# Student's t for 1, 2, … degrees of freedom: the 97.5 % and the 80 % quantile.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-T80 = (1.376, 1.061, 0.978, 0.941, 0.920, 0.906, 0.896, 0.889, 0.883)
+# Student's t for 1 to 4 degrees of freedom (five seeds are registered): 97.5 % and 80 % quantile.
+T975, T80 = (12.706, 4.303, 3.182, 2.776), (1.376, 1.061, 0.978, 0.941)
 TIE = 2.0                                  # points within which two scores count as equal
 GROUPS = ("General", "Knowledge", "OCR & Chart", "Vision-Centric")
 
@@ -25,15 +24,12 @@ def interval(values):
     """Mean and half-width of Student's 95 % interval of a list, a value a seed; None for one."""
     if len(values) < 2:
         return mean(values), None
-    return mean(values), T975[min(len(values) - 1, len(T975)) - 1] * stdev(values) / \
-        len(values) ** 0.5
+    return mean(values), T975[len(values) - 2] * stdev(values) / len(values) ** 0.5
 
 
 def verdict(values, side):
     """ "holds", "does not" or "undecided"; side: the paper's, "+" or "=" (a tie within TIE)."""
     middle, half = interval(values)
-    if half is None:
-        return "undecided"
     low, high = middle - half, middle + half
     if side == "=":
         return "holds" if -TIE <= low and high <= TIE else \
@@ -41,13 +37,11 @@ def verdict(values, side):
     return "holds" if low > 0 else "does not" if high < 0 else "undecided"
 
 
-def smallest_effect(seeds, questions, discordant=0.1):
+def smallest_effect(seeds, questions):
     """The smallest true difference, in points, that `seeds` seeds find 4 times in 5 (at 95 %)
-    where two models differ in `discordant` of the answers to `questions` questions and in nothing
-    else: (t.975 + t.80) √(discordant / questions / seeds). Training luck comes on top."""
-    if seeds < 2:
-        return None
-    return 100 * (T975[seeds - 2] + T80[seeds - 2]) * (discordant / questions / seeds) ** 0.5
+    where two models differ in a tenth of the answers to `questions` questions and in nothing else:
+    (t.975 + t.80) √(0.1 / questions / seeds). Training luck comes on top."""
+    return 100 * (T975[seeds - 2] + T80[seeds - 2]) * (0.1 / questions / seeds) ** 0.5
 
 
 # -------------------------------------------------------------------------------------- findings
@@ -91,14 +85,16 @@ class Results:
         return len(seeds)
 
 
+def home(measure):
+    """The part of the main comparison that has a measure."""
+    return next((p for p in ("vqa", "repair") if measure.startswith(p)), "eye")
+
+
 def minus(measure, a, b):
-    """The terms of a difference: measure of a minus that of b; each (part, run, condition)."""
-    return [(1, (measure, *a)), (-1, (measure, *b))]
-
-
-def main_of(condition, part="vqa"):
-    """Where the main comparison keeps a condition's values."""
-    return (part, "", condition)
+    """The terms of a difference: measure of a minus that of b; each a condition of the main
+    comparison, or (part, run, condition)."""
+    return [(sign, (measure, *((home(measure), "", x) if isinstance(x, str) else x)))
+            for sign, x in ((1, a), (-1, b))]
 
 
 def findings(plan):
@@ -109,30 +105,24 @@ def findings(plan):
     sizes = sorted([*plan["sizes"], plan["pairs"]])
 
     def at_size(n, condition):
-        return main_of(condition) if n == plan["pairs"] else ("size", str(n), condition)
-    dpo, sft = main_of("dpo"), main_of("sft")
-    both = minus("vqa average", dpo, sft)
-    out = [("vqa", "the model, average: DPO above SFT", "+1.9", "+", both)]
+        return condition if n == plan["pairs"] else ("size", str(n), condition)
+    out = [("vqa", "the model, average: DPO above SFT", "+1.9", "+",
+            minus("vqa average", "dpo", "sft"))]
     out += [("vqa", f"the model, {g}: " + ("a tie" if g == "Knowledge" else "DPO above SFT"),
              "0" if g == "Knowledge" else "above 0", "=" if g == "Knowledge" else "+",
-             minus(f"vqa {g}", dpo, sft)) for g in GROUPS]
-    e_dpo, e_sft = main_of("dpo", "eye"), main_of("sft", "eye")
-    out += [("eye", "linear probe of the encoder: DPO above SFT", "+1.8", "+",
-             minus("linear", e_dpo, e_sft)),
-            ("eye", "segmentation probe: DPO above SFT", "+0.6 to +1.2", "+",
-             minus("seg", e_dpo, e_sft)),
-            ("eye", "at stage 1, DPO's loss looks at the object more than SFT's", "pictures", "+",
-             minus("heat", e_dpo, e_sft)),
-            ("eye", "alignment with a language model (× 100): DPO above SFT", "above 0", "+",
-             minus("align", e_dpo, e_sft))]
-    r = {c: main_of(c, "repair") for c in ("original", "sft", "dpo")}
+             minus(f"vqa {g}", "dpo", "sft")) for g in GROUPS]
+    out += [("eye", text, p, "+", minus(measure, "dpo", "sft")) for text, p, measure in (
+        ("linear probe of the encoder: DPO above SFT", "+1.8", "linear"),
+        ("segmentation probe: DPO above SFT", "+0.6 to +1.2", "seg"),
+        ("at stage 1, DPO's loss looks at the object more than SFT's", "pictures", "heat"),
+        ("alignment with a language model (× 100): DPO above SFT", "above 0", "align"))]
     out += [("repair", f"re-paired, average: {a} above {b}", p, "+",
-             minus("repair average", r[x], r[y])) for a, x, b, y, p in
+             minus("repair average", x, y)) for a, x, b, y, p in
             (("DPO", "dpo", "the original", "original", "+3.2"),
              ("SFT", "sft", "the original", "original", "+2.2"),
              ("DPO", "dpo", "SFT", "sft", "+1.0"))]
     out += [("repair", f"re-paired, {g}: DPO above SFT", p, "+",
-             minus(f"repair {g}", r["dpo"], r["sft"])) for g, p in
+             minus(f"repair {g}", "dpo", "sft")) for g, p in
             zip(GROUPS, ("+1.2", "+0.4", "+1.7", "+0.7"))]
     gaps = [minus("vqa average", at_size(n, "dpo"), at_size(n, "sft")) for n in sizes]
     out += [("size", f"{n:,} pairs: DPO above SFT", p, "+", gap) for n, gap, p in
@@ -143,9 +133,9 @@ def findings(plan):
              minus("vqa average", at_size(sizes[0], "dpo"), at_size(sizes[-1], "sft")))]
     large = {c: ("head", "head-l", c) for c in ("sft", "dpo")}
     out += [("head", "DPO's encoder, linear probe: better through the larger head", "+4.4", "+",
-             minus("linear", large["dpo"], e_dpo)),
+             minus("linear", large["dpo"], "dpo")),
             ("head", "DPO's encoder, re-paired: better through the larger head", "above 0", "+",
-             minus("repair average", large["dpo"], r["dpo"])),
+             minus("repair average", large["dpo"], "dpo")),
             ("head", "larger head, the model: DPO above SFT", "+2.7", "+",
              minus("vqa average", large["dpo"], large["sft"]))]
     eye = {c: ("encoder", "eye-l", c) for c in ("original", "sft", "dpo")}
@@ -154,7 +144,7 @@ def findings(plan):
             ("encoder", "larger encoder, re-paired: DPO above the original", "+2.8", "+",
              minus("repair average", eye["dpo"], eye["original"])),
             ("encoder", "re-paired: the smaller encoder after DPO above the larger original",
-             "+1.7", "+", minus("repair average", r["dpo"], eye["original"]))]
+             "+1.7", "+", minus("repair average", "dpo", eye["original"]))]
     for name, label, p in (("supervised", "class labels", "+2.2"), ("masked", "masking", "+2.9")):
         e = {c: ("pretrained", name, c) for c in ("original", "sft", "dpo")}
         out += [("pretrained", f"pretrained by {label}, re-paired: DPO above the original", p, "+",
@@ -164,38 +154,30 @@ def findings(plan):
     return out
 
 
-def baseline(measure):
-    """Where the main comparison keeps a measure's value at stage 1."""
-    return main_of("stage1", next((p for p in ("vqa", "repair") if measure.startswith(p)), "eye"))
-
-
 def measures():
-    """[(label, measure, part)] of all that is compared with stage 1, in the order of the README."""
-    return [*((f"the model, {g}", f"vqa {g}", "vqa") for g in (*GROUPS, "average")),
-            ("linear probe", "linear", "eye"), ("segmentation", "seg", "eye"),
-            ("alignment × 100", "align", "eye"),
-            *((f"re-paired, {g}", f"repair {g}", "repair") for g in (*GROUPS, "average"))]
+    """[(label, measure)] of all that is compared with stage 1, in the order of the README."""
+    return [*((f"the model, {g}", f"vqa {g}") for g in (*GROUPS, "average")),
+            ("linear probe", "linear"), ("segmentation", "seg"), ("alignment × 100", "align"),
+            *((f"re-paired, {g}", f"repair {g}") for g in (*GROUPS, "average"))]
 
 
-def control_rows():
-    """What of the signal trains the eye: [(label, {measure: (part, run)}, condition, other)]; minus
-    stage 1 or, where another (kind, condition) of the controls is named, minus that."""
-    main = {"vqa average": ("vqa", ""), "linear": ("eye", ""), "seg": ("eye", ""),
-            "repair average": ("repair", "")}
+def control(kind, condition):
+    """Where a kind of pairs keeps a condition's values: "" is the main comparison."""
+    return ("controls", kind, condition) if kind else condition
 
-    def other(kind):
-        return {measure: ("controls", kind) for measure in main}
-    return [("SFT, no rejected answer", main, "sft", None),
-            ("DPO, the model's own wrong answer", main, "dpo", None),
-            ("DPO, one attribute swapped", other("swapped"), "dpo", None),
-            ("DPO, the right answer to another question", other("shuffled"), "dpo", None),
-            ("DPO, the model's wrong answer, another image", other("images"), "dpo", None),
-            ("SFT, easy items", other("easy"), "sft", None),
-            ("DPO, easy items, one attribute swapped", other("easy"), "dpo", None),
-            ("*DPO, own wrong answer, minus* one attribute swapped", main, "dpo",
-             ("swapped", "dpo")),
-            ("*DPO, own wrong answer, minus* another question's", main, "dpo",
-             ("shuffled", "dpo")),
-            ("*DPO, own wrong answer, minus* another image", main, "dpo", ("images", "dpo")),
-            ("*DPO, own wrong answer, minus* SFT, easy items", main, "dpo", ("easy", "sft")),
-            ("*DPO, easy items, minus* SFT, easy items", other("easy"), "dpo", ("easy", "sft"))]
+
+# What of the signal trains the eye: label, (kind of pairs, condition), the one it is compared with.
+OWN, STAGE1, SFT_EASY = ("", "dpo"), ("", "stage1"), ("easy", "sft")
+CONTROLS = (
+    ("SFT, no rejected answer", ("", "sft"), STAGE1),
+    ("DPO, the model's own wrong answer", OWN, STAGE1),
+    ("DPO, one attribute swapped", ("swapped", "dpo"), STAGE1),
+    ("DPO, the right answer to another question", ("shuffled", "dpo"), STAGE1),
+    ("DPO, the model's wrong answer, another image", ("images", "dpo"), STAGE1),
+    ("SFT, easy items", SFT_EASY, STAGE1),
+    ("DPO, easy items, one attribute swapped", ("easy", "dpo"), STAGE1),
+    ("*DPO, own wrong answer, minus* one attribute swapped", OWN, ("swapped", "dpo")),
+    ("*DPO, own wrong answer, minus* another question's", OWN, ("shuffled", "dpo")),
+    ("*DPO, own wrong answer, minus* another image", OWN, ("images", "dpo")),
+    ("*DPO, own wrong answer, minus* SFT, easy items", OWN, SFT_EASY),
+    ("*DPO, easy items, minus* SFT, easy items", ("easy", "dpo"), SFT_EASY))

@@ -8,10 +8,9 @@ study_findings.py says what counts as a finding and which there are.
 """
 import argparse
 import json
-import os
 from pathlib import Path
 
-from study_findings import (TIE, Results, baseline, control_rows, findings, interval, main_of,
+from study_findings import (CONTROLS, STAGE1, TIE, Results, control, findings, home, interval,
                             measures, minus, smallest_effect, verdict)
 from study_pairs import write
 from study_plan import FULL, QUICK
@@ -49,25 +48,22 @@ def summarise(results, plan=FULL):
     def apart(measure, a, b, first=0, of=None):
         return cell(beside.get(of, results).combined(minus(measure, a, b), first))
 
-    def decided(values, side, lost):
-        """All registered seeds decide, or none do."""
-        if len(values) == plan["seeds"]:
-            return verdict(values, side)
-        return (f"{len(values)} of {plan['seeds']} seeds" if values or lost else "not run yet") + \
+    def judged(of, side, terms):
+        """Cell and verdict of a finding. All registered seeds decide, or none do."""
+        values, lost = of.combined(terms), of.lost(terms)
+        said = verdict(values, side) if len(values) == plan["seeds"] else \
+            (f"{len(values)} of {plan['seeds']} seeds" if values or lost else "not run yet") + \
             (f"; {lost} lost, diverged" if lost else "")
-    found, beside = [], {name: Results(results.out / name) for name in BESIDE}
-    for part, text, paper, side, terms in findings(plan):
-        values = results.combined(terms)
-        found.append({"part": part, "finding": text, "paper": paper, "side": side,
-                      **(cell(values) or {}),
-                      "verdict": decided(values, side, results.lost(terms))})
-        for name, other in beside.items():
-            if values := other.combined(terms):
-                found[-1][name] = {**cell(values), "verdict": decided(values, side, 0)}
-    untuned = {name: apart(m, main_of("dpo", part), main_of("sft", part), plan["tuning_seeds"])
-               for name, m, part in (
-                   ("the model", "vqa average", "vqa"), ("linear probe", "linear", "eye"),
-                   ("segmentation", "seg", "eye"), ("re-paired", "repair average", "repair"))}
+        return {**(cell(values) or {}), "verdict": said}
+    beside = {name: Results(results.out / name) for name in BESIDE}
+    found = [{"part": part, "finding": text, "paper": paper, "side": side,
+              **judged(results, side, terms),
+              **{name: judged(other, side, terms) for name, other in beside.items()
+                 if other.combined(terms)}}
+             for part, text, paper, side, terms in findings(plan)]
+    untuned = {name: apart(m, "dpo", "sft", plan["tuning_seeds"]) for name, m in (
+        ("the model", "vqa average"), ("linear probe", "linear"), ("segmentation", "seg"),
+        ("re-paired", "repair average"))}
 
     def choice(of):
         """→ the rates chosen, and what they say of the finding."""
@@ -83,18 +79,16 @@ def summarise(results, plan=FULL):
 
     def against(base, others, rows):
         """Of each measure the condition `base` as it is, and the others minus it."""
-        return [{"measure": label, base: cell(results.combined([(1, (m, *main_of(base, part)))])),
-                 **{c: apart(m, main_of(c, part), main_of(base, part)) for c in others},
-                 "dpo-1e-4": apart(m, main_of("dpo", part), main_of(base, part), 0, "dpo-1e-4")}
-                for label, m, part in rows]
+        return [{"measure": label, base: cell(results.combined([(1, (m, home(m), "", base))])),
+                 **{c: apart(m, c, base) for c in others},
+                 "dpo-1e-4": apart(m, "dpo", base, of="dpo-1e-4")} for label, m in rows]
     of_encoders = [r for r in measures() if r[1] in ("linear", "seg", "align", "repair average")]
-    controls = [{"trained": label, **{
-        m: apart(m, (*where, condition), ("controls", *other) if other else baseline(m))
-        for m, where in runs.items()}, "held-out": None if other or condition == "sft" else cell(
-            [100 * v["heldout_accuracy"] for v in results.values.get(
-                ("made", f"{runs['linear'][1] or 'main'}-dpo"), {}).values()
-             if "heldout_accuracy" in (v or {})])}
-        for label, runs, condition, other in control_rows()]
+    controls = [{"trained": label, **{m: apart(m, control(*one), control(*base)) for m in FOUR},
+                 "held-out": cell([100 * v["heldout_accuracy"] for v in results.values.get(
+                     ("made", f"{one[0] or 'main'}-dpo"), {}).values()
+                     if "heldout_accuracy" in (v or {})])
+                 if one[1] == "dpo" and base == STAGE1 else None}
+                for label, one, base in CONTROLS]
     kinds = results.values.get(("made", "pairs"), {})
     rates = {method: [{"rate": r, **(cell(results.combined([(1, (
         "vqa average", "lr", f"{method}-{r:g}", method))])) or {"mean": None})}
@@ -171,14 +165,13 @@ def section(summary, plan=FULL):
             f"{effect['linear']:.1f} in the linear probe.", "",
             *table("the paper's finding | paper | here | verdict",
                    [[f["finding"], f["paper"], show(f), f["verdict"]] for f in s["findings"]])]
-    out += pictures(s, lambda name: name == "findings")
+    out += pictures(s, FIGURES[:1])
     return "\n".join(out).rstrip() + "\n"
 
 
-def pictures(summary, wanted):
-    """The lines that show these figures, and an empty one. wanted: name → whether."""
-    lines = [f"![{alt}](results/{name}.png)" for name, alt, *_ in FIGURES if wanted(name) and
-             drawn(summary, name)]
+def pictures(summary, figures):
+    """The lines that show these rows of FIGURES, and an empty one."""
+    lines = [f"![{alt}](results/{name}.png)" for name, alt, *_ in figures if drawn(summary, name)]
     return [*lines, ""] if lines else []
 
 
@@ -223,7 +216,7 @@ def details(summary, plan=FULL):
                 "are the same; points above stage 1 and, last, the reward accuracy on 600 pairs "
                 "never trained on (one attribute swapped, chance 50):", "",
                 *table(f"trained with | {' | '.join(FOUR.values())} | held-out pairs", rows)]
-    return "\n".join(out + pictures(s, lambda name: name != "findings"))
+    return "\n".join(out + pictures(s, FIGURES[1:]))
 
 
 def page(summary, plan=FULL):
@@ -233,8 +226,8 @@ def page(summary, plan=FULL):
 
 # ------------------------------------------------------------------------------------ the figures
 
-def bars(axis, labels, groups):
-    """Grouped bars with intervals, and a dot a seed; groups: {legend: [cell or None, …]}."""
+def bars(axis, what, labels, groups):
+    """Grouped bars of `what`, with intervals, and a dot a seed; groups: {legend: [cell, …]}."""
     wide = 0.8 / len(groups)
     for i, (name, cells) in enumerate(groups.items()):
         at = [x + i * wide for x in range(len(labels))]
@@ -245,6 +238,7 @@ def bars(axis, labels, groups):
                   [v for _, c in drawn for v in c["by_seed"]], "k.", markersize=3)
     axis.set_xticks([x + 0.4 - wide / 2 for x in range(len(labels))], labels)
     axis.axhline(0, color="black", linewidth=0.6)
+    axis.set_ylabel(what)
     axis.legend()
 
 
@@ -269,17 +263,15 @@ def draw_lr(axis, s):
 def draw_groups(axis, s):
     """The trained models, SFT beside DPO, by group."""
     rows = [e for e in s["each_minus_stage1"] if "the model" in e["measure"] and e["dpo"]]
-    bars(axis, [e["measure"].split(", ")[-1] for e in rows],
+    bars(axis, "points above stage 1", [e["measure"].split(", ")[-1] for e in rows],
          {NAMES[c]: [e[c] for e in rows] for c in ("sft", "dpo")})
-    axis.set_ylabel("points above stage 1")
 
 
 def draw_eye(axis, s):
     """The encoders against the one they began as."""
     rows = [e for e in s["each_minus_original"] if e["dpo"]]
-    bars(axis, [e["measure"] for e in rows],
+    bars(axis, "difference to the original encoder", [e["measure"] for e in rows],
          {NAMES[c]: [e[c] for e in rows] for c in ("stage1", "sft", "dpo")})
-    axis.set_ylabel("difference to the original encoder")
 
 
 def draw_findings(axis, s):
@@ -316,10 +308,9 @@ def draw_size(axis, s):
 
 def draw_controls(axis, s):
     """Every kind of pair, in points above stage 1."""
-    bars(axis, [name.removesuffix(", average") for name in FOUR.values()], {
+    bars(axis, "points above stage 1", [x.removesuffix(", average") for x in FOUR.values()], {
         c["trained"]: [c[m] for m in FOUR] for c in s["controls"] if c["trained"][0] != "*"})
     axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
-    axis.set_ylabel("points above stage 1")
 
 
 # name, what a reader who cannot see it is told, the function that draws it, its height in inches
@@ -371,23 +362,26 @@ def put_section(readme, text):
     return readme[:readme.index(BEGIN) + len(BEGIN)] + "\n" + text + readme[readme.index(END):]
 
 
+def numbers(value, key=""):
+    """All numbers of a result: {their path in it: number}."""
+    if isinstance(value, dict):
+        return {k: n for inner, v in value.items() for k, n in numbers(v, f"{key}/{inner}").items()}
+    return {key: value} if isinstance(value, (int, float)) else {}
+
+
 def differing(one, other):
     """Results that both folders hold, and of those whose values differ the largest difference of
     numbers (0: other words, or a number is missing): ([path, …], {path: number}). A seed that is
     run again, at the same rates, gives the same to the last bit."""
-    def numbers(value, key=""):
-        if isinstance(value, dict):
-            return {k: n for inner, v in value.items() for k, n in numbers(v, f"{key}/{inner}")
-                    .items()}
-        return {key: value} if isinstance(value, (int, float)) else {}
-    both = sorted(str(p.relative_to(one)) for p in one.glob("*/*.json")
-                  if (other / p.relative_to(one)).exists())
-    found = {p: [json.loads((out / p).read_text())["values"] for out in (one, other)] for p in both}
-    apart = {}
-    for path, (a, b) in found.items():
-        if a != b:
-            a, b = numbers(a), numbers(b)
-            apart[path] = max((abs(a[k] - b[k]) for k in a.keys() & b.keys()), default=0.0)
+    both, apart = [], {}
+    for path in sorted(one.glob("*/*.json")):
+        name = str(path.relative_to(one))
+        if (other / name).exists():
+            both.append(name)
+            a, b = (json.loads((out / name).read_text())["values"] for out in (one, other))
+            if a != b:
+                a, b = numbers(a), numbers(b)
+                apart[name] = max((abs(a[k] - b[k]) for k in a.keys() & b.keys()), default=0.0)
     return both, apart
 
 
@@ -420,7 +414,7 @@ def main():
         aside = Path("README.md.tmp")
         aside.write_text(put_section(Path("README.md").read_text(encoding="utf-8"), text),
                          encoding="utf-8")
-        os.replace(aside, "README.md")
+        aside.replace("README.md")
     verdicts = [f["verdict"] for f in summary["findings"]]
     print(f"wrote {args.out}/summary.json, summary.md: of {len(verdicts)} findings "
           + ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)))

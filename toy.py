@@ -39,8 +39,6 @@ from tqdm import tqdm
 from toy_scenes import (BENCH, CLASSES, COLOURS, IN_WORDS, PAIRS, SHAPES, SIZE, WORDINGS, WORDS,
                         Scene, conversation, fact_question)
 
-CALM = 0.5 if sys.stderr.isatty() else 10    # seconds between updates of a bar
-
 
 class World:
     """Writes below `root`; no two pictures of a world have the same bytes. sentences: the share of
@@ -49,7 +47,8 @@ class World:
     def __init__(self, root, seed, scale, sentences=2 / 3):
         self.root, self.seed, self.scale, self.seen = root, seed, scale, set()
         self.sentences = sentences
-        self.bar = tqdm(desc="drawing", unit=" images", mininterval=CALM)
+        self.bar = tqdm(desc="drawing", unit=" images",
+                        mininterval=0.5 if sys.stderr.isatty() else 10)
 
     def rng(self, name):
         return random.Random(f"{self.seed}/{name}")      # a string seeds the same everywhere
@@ -158,20 +157,20 @@ class World:
         while left:
             kind = rng.choice(sorted({k for k, _ in left}))     # the scene a missing row needs
             scene_kind = next((s for s, ks in SOURCES.items() if kind in ks), None)
-            scene, image = self.scene(rng, kind=scene_kind), None
+            scene, shown = self.scene(rng, kind=scene_kind), []          # shown: by which rows
             qs = scene.questions() if scene_kind else [fact_question(rng, kind) for _ in "ab"]
             rng.shuffle(qs)
             for q in qs:
                 keys = [k for k in left if k[0] == q.kind and k[1] in (None, q.answer)]
-                if not keys or (image and image[1]):
+                if not keys or len(shown) == 2:
                     continue
                 key = rng.choice(keys)
                 heldout, index = rng.random() < 1 / 6, len(rows) + 1
-                data = base64.b64encode(scene.png).decode() if not image else str(image[0])
+                data = str(shown[0]) if shown else base64.b64encode(scene.png).decode()
                 rows.append([index, data, q.ask(rng, heldout), q.answer,
                              q.slots.get("pair", q.kind),     # "left or right": 1 of 2, not of 4
                              "unseen wording" if heldout else "seen wording"])
-                image = (index, False) if not image else (image[0], True)
+                shown.append(index)
                 left[key] -= 1
                 if not left[key]:
                     del left[key]
@@ -255,6 +254,8 @@ def main(argv):
                         help="which to make; the -l ones are one size up, and not committed")
         ap.add_argument("--steps", type=int, help="instead of the table's; fewer make worse models")
         args = ap.parse_args(argv[1:])
+        if args.steps is not None and args.steps < 1:
+            raise SystemExit(f"error: --steps {args.steps} must be at least 1")
         for name in args.models:
             aside = args.out / (name + ".tmp")
             shutil.rmtree(aside, ignore_errors=True)
@@ -270,6 +271,9 @@ def main(argv):
     args = ap.parse_args(argv)
     if args.out.exists() and not args.overwrite:
         raise SystemExit(f"error: {args.out} is already there; --overwrite replaces it")
+    if args.out.exists() and not (args.out / "world.json").exists():
+        raise SystemExit(f"error: {args.out} is no world of this script's (it has no world.json): "
+                         f"not replaced")
     if not 0 < args.scale < math.inf:
         raise SystemExit(f"error: --scale {args.scale:g} must be above 0")
     try:

@@ -10,13 +10,10 @@ import torch
 from tokenizers import decoders, pre_tokenizers, trainers
 from torch import nn
 
+import records
 import runtime
 from toy_scenes import (CELL, COLOURS, SHAPES, SIZE, WORDS, Scene, fact_question, turn)
 
-CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>"
-          "system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + "
-          "m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # name: width, layers, heads, inner width, steps, batch, learning rate
 # A ViT's batch is in images, an LM's in tokens. The LM never learns to look things up at 3e-3.
 MODELS = {"toy-vit": (128, 5, 4, 512, 2400, 48, 1e-3),
@@ -32,16 +29,14 @@ def train(name, model, steps, rate, loss_of):
     warm = max(1, min(100, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
         (i + 1) / warm, 0.02 + 0.49 * (1 + math.cos(math.pi * i / steps))))
-    bar, mean = runtime.progress(0, steps, name), None
-    for step in bar:
+    for step in (bar := runtime.progress(0, steps, name)):
         loss = loss_of(step / steps)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 def patches(scene):
@@ -173,7 +168,7 @@ def pretrain_lm(folder, name, steps, seed):
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[2],
                                         pad_token=special[0], model_max_length=1024)
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = records.CHAT_TEMPLATE
     model = Qwen2ForCausalLM(Qwen2Config(
         # Like Qwen, more rows than tokens: room for <image> without resizing.
         # 0.08 is 1 / sqrt(width): at HF's 0.02 the first thousand steps only find the scale.

@@ -293,19 +293,13 @@ class Scene:
             for p in self.objects:
                 if p is o:
                     continue
-                col, row = (PLACES.index(o["place"]) % 3 - PLACES.index(p["place"]) % 3,
-                            PLACES.index(o["place"]) // 3 - PLACES.index(p["place"]) // 3)
-                if col and abs(o["x"] - p["x"]) >= 6:
-                    ab = ["left", "right"]
-                    add("relation", ab[col > 0], ab, [name], x=name, y=p["name"],
-                        pair="left or right of")
-                if row and abs(o["y"] - p["y"]) >= 6:
-                    ab = ["above", "below"]
-                    add("relation", ab[row > 0], ab, [name], x=name, y=p["name"],
-                        pair="above or below")
+                for axis, ab, pair in (("x", ["left", "right"], "left or right of"),
+                                       ("y", ["above", "below"], "above or below")):
+                    a, b = o[axis], p[axis]                 # in different thirds, and clearly so
+                    if a * 3 // SIZE != b * 3 // SIZE and abs(a - b) >= 6:
+                        add("relation", ab[a > b], ab, [name], x=name, y=p["name"], pair=pair)
                 if (o["r"] > 6) != (p["r"] > 6):
-                    yes = o["r"] > p["r"]
-                    add("larger", "yes" if yes else "no", ["yes", "no"], [name], x=name,
+                    add("larger", "yes" if o["r"] > 6 else "no", ["yes", "no"], [name], x=name,
                         y=p["name"])
         if self.objects:         # the most frequent shape alone, or most counts would be 1
             s = max(sorted(set(shapes)), key=shapes.count)
