@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import signal
+from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,9 +53,9 @@ class Samples(torch.utils.data.Dataset):
             raw = list(raw)
             raw = [raw[i] for i in np.random.default_rng(seed).permutation(len(raw))]
         most = math.inf if num_samples is None else num_samples
-        self.dropped, kept, texts = Counter(), [], []
-        self.text_only = self.read = 0
-        ids, roles, offsets, answers, bad = [], [], [0], [], []
+        self.dropped, self.read, bad = Counter(), 0, []
+        kept, offsets, answers, ids, roles = [], [0], [], array("i"), array("b")
+        end = [tokenizer.convert_tokens_to_ids("<|im_end|>")] if kind != "captions" else []
 
         def fault(record):
             try:
@@ -63,40 +64,33 @@ class Samples(torch.utils.data.Dataset):
             except BadRecord as e:
                 return str(e)
 
-        def flush():
+        def flush(texts):
             """Tokenise what was collected, in one call, and apply the length rule."""
             if skip_bad:           # Pillow decodes beside Python: a thread a core
                 with ThreadPoolExecutor(runtime.cores()) as pool:
                     faults = list(pool.map(fault, texts))
                 bad.extend(filter(None, faults))
-                texts[:] = [text for text, why in zip(texts, faults) if not why]
+                texts = [text for text, why in zip(texts, faults) if not why]
             encoded = iter(tokenizer([t for r in texts for t, _ in r.pieces],
                                      add_special_tokens=False)["input_ids"]) if texts else ()
-            end = [tokenizer.convert_tokens_to_ids("<|im_end|>")] if kind != "captions" else []
-            new_ids, new_roles = [], []
             for record in texts:
-                parts = [next(encoded) + (end if role != PROMPT else [])
+                parts = [(next(encoded) + (end if role != PROMPT else []), role)
                          for _, role in record.pieces]
-                length = sum(map(len, parts))
-                text = length - (record.image is not None)
-                if kind == "pairs":        # each branch by itself
-                    text -= min(len(parts[1]), len(parts[2]))
+                tokens = {r: sum(len(part) for part, role in parts if role == r) for r in range(3)}
+                text = tokens[PROMPT] + max(tokens[ANSWER], tokens[OTHER])    # a branch by itself
+                text -= record.image is not None
                 total = text + (self.num_image_tokens if record.image else 0)
                 if total > self.max_length or (kind == "pairs" and text > MAX_TEXT):
                     self.dropped["over-long"] += 1
                 elif len(kept) < most:
-                    kept.append(record._replace(pieces=None))
-                    self.text_only += record.image is None
-                    for part, (_, role) in zip(parts, record.pieces):
-                        new_ids += part
-                        new_roles += [role] * len(part)
-                    offsets.append(offsets[-1] + length)
-                    answers.append(new_roles[-length:].count(ANSWER))
-            ids.append(np.array(new_ids, np.int32))
-            roles.append(np.array(new_roles, np.int8))
-            texts.clear()
+                    kept.append((record.where, record.image))
+                    for part, role in parts:
+                        ids.extend(part)
+                        roles.extend([role] * len(part))
+                    offsets.append(len(ids))
+                    answers.append(tokens[ANSWER])
 
-        silent = not (verbose and runtime.is_main())
+        silent, texts = not (verbose and runtime.is_main()), []
         for where, item, root in tqdm(raw, f"reading {kind}", disable=silent, leave=False):
             if len(kept) >= most:
                 break
@@ -108,28 +102,25 @@ class Samples(torch.utils.data.Dataset):
                     raise SystemExit(f"error: {e}  (--skip-bad drops and counts such records)")
                 bad.append(str(e))
                 continue
-            if record:
-                texts.append(record)
+            texts += [record] if record else []
             if len(texts) >= min(1024, most):
-                flush()
-        flush()
+                flush(texts)
+                texts = []
+        flush(texts)
         if bad:
             self.dropped["bad"] = len(bad)
             if not silent:
                 runtime.print0("\n".join(f"  dropped: {why}" for why in bad[:3])
                                + (f"\n  and {len(bad) - 3} more" if len(bad) > 3 else ""))
-        # Arrays, not lists: a worker counts references to each string it reads of a list, and so
-        # comes to own a copy of its page (100 MB a worker with 500,000 records).
-        string = np.dtypes.StringDType(na_object=None)
-        self.where = np.array([r.where for r in kept], string)
-        self.images = np.array([r.image for r in kept], string)
         self.read = self.read if num_samples is None else len(raw)
         if not kept:
             raise SystemExit(f"error: no usable record in {sources[0][0]} "
                              f"(dropped: {dict(self.dropped)})")
-        self.ids = np.concatenate(ids)       # int32
-        ids.clear()
-        self.roles = np.concatenate(roles)   # int8
+        # Arrays, not lists: a worker counts references to each string it reads of a list, and so
+        # comes to own a copy of its page (100 MB a worker with 500,000 records).
+        self.where, self.images = np.array(kept, np.dtypes.StringDType(na_object=None)).T
+        self.text_only = sum(image is None for _, image in kept)
+        self.ids, self.roles = np.frombuffer(ids, np.int32), np.frombuffer(roles, np.int8)
         self.offsets = np.array(offsets)
         self.answer_tokens = np.array(answers)       # of role ANSWER, (n,): all know all of them
 
@@ -143,9 +134,7 @@ class Samples(torch.utils.data.Dataset):
         record = make(where, item, image)
         # The template's own special tokens are ours; any in the data's text would be read as
         # structure (a second image, a forged turn), so the item is dropped.
-        bare = "".join(p for p, _ in record.pieces)
-        expected = records.template_count(record, special)
-        if any(bare.count(t) != n for t, n in expected.items()):
+        if any(token in text for text in record.said for token in special):
             self.dropped["special token in text"] += 1
             return None
         return record

@@ -64,16 +64,14 @@ for norm in [m for m in encoder.modules() if isinstance(m, torch.nn.LayerNorm)]:
     norm.eps = {}  # as it was trained; the class says 1e-6"""
 
 
-def movement(vision, original):
-    """Relative weight change of the embeddings, each block, and whatever else the class holds:
-    {name: float}."""
+def movement(trained, before):
+    """Relative weight change of the embeddings, each block, and whatever else the class holds, of
+    two {name: tensor}: {name: float}."""
     def group(name):
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
         return ".".join(parts[:number + 1])
-    before = dict(original.named_parameters())
-    return rundir.relative_change([(k, p, before[k]) for k, p in vision.named_parameters()],
-                                  group)[0]
+    return rundir.relative_change([(k, p, before[k]) for k, p in trained.items()], group)[0]
 
 
 def block_changes(moved):
@@ -114,24 +112,24 @@ def main():
     encoder = model.encoder
     original = encoders.load_encoder(base, config["arguments"].get("image_size"))
 
-    shapes = [{n: p.shape for n, p in e.vision.named_parameters()} for e in (encoder, original)]
-    if shapes[0] != shapes[1]:
-        raise SystemExit(f"error: {stage}/config.json says that training began with {base}, but "
-                         f"its tensors are not those of {stage}/final")
+    trained, before = (dict(e.vision.named_parameters()) for e in (encoder, original))
+    shapes = [{n: p.shape for n, p in tensors.items()} for tensors in (before, trained)]
+    encoders.refuse_misfit(f"{stage}/final, which began with {base},", *shapes)
 
     # ---- how far did it move? Trained blocks must have; a frozen norm must not.
-    moved = movement(encoder.vision, original.vision)
+    moved = movement(trained, before)
     print(f"relative weight change of {stage}/final against {base}")
     for name, change in moved.items():
         frozen = f"{name}.".startswith(encoder.family.frozen)
         print(f"  {name:<32} {change:9.2e}" + ("  (never trained: unused)" if frozen else ""))
     if args.stage != "pretrain":      # stage 1 moved it already: what did this stage add?
         parent = Path(args.run, "pretrain", "final")
-        first, _ = folders.load_mllm(parent)
         if config["parent_digest"] != rundir.digest_of(parent):
             raise SystemExit(f"error: {parent} was trained anew since {stage} began with it; train "
                              f"{args.stage} anew, too")
-        moved = movement(encoder.vision, first.encoder.vision)
+        files = folders.stored(parent)
+        names = {n: folders.file_name_of(f"encoder.vision.{n}") for n in trained}
+        moved = movement(trained, {n: files[k].get_tensor(k) for n, k in names.items()})
         print("of which since stage 1: {:.2e} … {:.2e} a block".format(*block_changes(moved)))
     least, most = block_changes(moved)
     if not least:

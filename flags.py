@@ -151,8 +151,6 @@ def settle(args, stage, paper, toy, parent=None):
     toy's values differ from the paper's. raises SystemExit with the missing command when the
     parent is not there.
     """
-    typed = {k for k, v in vars(args).items() if v is not None}
-    inherited = {}
     args.run_typed = args.run is not None
 
     if args.run is None:
@@ -170,24 +168,23 @@ def settle(args, stage, paper, toy, parent=None):
         raise SystemExit(f"error: no stage-1 model at {folder}/final; make it with:  "
                          f"{start} {parent}.py {wanted}")
     if there:
-        inherited = encoders.read_json(folder / "config.json", "arguments", remedy="; without it "
+        made_with = encoders.read_json(folder / "config.json", "arguments", remedy="; without it "
                                        f"{parent}.py --overwrite must run again")["arguments"]
-        for key in ("encoder", "llm", "image_size"):
-            if key in typed and getattr(args, key) != inherited.get(key):
-                raise SystemExit(f"error: {args.run} was made with --{key.replace('_', '-')} "
-                                 f"{inherited.get(key)}, not "
-                                 f"{getattr(args, key)}; leave --run-dir out or name another")
-        if "data" in typed and args.data != inherited["data"]:
-            print0(f"  --data {args.data} ({parent} had {inherited['data']})")
-    fallback, toys = defaults(paper, toy, args.llm or inherited.get("llm")), []
+        for key in ("encoder", "llm", "image_size", "data"):
+            flag, now, then = f"--{key.replace('_', '-')}", getattr(args, key), made_with.get(key)
+            if now is None and then is not None:
+                setattr(args, key, then)
+                print0(f"  {flag} {then} (inherited from {parent})")
+            elif key == "data" and now != then:
+                print0(f"  --data {now} ({parent} had {then})")
+            elif now != then:
+                raise SystemExit(f"error: {args.run} was made with {flag} {then}, not {now}; leave "
+                                 f"--run-dir out or name another")
+    fallback, toys = defaults(paper, toy, args.llm), []
     for key in [k for k, v in vars(args).items() if v is None]:
-        flag, value = f"--{key.replace('_', '-')}", fallback.get(key)
-        if key in ("encoder", "llm", "data", "image_size") and inherited.get(key) is not None:
-            value = inherited[key]
-            print0(f"  {flag} {value} (inherited from {parent})")
-        elif value != paper.get(key):
-            toys.append(f"{flag} {value} ({paper.get(key)})")
-        setattr(args, key, value)
+        setattr(args, key, fallback.get(key))
+        if fallback.get(key) != paper.get(key):
+            toys.append(f"--{key.replace('_', '-')} {fallback[key]} ({paper.get(key)})")
     if toys:
         print0(f"  a toy's values, the paper's in brackets: {', '.join(toys)}")
     if args.attention == "flex" and not (args.plan or torch.cuda.is_available()):

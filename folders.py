@@ -199,6 +199,7 @@ def load_mllm(folder):
     raises SystemExit, one line, when the folder is not one or a tensor is missing or left over.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise SystemExit(f"error: {folder} is not a trained model (no config.json)")
@@ -212,13 +213,15 @@ def load_mllm(folder):
         vision = encoders.without_pooler(AutoModel.from_config(
             config, dtype=torch.float32, **encoders.class_options(config)))
         return encoders.Encoder(vision, image_mean, image_std)
-    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts["text_config"]),
-                                           dtype=torch.float32, attn_implementation="sdpa")
     pixels = encoders.read_json(folder / "processor_config.json",
                                 "image_processor")["image_processor"]
-    encoder = eye(facts["vision_config"], pixels["image_mean"], pixels["image_std"])
-    if "second" in facts:
-        encoder = encoders.TwoEncoders(encoder, eye(**facts["second"]))
+    with no_init_weights():               # every tensor is read from the file: names are compared
+        llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts["text_config"]),
+                                               dtype=torch.float32, attn_implementation="sdpa")
+        encoder = eye(facts["vision_config"], pixels["image_mean"], pixels["image_std"])
+        if "second" in facts:
+            encoder = encoders.TwoEncoders(encoder, eye(**facts["second"]))
+    llm.tie_weights()
     model = MLLM(encoder, llm, facts["image_token_index"])
     # Names and shapes first, then tensor by tensor: the model is never in memory twice.
     own, files = {file_name_of(n): t for n, t in model.state_dict().items()}, stored(folder)

@@ -23,7 +23,7 @@ Writes  align.png (every block against every LLM layer) and results.json to runs
         of the first trained encoder, else to runs/probes/align.
 """
 import os
-from itertools import combinations, product, repeat
+from itertools import combinations, groupby, product, repeat
 from pathlib import Path
 
 import encoders
@@ -103,7 +103,8 @@ def vision_features(name, pairs, device):
         blocks.clear()
         pixels = [records.load_image(x, encoder.image_size, where) for where, x, _ in batch]
         features = encoder(torch.from_numpy(np.stack(pixels)).to(device))
-        seen = [torch.stack(blocks, 1)]
+        # A ConvNeXt's stages have widths of their own; a ViT's blocks are one stack.
+        seen = [torch.stack(list(stage), 1) for _, stage in groupby(blocks, lambda b: b.shape[1])]
         return seen if projector is None else [*seen, projector(features).mean(1, keepdim=True)]
     for block in encoder.blocks:
         block.register_forward_hook(keep)

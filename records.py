@@ -11,7 +11,6 @@ import functools
 import io
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +39,12 @@ class BadRecord(Exception):
 
 class Record(NamedTuple):
     """One item as read: `where` is "file:line"; `image` an absolute path or None; `pieces` a list
-    of (text, role) whose ids are concatenated. Of a chat, data.Samples closes each answer with the
-    id of `<|im_end|>`."""
+    of (text, role) whose ids are concatenated (of a chat, data.Samples closes each answer with the
+    id of `<|im_end|>`); `said` the data's own words in them."""
     where: str
     image: str | None
     pieces: list
+    said: list
 
 
 # -------------------------------------------------------------------------------------- raw records
@@ -146,7 +146,8 @@ def caption_record(where, item, image):
     turns = turns_of(where, item)
     if image is None:
         raise BadRecord(f"{where}: a caption without an image")
-    return Record(where, image, [(IMAGE_TOKEN, PROMPT), (turns[0][1].strip() + "\n", ANSWER)])
+    text = turns[0][1].strip() + "\n"
+    return Record(where, image, [(IMAGE_TOKEN, PROMPT), (text, ANSWER)], [text])
 
 
 def turns_of(where, item):
@@ -173,14 +174,15 @@ def one_placeholder(text):
 
 def conversation_record(where, item, image):
     """LLaVA instructions: every answer of the conversation is supervised in one pass."""
-    turns, pieces = turns_of(where, item), []
+    turns, pieces, said = turns_of(where, item), [], []
     if image is None and IMAGE_TOKEN in turns[0][0]:
         raise BadRecord(f"{where}: the text has {IMAGE_TOKEN} but the record has no image")
     for i, (question, answer) in enumerate(turns):
         question = one_placeholder(question) if i == 0 else question
         pieces += [(user_turn(question, image and i == 0, SYSTEM if i == 0 else None),
                     PROMPT), (answer, ANSWER)]
-    return Record(where, image, pieces)
+        said += [question, answer]
+    return Record(where, image, pieces, said)
 
 
 def pair_record(where, item, image):
@@ -191,18 +193,9 @@ def pair_record(where, item, image):
         raise BadRecord(f"{where}: a preference pair without an image")
     if chosen == rejected:
         raise BadRecord(f"{where}: chosen and rejected are the same")
-    return Record(where, image, [(user_turn(one_placeholder(question), image, SYSTEM),
-                                  PROMPT), (chosen, ANSWER), (rejected, OTHER)])
-
-
-def template_count(record, special):
-    """How often each special token stands in a record's pieces when its text holds none."""
-    questions = sum(role == PROMPT for _, role in record.pieces)
-    chat = record.pieces[0][0] != IMAGE_TOKEN
-    expected = Counter({IMAGE_TOKEN: int(record.image is not None)})
-    if chat:
-        expected += Counter({"<|im_start|>": 2 * questions + 1, "<|im_end|>": questions + 1})
-    return {t: expected[t] for t in special}
+    question = one_placeholder(question)
+    return Record(where, image, [(user_turn(question, image, SYSTEM), PROMPT), (chosen, ANSWER),
+                                 (rejected, OTHER)], [question, chosen, rejected])
 
 
 def pair_sources(path):

@@ -324,7 +324,8 @@ class Run:
             write_json(aside / "position.json", {"step": done, "lengths": lengths})
             sync(*map(self.folder.joinpath, lengths), *aside.rglob("*"), aside)
             os.replace(aside, folder)
-            kept = sorted((p for p in folder.parent.glob("step-*")), key=lambda p: int(p.name[5:]))
+            kept = sorted((p for p in folder.parent.glob("step-*") if p.name[5:].isdigit()),
+                          key=lambda p: int(p.name[5:]))
             for old in kept[:-self.args.keep]:
                 shutil.rmtree(old, ignore_errors=True)
         barrier()
@@ -345,11 +346,11 @@ class Run:
             rows["moved since stage 1"] = ", ".join(f"{k} {v:.2e}" for k, v in parts.items()) + \
                 " (‖w − w₀‖ / ‖w₀‖)"
             rows["bit-equal to stage 1"] = ", ".join(still) or "no tensor"
-        else:
-            rows["parents"] = "the published encoder and LLM above; `python extract.py --stage " \
-                f"{config['stage']}` says how far every block of the encoder moved"
+        elif config["stage"] == "pretrain":
+            rows["parents"] = "the published encoder and LLM above; how far every block of the " \
+                "encoder moved: `python extract.py --stage pretrain`"
         rows["arguments"] = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in
-                                     config["arguments"].items() if k not in FREE
+                                     config["arguments"].items() if k not in FREE | {"stage"}
                                      and v is not None and v is not False)
         return ("---\ntags: [vision, pivot]\nlibrary_name: transformers\n---\n"
                 f"# {rows['encoder']} + {rows['LLM']}, after {config['stage']}\n\n"

@@ -158,7 +158,8 @@ def main():
     if args.reference == "live":
         ref_model, _ = folders.load_mllm(parent)
         ref_model = runtime.shard(ref_model.requires_grad_(False), device, args.dtype,
-                                  attention=args.attention, compiled=args.compile)
+                                  replicas=args.replicas, attention=args.attention,
+                                  compiled=args.compile)
         del sets["pairs"]
     key = {"parent_digest": run.config["parent_digest"], "dtype": args.dtype,
            "attention": args.attention, "compile": args.compile,

@@ -17,6 +17,7 @@ import probe_align
 import runtime
 import model as m
 from conftest import tiny_model
+from test_encoders import write_checkpoint
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -423,6 +424,17 @@ def test_align_as_a_command(random_eye, world, tmp_path, capsys):
     print(trained["text"], random["text"], trained["shuffled"], random["shuffled"])
     assert excess[0] > 0.15 and excess[1] < excess[0] / 2
     assert np.array(trained["map"]).shape == (4, len(trained["columns"]))
+
+
+def test_align_of_stages_of_several_widths(world, tmp_path):
+    """A ConvNeXt: every block has its row, and a bad one would be seen by its width."""
+    write_checkpoint("convnext", tmp_path / "eye")
+    pairs = probe_align.read_pairs(world / "align")[:6]
+    stacks, rows = probe_align.vision_features(str(tmp_path / "eye"), pairs, "cpu")
+    blocks = encoders.load_encoder(str(tmp_path / "eye")).blocks
+    assert len({s.shape[2] for s in stacks}) > 1 and all(s.shape[0] == 6 for s in stacks)
+    assert sum(s.shape[1] for s in stacks) == len(blocks) == len(rows)
+    assert len(probe_align.neighbours(stacks, 2)) == len(rows)
 
 
 def test_align_refuses_in_one_line(world, tmp_path):
