@@ -76,7 +76,8 @@ class Samples(torch.utils.data.Dataset):
             for record in texts:
                 parts = [(next(encoded) + (end if role != PROMPT else []), role)
                          for _, role in record.pieces]
-                tokens = {r: sum(len(part) for part, role in parts if role == r) for r in range(3)}
+                tokens = {r: sum(len(part) for part, role in parts if role == r)
+                          for r in (PROMPT, ANSWER, OTHER)}
                 text = tokens[PROMPT] + max(tokens[ANSWER], tokens[OTHER])    # a branch by itself
                 text -= record.image is not None
                 total = text + (self.num_image_tokens if record.image else 0)
@@ -102,7 +103,8 @@ class Samples(torch.utils.data.Dataset):
                     raise SystemExit(f"error: {e}  (--skip-bad drops and counts such records)")
                 bad.append(str(e))
                 continue
-            texts += [record] if record else []
+            if record:
+                texts.append(record)
             if len(texts) >= min(1024, most):
                 flush(texts)
                 texts = []

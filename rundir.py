@@ -176,10 +176,14 @@ class Run:
         refusal = from_main(self.claim)
         if refusal:
             raise SystemExit(refusal)
-        steps = [int(p.name[5:]) for p in (self.folder / "checkpoints").glob("step-*")
-                 if p.name[5:].isdigit() and (p / "position.json").exists()]
+        steps = [int(p.name[5:]) for p in self.saved() if (p / "position.json").exists()]
         steps = [] if self.anew else steps
         self.start = from_main(lambda: max(steps, default=0))     # steps already done
+
+    def saved(self):
+        """Its checkpoints, the oldest first; what else lies there is somebody's own."""
+        return sorted((p for p in (self.folder / "checkpoints").glob("step-*")
+                       if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
 
     def claim(self, patience=5):
         """Make the folder and lock it: two runs in one folder would ruin each other. → a refusal.
@@ -324,9 +328,7 @@ class Run:
             write_json(aside / "position.json", {"step": done, "lengths": lengths})
             sync(*map(self.folder.joinpath, lengths), *aside.rglob("*"), aside)
             os.replace(aside, folder)
-            kept = sorted((p for p in folder.parent.glob("step-*") if p.name[5:].isdigit()),
-                          key=lambda p: int(p.name[5:]))
-            for old in kept[:-self.args.keep]:
+            for old in self.saved()[:-self.args.keep]:
                 shutil.rmtree(old, ignore_errors=True)
         barrier()
         print0(f"  saved after {done} steps, in {time.perf_counter() - began:.2f} s")

@@ -30,6 +30,8 @@ def interval(values):
 def verdict(values, side):
     """ "holds", "does not" or "undecided"; side: the paper's, "+" or "=" (a tie within TIE)."""
     middle, half = interval(values)
+    if half is None:
+        return "undecided"
     low, high = middle - half, middle + half
     if side == "=":
         return "holds" if -TIE <= low and high <= TIE else \
@@ -40,7 +42,9 @@ def verdict(values, side):
 def smallest_effect(seeds, questions):
     """The smallest true difference, in points, that `seeds` seeds find 4 times in 5 (at 95 %)
     where two models differ in a tenth of the answers to `questions` questions and in nothing else:
-    (t.975 + t.80) √(0.1 / questions / seeds). Training luck comes on top."""
+    (t.975 + t.80) √(0.1 / questions / seeds). Training luck comes on top. None for one seed."""
+    if seeds < 2:
+        return None
     return 100 * (T975[seeds - 2] + T80[seeds - 2]) * (0.1 / questions / seeds) ** 0.5
 
 

@@ -249,13 +249,13 @@ def main(argv):
         ap.prog += " pretrain"
         ap.add_argument("--out", type=Path, default=Path("weights"),
                         help="folder to write the model folders in; models there are replaced")
+        from flags import COUNT
         from toy_models import MODELS, pretrain_lm, pretrain_vit
         ap.add_argument("--models", nargs="+", default=["toy-vit", "toy-lm"], choices=MODELS,
                         help="which to make; the -l ones are one size up, and not committed")
-        ap.add_argument("--steps", type=int, help="instead of the table's; fewer make worse models")
+        ap.add_argument("--steps", type=COUNT,
+                        help="instead of the table's; fewer make worse models")
         args = ap.parse_args(argv[1:])
-        if args.steps is not None and args.steps < 1:
-            raise SystemExit(f"error: --steps {args.steps} must be at least 1")
         for name in args.models:
             aside = args.out / (name + ".tmp")
             shutil.rmtree(aside, ignore_errors=True)

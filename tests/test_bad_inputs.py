@@ -470,7 +470,7 @@ ROWS = [Row(*row) for row in [
     ("toy", "world is there already", "DATA", ["DATA is already there; --overwrite replaces it"]),
     ("toy", "--overwrite of no world", "BOX/run --overwrite",
      ["BOX/run", "no world.json", "not replaced"]),
-    ("toy", "no steps", "pretrain --steps -3 --out BOX/new", ["--steps -3"]),
+    ("toy", "no steps", "pretrain --steps -3 --out BOX/new", ["--steps", "-3 must be at least 1"]),
     ("toy", "scale 0", "BOX/new --scale 0", ["--scale"]),
     ("toy", "world below a file", "DATA/captions.json/toy --scale 0.02",
      ["DATA/captions.json/toy"]),

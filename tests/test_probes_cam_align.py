@@ -427,7 +427,7 @@ def test_align_as_a_command(random_eye, world, tmp_path, capsys):
 
 
 def test_align_of_stages_of_several_widths(world, tmp_path):
-    """A ConvNeXt: every block has its row, and a bad one would be seen by its width."""
+    """A ConvNeXt, whose stages differ in width: every block still has its row."""
     write_checkpoint("convnext", tmp_path / "eye")
     pairs = probe_align.read_pairs(world / "align")[:6]
     stacks, rows = probe_align.vision_features(str(tmp_path / "eye"), pairs, "cpu")

@@ -41,6 +41,7 @@ def test_quantiles_agree_with_scipy():
     ([1, 2, 3, 4, 5], "+", "holds"),                    # 1.04 … 4.96
     ([-1, -2, -3, -4, -5], "+", "does not"),
     ([-1, 2, 3, 4, -5], "+", "undecided"),
+    ([9.0], "+", "undecided"),                          # one seed has no interval
     ([0.1, 0.2, -0.1, 0.0, -0.2], "=", "holds"),        # within ±2
     ([3.0, 3.1, 2.9, 3.0, 3.0], "=", "does not"),
     ([0.9, 1.0, 1.1, 1.0, 1.0], "=", "holds"),          # not 0, but a tie of the stated width
@@ -51,6 +52,7 @@ def test_verdicts(values, side, said):
 
 def test_smallest_effect_is_the_one_registered():
     text = (RESULTS / "README.md").read_text()
+    assert study_findings.smallest_effect(1, 600) is None
     # (2.776 + 0.941) · √(0.1 / 600 / 5) = 3.717 · 0.0057735 = 2.146 points
     assert study_findings.smallest_effect(5, 600) == pytest.approx(2.146, abs=1e-3)
     bench, val = study_plan.FULL["world"]["bench"], study_plan.FULL["world"]["imagenet_val"]
@@ -501,9 +503,16 @@ def test_readme_is_rewritten_by_the_registered_study_alone(tmp_path, monkeypatch
 
 
 def test_the_driver_says_when_the_report_failed(tmp_path, monkeypatch):
-    """And remembers in the folder of work which plan it is of."""
-    work = tmp_path / "work"
-    monkeypatch.setattr(study, "go", lambda *a: {})
+    """And remembers in the folder of work which plan it is of, and hands its lock to commands."""
+    work, seen = tmp_path / "work", []
+
+    def go(*args):
+        """In place of the runs: which locks would a command inherit?"""
+        held = [int(fd.name) for fd in study.Path("/proc/self/fd").iterdir()
+                if os.path.realpath(fd) == str((work / "lock").resolve())]
+        seen.append([os.get_inheritable(fd) for fd in held])
+        return {}
+    monkeypatch.setattr(study, "go", go)
     monkeypatch.setattr(sys, "argv", ["study.py", "--out", str(tmp_path / "out"), "--work",
                                       str(work), "--parts", "lr"])
 
@@ -515,6 +524,7 @@ def test_the_driver_says_when_the_report_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(study.subprocess, "run", ends(0))
     study.main()
     assert json.loads((work / "plan.json").read_text())["plan"] == study.digest(study_plan.FULL)
+    assert seen == [[True], [True]]
     (work / "plan.json").write_text('{"plan": "another", "versions": {}}')
     with pytest.raises(SystemExit, match="by another plan"):
         study.main()
