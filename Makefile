@@ -19,7 +19,7 @@ EYES := toy-vit $(RUN)/sft/encoder $(RUN)/dpo/encoder
 	@touch $@
 
 data/toy: | .venv/done
-	$(PY) toy.py data/toy
+	$(PY) -m toy data/toy
 
 # The recipe, in the order of the paper. Every line continues where it was interrupted.
 demo: .venv/done data/toy
@@ -46,7 +46,7 @@ demo: .venv/done data/toy
 	@echo; echo "3. The encoders, frozen, each re-paired with a new LLM (toy-vit = original)"
 	@$(PY) repair_eval.py --compare $(RUN)/repair/toy-vit $(RUN)/repair/sft $(RUN)/repair/dpo
 	@echo; echo "4. All instruments"
-	@$(PY) evidence.py --run $(RUN)
+	@$(PY) -m tools.evidence --run $(RUN)
 
 # The same chain on data nobody here drew: easy-VQA, 5,000 images and 48k questions (MIT).
 REAL := --encoder toy-vit --llm toy-lm --data data/real
@@ -80,9 +80,9 @@ kill: .venv/done
 # MINUTES=140 is a slice of it, PARTS="lr vqa" the parts to run. The plan: results/README.md.
 SEEDS ?= 5
 reproduce: .venv/done
-	$(PY) study.py --seeds $(SEEDS) $(if $(QUICK),--quick) $(if $(PARTS),--parts $(PARTS)) \
+	$(PY) -m study --seeds $(SEEDS) $(if $(QUICK),--quick) $(if $(PARTS),--parts $(PARTS)) \
 	    $(if $(MINUTES),--minutes $(MINUTES))
-	$(if $(QUICK),,$(PY) study_report.py --against runs/study/results)
+	$(if $(QUICK),,$(PY) -m study.report --against runs/study/results)
 
 # Figures of speed and memory, on an idle machine; `make bench BENCH=--quick` checks that they run.
 BENCHPY := .venv-bench/bin/python

@@ -20,10 +20,10 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import records
-import runtime
+from pivot import records
+from pivot import runtime
 from model import CHOSEN, IGNORE, PADDING, REJECTED, SHARED
-from records import ANSWER, IMAGE_TOKEN, OTHER, PROMPT, BadRecord
+from pivot.records import ANSWER, IMAGE_TOKEN, OTHER, PROMPT, BadRecord
 
 MAX_TEXT = 1500             # text tokens of prompt + answer, for either answer of a pair (MMPR)
 MAX_LENGTH = 2048           # the same with the image tokens

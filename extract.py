@@ -14,11 +14,11 @@ import os
 import shutil
 from pathlib import Path
 
-import encoders
-import flags
-import folders
-import rundir
-import runtime
+from pivot import encoders
+from pivot import flags
+from pivot import folders
+from pivot import rundir
+from pivot import runtime
 import torch
 
 CARD = """---

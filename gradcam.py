@@ -27,20 +27,20 @@ Writes  runs/NAME/probes/gradcam/: gradcam.png (image | SFT | DPO), results.json
 from functools import partial
 from pathlib import Path
 
-import encoders
-import flags
-import rundir
-import runtime
+from pivot import encoders
+from pivot import flags
+from pivot import rundir
+from pivot import runtime
 import data
-import records
-import folders
+from pivot import records
+from pivot import folders
 import model as m
 import numpy as np
 import torch
 import train_dpo
 import train_sft
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from runtime import print0
+from pivot.runtime import print0
 
 PICTURES, PANEL = 6, 240          # rows of the picture; pixels of a panel
 
@@ -51,7 +51,7 @@ def get_args():
     add("--run-dir", "--run", dest="run", metavar="DIR", required=True, help="run folder")
     add("--stage", default="pretrain", choices=["pretrain", "sft", "dpo"], help="which model of it "
         "to look through (default pretrain: where both losses start)")
-    add("--data", help="folder in the layout toy.py writes; default: the run's")
+    add("--data", help="folder in the layout `python -m toy` writes; default: the run's")
     add("--preferences", help="MMPR meta.json or a jsonl of pairs; default DATA/preferences/"
         "heldout.jsonl, or meta.json where that is missing")
     add("--images", help="folder that image names are relative to, where meta.json does not say")

@@ -4,8 +4,8 @@
            → fp32 log-softmax → gather
 
 Every gradient that reaches the eye flows back through exactly these lines. How it is *run*
-is in runtime.py (processes, sharding) and rundir.py (checkpoints); which encoder and layer, in
-encoders.py; how a model is saved and opened, in folders.py.
+is in pivot/: runtime.py (processes, sharding), rundir.py (checkpoints), encoders.py (which encoder
+and layer), folders.py (how a model is saved and opened).
 
 The pair layout (shared prefix, one image, one sequence a pair; `p` is the last prompt token):
 

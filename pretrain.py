@@ -12,13 +12,13 @@ Writes  runs/NAME/pretrain/: config.json, metrics.jsonl, timing.jsonl, checkpoin
 """
 from pathlib import Path
 
-import flags
-from plan import show_plan
-import rundir
-import runtime
+from pivot import flags
+from tools.plan import show_plan
+from pivot import rundir
+from pivot import runtime
 import data
-import encoders
-import folders
+from pivot import encoders
+from pivot import folders
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", projector_epochs=1,
              projector_lr=1e-3, epochs=1, lr=1e-5, encoder_lr=2e-6, global_batch=256,

@@ -26,18 +26,18 @@ import os
 from itertools import combinations, groupby, product, repeat
 from pathlib import Path
 
-import encoders
-import flags
-import rundir
-import runtime
-import records
-import report
-import folders
+from pivot import encoders
+from pivot import flags
+from pivot import rundir
+from pivot import runtime
+from pivot import records
+from judge import report
+from pivot import folders
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from probe_linear import default_out, short_names
-from runtime import print0
+from pivot.runtime import print0
 from torch.nn import functional as F
 
 BATCH = 32                # images or captions at once

@@ -5,10 +5,11 @@ Eight GPUs:      torchrun --nproc_per_node=8 probe_linear.py --encoder siglip2-s
 
 Features: the tokens the LLM sees, fp32, averaged over patches, L2-normalised; `--mllm final/` adds
 a trained model's encoder, and its encoder + projector. Classifiers, fitted on a balanced subset of
-train and tested on all of val: L2-regularised logistic regression (logistic.py, where the time
-goes), its C picked on a fifth of the subset and refitted on all of it; and class means (cosine).
+train and tested on all of val: L2-regularised logistic regression (judge/logistic.py, where the
+time goes), its C picked on a fifth of the subset and refitted on all of it; and class means
+(cosine).
 
-Reads   DATA/{train,val}/CLASS/*.jpg: ImageNet, its val sorted into class folders, or toy.py's.
+Reads   DATA/{train,val}/CLASS/*.jpg: ImageNet, its val sorted into class folders, or the toy's.
 Writes  --out: results.json and features/*.safetensors. Default: runs/NAME/probes/linear, NAME from
         the first model that is runs/NAME/STAGE/encoder or final; if none is, runs/probes/linear.
         Features of another encoder or of other images are computed anew, with a line.
@@ -23,15 +24,15 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-import flags
-import rundir
-import runtime
-from runtime import print0
-import records
-import report
-import encoders
-import logistic
-import folders
+from pivot import flags
+from pivot import rundir
+from pivot import runtime
+from pivot.runtime import print0
+from pivot import records
+from judge import report
+from pivot import encoders
+from judge import logistic
+from pivot import folders
 import numpy as np
 import torch
 from safetensors import safe_open

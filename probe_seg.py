@@ -12,7 +12,7 @@ classes its patch holds, "other" only where it is alone. BCE, AdamW 1e-3, weight
   mIoU-0  the same by ADE20K's convention: pixels of "other" are not asked about
 
 Reads   DATA/images/{training,validation}/*.jpg, DATA/annotations/…/*.png, 0 = other: SceneParse150
-        (151 classes) or toy.py's (those of ../world.json). Largest centred square, mask nearest.
+        (151 classes) or the toy's (those of ../world.json). Largest centred square, mask nearest.
 Writes  --out (default runs/NAME/probes/seg, as in probe_linear.py): results.json, overlays.png
         (image | truth | each encoder, head of seed 0).
 
@@ -26,12 +26,12 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-import flags
-import rundir
-import runtime
-import records
-import report
-import encoders
+from pivot import flags
+from pivot import rundir
+from pivot import runtime
+from pivot import records
+from judge import report
+from pivot import encoders
 import numpy as np
 import torch
 from PIL import Image, ImageDraw

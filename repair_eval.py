@@ -19,17 +19,17 @@ import json
 import shutil
 from pathlib import Path
 
-import flags
-import rundir
-import runtime
-from runtime import print0
-import answer
-import encoders
-import folders
-from plan import show_plan
+from pivot import flags
+from pivot import rundir
+from pivot import runtime
+from pivot.runtime import print0
+from judge import answer
+from pivot import encoders
+from pivot import folders
+from tools.plan import show_plan
 import pretrain
-import report
-import score
+from judge import report
+from judge import score
 import torch
 
 # Stage 1's values; the encoder is frozen.

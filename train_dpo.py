@@ -13,13 +13,13 @@ Writes  runs/NAME/dpo/: config.json, metrics.jsonl, timing.jsonl, checkpoints/,
 import json
 from pathlib import Path
 
-import flags
-from plan import show_plan
-import rundir
-import runtime
-from runtime import print0
+from pivot import flags
+from tools.plan import show_plan
+from pivot import rundir
+from pivot import runtime
+from pivot.runtime import print0
 import data
-import folders
+from pivot import folders
 import model as m
 import torch
 from safetensors import safe_open

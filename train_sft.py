@@ -11,12 +11,12 @@ Writes  runs/NAME/sft/: config.json, metrics.jsonl, timing.jsonl, checkpoints/, 
 """
 from pathlib import Path
 
-import flags
-from plan import show_plan
-import rundir
-import runtime
+from pivot import flags
+from tools.plan import show_plan
+from pivot import rundir
+from pivot import runtime
 import data
-import folders
+from pivot import folders
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=5e-6,
              global_batch=256, micro_batch=8, warmup=0.03, num_samples=20_000, workers=4)

@@ -43,7 +43,7 @@ def make_models(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="a world drawn by toy.py")
+    parser.add_argument("data", help="a world drawn by `python -m toy`")
     parser.add_argument("--steps", type=int, default=30, help="steps to run")
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints here")
     parser.add_argument("--batch", type=int, default=4, help="conversations a step")

@@ -22,12 +22,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
-import encoders  # noqa: E402
-import folders  # noqa: E402
+from pivot import encoders  # noqa: E402
+from pivot import folders  # noqa: E402
 import model as m  # noqa: E402
-import records  # noqa: E402
-import rundir  # noqa: E402
-import runtime  # noqa: E402
+from pivot import records  # noqa: E402
+from pivot import rundir  # noqa: E402
+from pivot import runtime  # noqa: E402
 
 PATCH, EPOCHS, BETA, LR = 16, 3, 0.1, 2e-5
 RESULTS = ROOT / "benchmarks" / "results"

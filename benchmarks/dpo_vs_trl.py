@@ -23,8 +23,8 @@ import tempfile
 from pathlib import Path
 
 import common as c
-import folders
-import records
+from pivot import folders
+from pivot import records
 import torch
 from turns import Side, alternate, ratio, watched
 

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import common as c
-import folders
+from pivot import folders
 import torch
 from turns import progress
 

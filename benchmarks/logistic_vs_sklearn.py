@@ -52,7 +52,7 @@ def make(args):
 def solve(args, solver):
     """Run one solver over the grid; print its facts as a line of JSON."""
     import torch
-    import logistic
+    from judge import logistic
     from probe_linear import GRID
     torch.set_num_threads(args.threads)
     x, y, test_x, test_y = make(args)

@@ -22,10 +22,10 @@ from copy import deepcopy
 from pathlib import Path
 
 import common as c
-import folders
+from pivot import folders
 import model as m
 import numpy as np
-import records
+from pivot import records
 import torch
 from dpo_vs_trl import our_side
 from turns import Side, alternate, ratio

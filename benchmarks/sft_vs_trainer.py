@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import common as c
-import folders
+from pivot import folders
 import torch
 from dpo_vs_trl import trainer_arguments
 from turns import Side, alternate, ratio, watched

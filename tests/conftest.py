@@ -26,11 +26,11 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import encoders  # noqa: E402
+from pivot import encoders  # noqa: E402
 import in_fork  # noqa: E402
-import folders  # noqa: E402
+from pivot import folders  # noqa: E402
 import model as m  # noqa: E402
-import runtime  # noqa: E402, F401  (sets the environment transformers reads)
+from pivot import runtime  # noqa: E402, F401  (sets the environment transformers reads)
 
 # Side by side (pytest -n 2) two threads each would wait for one another.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items):
 
 
 def run(*command, processes=1, check=True):
-    """Run a script of the repository, alone (in a fork that has torch imported already) or under
+    """Run a script of the repository, or "-m" and a module, alone (in a fork that has torch imported already) or under
     torchrun; → CompletedProcess."""
     command = [str(c) for c in command]
     if processes > 1:
@@ -72,7 +72,7 @@ def metrics(folder):
 def world(tmp_path_factory):
     """The toy world at 1/50 of its size: 32 captions, 140 conversations, 96 pairs."""
     out = tmp_path_factory.mktemp("world") / "toy"
-    run("toy.py", out, "--scale", 0.02)
+    run("-m", "toy", out, "--scale", 0.02)
     return out
 
 

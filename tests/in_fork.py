@@ -13,7 +13,7 @@ from subprocess import CompletedProcess
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
-import rundir  # noqa: E402, I001  (before transformers: runtime sets what transformers reads)
+from pivot import rundir  # noqa: E402, I001  (before transformers: runtime sets what transformers reads)
 import extract, repair_eval, train_dpo, train_sft  # noqa: E401, E402, F401
 from transformers import (AutoModelForCausalLM, GenerationConfig, LlavaConfig,  # noqa: E402, F401
                           LlavaProcessor, Qwen2ForCausalLM, SiglipImageProcessorPil,
@@ -34,9 +34,13 @@ def child(command, folder, out, killed):
     torch.set_num_threads(1)
     if killed:
         rundir.Run.finish = lambda *_: os._exit(9)
-    sys.argv = [str(ROOT / command[0]), *command[1:]]
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if command[0] == "-m":
+            sys.argv = command[1:]
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [str(ROOT / command[0]), *command[1:]]
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as e:                  # as the interpreter does it
         if isinstance(e.code, str):
             print(e.code, file=sys.stderr)

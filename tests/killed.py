@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.argv = sys.argv[1:]
-import rundir  # noqa: E402
-import runtime  # noqa: E402
+from pivot import rundir  # noqa: E402
+from pivot import runtime  # noqa: E402
 
 wanted, left, rank = os.environ["KILL"].split(":")
 left, mark = int(left), Path(os.environ["KILL_MARK"])

@@ -13,11 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-import encoders
-import meta
+from pivot import encoders
+from tools import meta
 import model as m
-import plan
-import runtime
+from tools import plan
+from pivot import runtime
 
 VISION = dict(hidden_size=256, num_hidden_layers=5, num_attention_heads=4, intermediate_size=1024,
               image_size=160, patch_size=8)                                        # 400 patches

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import conftest
 import in_fork
-import rundir
+from pivot import rundir
 
 FINISHED = {"final", "encoder", "results.json", "ref_logps.safetensors"}
 TINY = "--llm toy-lm --data DATA --global-batch 8 --micro-batch 8 --workers 0"
@@ -36,7 +36,7 @@ BASE = {    # the command of each stage; a row's own flags come after and win
              "--workers 0",
     "compare": "repair_eval.py --compare RUN/pretrain",
     "extract": "extract.py --run-dir RUN",
-    "toy": "toy.py"}
+    "toy": "-m toy"}
 
 
 # ---------------------------------------------------------------------------------- how to spoil
@@ -463,7 +463,7 @@ ROWS = [Row(*row) for row in [
     ("extract", "--out below a file", "--stage pretrain --out DATA/captions.json/eye",
      ["DATA/captions.json/eye"]),
 
-    # -------------------------------------------------------------------------------------- toy.py
+    # -------------------------------------------------------------------------------------- python -m toy
     ("toy", "scale is a word", "BOX/new --scale tiny", ["--scale", "'tiny'"]),
     ("toy", "seed is a word", "BOX/new --seed one", ["--seed", "'one'"]),
     ("toy", "a model that is none", "pretrain --models toy-vot", ["--models", "'toy-vot'"]),
@@ -582,4 +582,4 @@ def test_the_same_line_once_under_torchrun(box, row):
     done = conftest.run(*expand(f"{BASE[row.stage]} {row.flags}", box).split(), processes=2,
                         check=False)
     refused(done, [expand(w, box) for w in row.words], before, contents(box),
-            traceback=rf'File "{conftest.ROOT}/\w+\.py')
+            traceback=rf'File "{conftest.ROOT}/[\w/]+\.py')

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import answer
-import records
-import report
-import score
+from judge import answer
+from pivot import records
+from judge import report
+from judge import score
 from conftest import run
 
 OPTIONS = {"A": "dog", "B": "cat"}
@@ -225,7 +225,7 @@ def scored(stage1, sixteen, tmp_path_factory):
     """A run folder whose model has answered all sixteen, in batches of three. Its LLM is the toy's
     shape with wild random weights: what it says hangs on every token and pixel."""
     import torch
-    import folders
+    from pivot import folders
     folder = tmp_path_factory.mktemp("scored")
     shutil.copytree(stage1 / "pretrain/final", folder / "m/final")
     model, tokenizer = folders.load_mllm(folder / "m/final")
@@ -530,7 +530,7 @@ def test_evidence_gives_the_interval_that_compare_gives(tmp_path):
         return scores
 
     def lines():
-        text = run("evidence.py", "--run", run_dir).stdout.splitlines()
+        text = run("-m", "tools.evidence", "--run", run_dir).stdout.splitlines()
         return {x[:13].strip(): x[13:].strip() for x in text if re.match("  [A-Z]", x)}
     sft = repaired("sft")
     assert [re.split(" {2,}", x) for x in lines().values()] == \
@@ -649,7 +649,7 @@ def test_two_encoders_see_what_each_sees_alone(tmp_path):
     """Channels side by side; the second's 6 × 6 grid resampled to the first's 4 × 4; each gets the
     picture squashed for its own size, its own statistics and its own prefix dropped."""
     import torch
-    import encoders
+    from pivot import encoders
     for name, vision in (("a", tiny_encoder("clip", 32, 8, 32)),
                          ("b", tiny_encoder("dinov2", 48, 8, 16, 1))):
         vision.save_pretrained(tmp_path / name)
@@ -682,9 +682,9 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
     reads it; a second call finds it finished."""
     import torch
     from transformers import AutoModelForImageTextToText
-    import encoders
-    import flags
-    import folders
+    from pivot import encoders
+    from pivot import flags
+    from pivot import folders
     from conftest import COMMON
     tiny_encoder("dinov2", 32, 8, 16).save_pretrained(tmp_path / "dino")
     line = ["repair_eval.py", "--run-dir", tmp_path / "r", "--encoder", f"toy-vit+{tmp_path}/dino",
@@ -714,9 +714,9 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
 def test_reused_layers_start_where_pivot_left_them(stage1, world, tmp_path):
     """"1+1": linear_1 is the trained one, linear_2 fresh, bit by bit, before the first step."""
     import torch
-    import folders
+    from pivot import folders
     import repair_eval
-    import rundir
+    from pivot import rundir
     from conftest import COMMON
     shutil.copytree(stage1 / "pretrain/final", tmp_path / "run/dpo/final")
     trained, _ = folders.load_mllm(tmp_path / "run/dpo/final")

@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 import data
-import records
-import encoders
-import folders
+from pivot import records
+from pivot import encoders
+from pivot import folders
 import model as m
 
 
@@ -324,7 +324,7 @@ def test_pixels_are_those_of_the_saved_processor(tools, folder):
 
 def test_wrong_image_is_never_the_right_one(world):
     """--wrong-image: every question is shown a picture with other bytes, also where rows share."""
-    import answer
+    from judge import answer
     path = world / "bench" / "ToyVision.tsv"
     rows, _ = answer.read_tsv(path)
     pictures = [answer.picture_of(path, r) for r in rows]
@@ -338,7 +338,7 @@ def test_wrong_image_is_never_the_right_one(world):
     ("index\tquestion\tanswer\timage\n1\tq\ta\t7\n", "x.tsv:2: .*nor the index of a row that"),
     ("index\tquestion\tanswer\timage\n1\tq\ta\tx\ty\n", "x.tsv:2: 5 cells in a table of 4")])
 def test_bad_tsv_names_file_and_line(tmp_path, text, message):
-    import answer
+    from judge import answer
     (tmp_path / "x.tsv").write_text(text)
     with pytest.raises(SystemExit, match=message):
         answer.read_tsv(tmp_path / "x.tsv")

@@ -9,10 +9,10 @@ import transformers as t
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-import convert
-import encoders
-import meta
-import folders
+from pivot import convert
+from pivot import encoders
+from tools import meta
+from pivot import folders
 from conftest import COMMON, VISION, run
 from test_stages import opens_in_transformers
 
@@ -382,7 +382,7 @@ def test_moco_v3_as_it_was_published(tmp_path):
 
 
 def test_moco_not_downloaded_yet_says_from_where(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoders, "HERE", tmp_path)
+    monkeypatch.setattr(encoders, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match=f"download {encoders.MOCO_URL} to {tmp_path}/weights/"):
         encoders.load_encoder("moco-v3-base")
     (tmp_path / "weights").mkdir()
@@ -427,7 +427,7 @@ def test_other_layouts_are_planned_from_the_header_alone(tmp_path, monkeypatch):
         assert empty(torch.zeros(1, 3, 48, 48, dtype=torch.uint8, device="meta")).shape[1] == 36
         row = meta.trace(meta.empty_mllm(str(tmp_path / name), "toy-lm"), 40, 5, 0, False)
         assert row.forward > 0 and len(row.blocks) == 2 + 6
-    monkeypatch.setattr(encoders, "HERE", tmp_path)
+    monkeypatch.setattr(encoders, "ROOT", tmp_path)
     assert meta.empty_encoder("moco-v3-base").num_tokens == 196
 
 

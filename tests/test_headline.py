@@ -16,8 +16,8 @@ import torch
 import transformers as t
 from safetensors.torch import load_file
 
-import encoders
-import folders
+from pivot import encoders
+from pivot import folders
 from conftest import ROOT, metrics
 
 EXTRA = ["--activation-checkpointing", "--global-batch", "16", "--num-samples", "16",
@@ -30,6 +30,8 @@ def place(world, tmp_path_factory):
     here = tmp_path_factory.mktemp("checkout")
     for script in ROOT.glob("*.py"):
         shutil.copy(script, here)
+    for folder in ("pivot", "judge", "tools"):
+        shutil.copytree(ROOT / folder, here / folder)
     shutil.copytree(world, here / "data")
     (here / "data/preferences/heldout.jsonl").unlink()        # scoring it is not what is shown here
     torch.manual_seed(0)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import data
-import records
-import encoders
-import folders
+from pivot import records
+from pivot import encoders
+from pivot import folders
 import model as m
-import runtime
+from pivot import runtime
 from conftest import TEXT, run, tiny_model
 
 IMAGE = 63
@@ -427,7 +427,7 @@ def test_a_step_of_1e_6_moves_fp32_masters():
 def test_cudnns_attention_is_off(tmp_path):
     """On an H100 its gradients are reported NaN under masks like ours (pytorch#196678)."""
     script = tmp_path / "script.py"
-    script.write_text("import runtime, torch\nbefore = torch.backends.cuda.cudnn_sdp_enabled()\n"
+    script.write_text("import torch\nfrom pivot import runtime\nbefore = torch.backends.cuda.cudnn_sdp_enabled()\n"
                       "runtime.start()\nprint(before, torch.backends.cuda.cudnn_sdp_enabled())\n"
                       "runtime.stop()\n")
     assert run(script).stdout.split()[-2:] == ["True", "False"]

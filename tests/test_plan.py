@@ -13,15 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import records
-import encoders
-import meta
-import folders
+from pivot import records
+from pivot import encoders
+from tools import meta
+from pivot import folders
 import model as m
-import plan
+from tools import plan
 import pretrain
 import repair_eval
-import runtime
+from pivot import runtime
 import train_dpo
 from conftest import ROOT, TEXT, run, tiny_model
 from test_model import batch_of, random_pairs

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import data
-import records
-import encoders
+from pivot import records
+from pivot import encoders
 import gradcam
 import probe_align
-import runtime
+from pivot import runtime
 import model as m
 from conftest import tiny_model
 from test_encoders import write_checkpoint

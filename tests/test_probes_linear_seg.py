@@ -17,12 +17,12 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
 
-import encoders
-import logistic
-import folders
+from pivot import encoders
+from judge import logistic
+from pivot import folders
 import probe_linear
 import probe_seg
-import runtime
+from pivot import runtime
 from conftest import ROOT
 
 
@@ -423,7 +423,8 @@ def test_seg_refuses(call, eyes, ade, tmp_path, spoil, says):
 
 
 TWO = """import json, os, sys
-import probe_linear, probe_seg, runtime
+import probe_linear, probe_seg
+from pivot import runtime
 for module, words, port in zip((probe_linear, probe_seg), *json.loads(sys.argv[1])):
     os.environ["MASTER_PORT"], sys.argv[1:] = str(port), words
     module.main()

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import encoders
-import folders
-import rundir
+from pivot import encoders
+from pivot import folders
+from pivot import rundir
 from conftest import COMMON, ROOT, bit_equal, metrics, run
 
 
@@ -352,7 +352,7 @@ def test_repairing_keeps_the_eye_and_scores(trained, world, tmp_path):
 def test_one_table_of_all_instruments(trained, world, tmp_path):
     """evidence.py says what the instruments wrote, and which commands are still to be run."""
     folder = trained[0]
-    before = run("evidence.py", "--run", folder).stdout
+    before = run("-m", "tools.evidence", "--run", folder).stdout
     assert f"not run yet: python gradcam.py --run-dir {folder}" in before and "top-1" not in before
     eyes = ["--encoder", "toy-vit", folder / "sft/encoder", folder / "dpo/encoder"]
     shutil.copytree(world / "imagenet", tmp_path / "imagenet")        # one image a class here
@@ -363,7 +363,7 @@ def test_one_table_of_all_instruments(trained, world, tmp_path):
     run("probe_seg.py", *eyes, "--data", world / "ade20k", "--seeds", 1, "--workers", 0)
     run("probe_align.py", *eyes, "--llm", "toy-lm", "--data", world / "align", "--limit", 30)
     run("gradcam.py", "--run", folder, "--data", world, "--num-samples", 3)
-    table = run("evidence.py", "--run", folder).stdout
+    table = run("-m", "tools.evidence", "--run", folder).stdout
     found = {name: json.loads((folder / "probes" / name / "results.json").read_text())
              for name in ("linear", "seg", "align", "gradcam")}
     eye = {"original": "toy-vit", "SFT": "sft", "DPO": "dpo"}

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import toy
-import toy_scenes
+from toy import scenes as toy_scenes
+from toy import world as toy
+from toy.__main__ import main as toy_command
 
 ROOT = Path(__file__).resolve().parent.parent
 csv.field_size_limit(10 ** 8)
@@ -27,7 +28,7 @@ def files(folder):
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy") / "world"
-    toy.main([str(out), "--scale", "0.02"])
+    toy_command([str(out), "--scale", "0.02"])
     return out
 
 
@@ -57,8 +58,8 @@ def table(path):
 
 
 def test_same_seed_same_bytes(drawn, tmp_path):
-    toy.main([str(tmp_path / "again"), "--scale", "0.02"])
-    toy.main([str(tmp_path / "other"), "--scale", "0.02", "--seed", "1"])
+    toy_command([str(tmp_path / "again"), "--scale", "0.02"])
+    toy_command([str(tmp_path / "other"), "--scale", "0.02", "--seed", "1"])
     first, other = files(drawn), files(tmp_path / "other")
     assert first == files(tmp_path / "again")
     assert set(first) == set(other) or len(other) > 100
@@ -69,7 +70,7 @@ def test_same_seed_same_bytes(drawn, tmp_path):
 def test_refuses_to_overwrite_and_leaves_no_half_world(drawn):
     before = files(drawn)
     with pytest.raises(SystemExit, match="--overwrite"):
-        toy.main([str(drawn), "--scale", "0.01"])
+        toy_command([str(drawn), "--scale", "0.01"])
     assert files(drawn) == before
     assert not drawn.with_name("world.tmp").exists()
 
@@ -204,7 +205,7 @@ def test_probe_folders(drawn):
 
 def test_pretrain_makes_folders_transformers_opens(tmp_path):
     from transformers import AutoModelForCausalLM
-    toy.main(["pretrain", "--steps", "3", "--out", str(tmp_path)])
+    toy_command(["pretrain", "--steps", "3", "--out", str(tmp_path)])
     check_models(tmp_path)
     tokenizer = check_tokenizer(tmp_path / "toy-lm")
     llm = AutoModelForCausalLM.from_pretrained(tmp_path / "toy-lm")

@@ -1,19 +1,19 @@
 """results/*/*.json of the controlled study → the README's section, summary.md with more, figures.
 
-    python study_report.py                        # results/summary.*, its figures, README.md
-    python study_report.py --out runs/study-quick/results --quick
-    python study_report.py --against DIR          # did a seed that was run again give the same?
+    python -m study.report                       # results/summary.*, its figures, README.md
+    python -m study.report --out runs/study-quick/results --quick
+    python -m study.report --against DIR          # did a seed that was run again give the same?
 
-study_findings.py says what counts as a finding and which there are.
+findings.py says what counts as a finding and which there are.
 """
 import argparse
 import json
 from pathlib import Path
 
-from study_findings import (CONTROLS, STAGE1, TIE, Results, control, findings, home, interval,
+from study.findings import (CONTROLS, STAGE1, TIE, Results, control, findings, home, interval,
                             measures, minus, smallest_effect, verdict)
-from study_pairs import write
-from study_plan import FULL, QUICK
+from study.pairs import write
+from study.plan import FULL, QUICK
 
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
 NAMES = {"original": "original", "stage1": "stage 1", "sft": "SFT", "dpo": "DPO",
@@ -391,10 +391,10 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results, and "
                         "where summary.json, summary.md and the figures go (default results, which "
                         "changes README.md, too)")
-    parser.add_argument("--quick", action="store_true", help="the sizes of study.py --quick; "
-                        "README.md stays as it is")
+    parser.add_argument("--quick", action="store_true", help="the sizes of `python -m study "
+                        "--quick`; README.md stays as it is")
     parser.add_argument("--against", type=Path, metavar="DIR", help="write nothing; compare with "
-                        "the results in DIR, of another call of study.py, value by value")
+                        "the results in DIR, of another call of the study, value by value")
     args = parser.parse_args()
     if args.against:
         both, apart = differing(args.out, args.against)

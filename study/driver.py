@@ -1,11 +1,11 @@
 """Does RL see better than SFT? The paper's controlled comparison at toy scale, with seeds.
 
-    python study.py --plan                  # what it would run and how long; runs nothing
-    python study.py                         # everything, 5 seeds, two runs at a time (hours)
-    python study_report.py --against runs/study/results     # the same numbers as in results/?
-    python study.py --parts lr vqa eye      # the most important parts first; later the others
-    python study.py --minutes 140           # a slice: call it again, and it goes on
-    python study.py --quick --seeds 1       # every command once, tiny sizes: does it all work?
+    python -m study --plan                  # what it would run and how long; runs nothing
+    python -m study                         # everything, 5 seeds, two runs at a time (hours)
+    python -m study.report --against runs/study/results     # the same numbers as in results/?
+    python -m study --parts lr vqa eye      # the most important parts first; later the others
+    python -m study --minutes 140           # a slice: call it again, and it goes on
+    python -m study --quick --seeds 1       # every command once, tiny sizes: does it all work?
 
 A seed is a world of its own: other images, questions, pairs and test sets, another order, another
 projector; toy-vit and toy-lm are the same. Of each seed there is one stage-1 model; SFT and DPO go
@@ -19,7 +19,7 @@ question), or the picture alone, `images` (another item's); `easy` are random it
 
 Everything goes through the stages' public commands. Writes OUT/<part>/<run>.json, a file a run,
 whole or not at all: stopped at any moment and started again, it goes on; what is there is never
-done again. Then study_report.py writes table and figures there (of results/ README, too).
+done again. Then report.py writes table and figures there (of results/ README, too).
 The committed results are in results/, and so is the registration: results/README.md fixed
 beforehand what counts as a finding.
 """
@@ -39,8 +39,8 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
 
-from study_pairs import write
-from study_plan import FULL, PARTS, QUICK, Study
+from study.pairs import write
+from study.plan import FULL, PARTS, QUICK, Study
 
 # Seconds of each command on one thread of an AMD EPYC, alone on its core; of --quick, START.
 COST = {"world": 60, "stage1": 110, "pool": 150, "sft": 75, "dpo": 105, "vqa": 20, "val": 20,
@@ -134,18 +134,28 @@ def code_of(path):
 
 def digest(plan):
     """What a result is a result of: the sizes, and the code that makes commands and pairs."""
-    code = [code_of(Path(__file__).with_name(f"study_{n}.py")) for n in ("plan", "pairs", "models")]
+    code = [code_of(Path(__file__).with_name(f"{n}.py")) for n in ("plan", "pairs", "models")]
     return hashlib.sha256(json.dumps([plan, code], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def same_plan(found, ours):
+    """Is a digest that a result remembers the one of this code? registered.json names an earlier
+    one, of code that asked for the very same; a test shows that it did, and ties it to this code.
+    """
+    known = json.loads(Path(__file__).with_name("registered.json").read_text())["digests"]
+    return ours in (found, known.get(found))
 
 
 def whole_code():
     """The same of all code that makes results, and of the pretrained models: noted in each result.
     A change that leaves the plan alone is not refused; the report says how many states there were.
     """
-    root, sha = Path(__file__).parent, hashlib.sha256()
-    for path in sorted(root.glob("*.py")):
-        if path.name not in ("study_findings.py", "study_report.py"):
-            sha.update(json.dumps([path.name, code_of(path)]).encode())
+    root, sha = Path(__file__).parent.parent, hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *(p for folder in ("pivot", "judge", "toy", "study")
+                                              for p in (root / folder).glob("*.py"))]):
+        name = str(path.relative_to(root))
+        if name not in ("study/findings.py", "study/report.py"):
+            sha.update(json.dumps([name, code_of(path)]).encode())
     for path in sorted(root.glob("weights/toy-*/*")):
         sha.update(path.read_bytes())
     return sha.hexdigest()[:12]
@@ -268,7 +278,8 @@ def refuse_other_plans(study):
     for path in [study.work / "plan.json", *sorted(study.out.glob("*/*.json"))]:
         found = json.loads(path.read_text()) if path.exists() else ours
         for key, why in (("plan", "by another plan"), ("versions", "with other libraries")):
-            if bare(found, key) != bare(ours, key):
+            if bare(found, key) != bare(ours, key) and not (
+                    key == "plan" and same_plan(found[key], ours[key])):
                 raise SystemExit(f"error: {path} was made {why} ({found[key]}, now {ours[key]})"
                                  "; name another --out and --work, or delete both")
     return ours
@@ -324,10 +335,10 @@ def main():
         # Commands inherit the lock: it is held as long as one of them lives, whatever ends us.
         os.set_inheritable(lock.fileno(), True)
         failed = go(study, parts, args.jobs, args.quick, 60 * args.minutes)
-    report = subprocess.run([sys.executable, "study_report.py", "--out", study.out,
+    report = subprocess.run([sys.executable, "-m", "study.report", "--out", study.out,
                              *(["--quick"] if args.quick else [])])
     if report.returncode:
-        failed["study_report.py"] = f"exit status {report.returncode}"
+        failed["study.report"] = f"exit status {report.returncode}"
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{clock(used.ru_utime + used.ru_stime)} of CPU time in this call")
     if failed:

@@ -1,7 +1,7 @@
 """Two more eyes for the controlled study, of toy-vit's shape but pretrained another way.
 
-    python study_models.py toy-vit-supervised --out runs/study/weights     # class labels
-    python study_models.py toy-vit-masked --out runs/study/weights         # filling masked patches
+    python -m study.models toy-vit-supervised --out runs/study/weights     # class labels
+    python -m study.models toy-vit-masked --out runs/study/weights         # filling masked patches
 
 The paper puts PIVOT on encoders that never saw text: ImageNet-supervised and MAE (its section 6).
 `supervised`: which of the twelve classes is the large thing, from the mean over patches. `masked`:
@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from toy_models import MODELS, train
-from toy_scenes import CELL, CLASSES, SIZE, Scene
+from toy.models import MODELS, train
+from toy.scenes import CELL, CLASSES, SIZE, Scene
 
 BATCH, RATE, STEPS, HIDDEN = 48, 1e-3, 2400, 0.6      # toy-vit's, and MAE-like masking
 GRID = SIZE // CELL

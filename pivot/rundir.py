@@ -16,9 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from runtime import barrier, from_main, is_main, print0, reduce_sum, reshard, restarted, stop, world
-import encoders
-import folders
+from pivot.runtime import (barrier, from_main, is_main, print0, reduce_sum, reshard, restarted,
+                           stop, world)
+from pivot import encoders
+from pivot import folders
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict

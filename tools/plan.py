@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 import data
-import encoders
-import meta
-import folders
+from pivot import encoders
+from tools import meta
+from pivot import folders
 import model as m
-import records
-from runtime import freeze, is_sharded, print0
+from pivot import records
+from pivot.runtime import freeze, is_sharded, print0
 
 GPUS = {   # name: memory in bytes, dense bf16 FLOP/s (data sheets, SXM)
     "h100": (80e9, 989e12), "h200": (141e9, 989e12), "a100": (80e9, 312e12),

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from records import BadRecord
+from pivot.records import BadRecord
 
 transformers_logging.disable_progress_bar()
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import encoders
+from pivot import encoders
 from model import MLLM
-from records import CHAT_TEMPLATE, IMAGE_TOKEN
+from pivot.records import CHAT_TEMPLATE, IMAGE_TOKEN
 
 
 def prepare_tokenizer(tokenizer, vocab_size):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -54,7 +54,7 @@ FAMILIES = {
 
 
 class Preset(NamedTuple):
-    """path: hub id or folder beside this file. geometry: enough to plan without weights. Of an
+    """path: hub id or folder of this repository. geometry: enough to plan without weights. Of an
     encoder: model type, hidden, layers, heads, MLP width, patch, image size (ConvNeXt: type,
     widths, depths, –, –, patch, size). Of Qwen2.5: hidden, layers, heads, kv heads, MLP width, rows
     of the embedding, whether lm_head shares them; None: its folder says. Mean and std are those of
@@ -108,12 +108,12 @@ def resolve(name):
     preset = ENCODERS.get(name) or LLMS.get(name)
     path = preset.path if preset else name
     if preset and path.startswith("weights/"):
-        path = str(HERE / path)
+        path = str(ROOT / path)
         if path.endswith(".pth.tar") and not Path(path).is_file():
             raise SystemExit(f"error: {name} is not on the hub; download {MOCO_URL} to {path}")
         if not path.endswith(".pth.tar") and not Path(path, "config.json").exists():
             raise SystemExit(f"error: {name} has no weights at {path}; make them with:  "
-                             f"python toy.py pretrain --models {name}")
+                             f"python -m toy pretrain --models {name}")
     if not Path(path).exists() and not preset and \
             (name.count("/") != 1 or name.startswith((".", "/"))):
         known = ", ".join([*ENCODERS, *LLMS])
@@ -324,7 +324,7 @@ def load_encoder(name, image_size=None):
     raises SystemExit, one line, when the folder is missing, of a class that cannot serve, or when
         a tensor of the published model is missing.
     """
-    import convert
+    from pivot import convert
     from transformers import AutoModel
     if len(parts := parts_of(name)) == 2:
         return TwoEncoders(*(load_encoder(part, image_size) for part in parts))

@@ -1,4 +1,4 @@
-"""How toy-vit and toy-lm are made: `python toy.py pretrain` calls this file."""
+"""How toy-vit and toy-lm are made: `python -m toy pretrain` calls this file."""
 import functools
 import math
 import random
@@ -10,9 +10,9 @@ import torch
 from tokenizers import decoders, pre_tokenizers, trainers
 from torch import nn
 
-import records
-import runtime
-from toy_scenes import (CELL, COLOURS, SHAPES, SIZE, WORDS, Scene, fact_question, turn)
+from pivot import records
+from pivot import runtime
+from toy.scenes import (CELL, COLOURS, SHAPES, SIZE, WORDS, Scene, fact_question, turn)
 
 # name: width, layers, heads, inner width, steps, batch, learning rate
 # A ViT's batch is in images, an LM's in tokens. The LM never learns to look things up at 3e-3.

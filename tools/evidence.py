@@ -1,6 +1,6 @@
 """All the evidence of a run in one table: the original encoder, SFT's and DPO's, side by side.
 
-    python evidence.py --run-dir runs/toy-vit__toy-lm
+    python -m tools.evidence --run-dir runs/toy-vit__toy-lm
 
 Reads what repair_eval.py and the four instruments wrote in the run folder, and runs nothing itself;
 where one has not been run yet, its line is empty and the command that fills it is named. In percent
@@ -10,11 +10,11 @@ preference pair), with the interval its instrument states; see there for what it
 from pathlib import Path
 from statistics import mean
 
-import encoders
-import flags
-import report
-import runtime
-import score
+from pivot import encoders
+from pivot import flags
+from judge import report
+from pivot import runtime
+from judge import score
 
 COLUMNS = ("original", "SFT", "DPO", "DPO - SFT")
 

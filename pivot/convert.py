@@ -12,9 +12,9 @@ or a place that has no key, refuses the file.
 import re
 from pathlib import Path
 
-import encoders
+from pivot import encoders
 import torch
-from encoders import first_line, read_json, side
+from pivot.encoders import first_line, read_json, side
 from torch import nn
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",

@@ -13,10 +13,10 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import runtime
-import records
-import folders
-import score
+from pivot import runtime
+from pivot import records
+from pivot import folders
+from judge import score
 import torch
 from torch.nn.utils.rnn import pad_sequence
 

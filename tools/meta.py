@@ -7,8 +7,8 @@ not the T × T scores. plan.py makes a plan of it.
 """
 from typing import NamedTuple
 
-import encoders
-import folders
+from pivot import encoders
+from pivot import folders
 import model as m
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +20,7 @@ def published(name):
     """The published class of a preset, folder or file, whole (but for a ViT's pooler, which MAE and
     MoCo do not have), on the meta device. A timm, open_clip or MoCo file says its shapes itself: it
     must be there, and its header alone is read."""
-    import convert
+    from pivot import convert
     import transformers as t
     if name not in encoders.ENCODERS or encoders.ENCODERS[name].path.startswith("weights/toy"):
         path = encoders.resolve(name)
@@ -42,7 +42,7 @@ def published(name):
 
 def empty_encoder(name, image_size=None):
     """The encoder as load_encoder would give it, without weights, on the meta device."""
-    import convert
+    from pivot import convert
     if len(parts := encoders.parts_of(name)) == 2:
         return encoders.TwoEncoders(*(empty_encoder(part, image_size) for part in parts))
     vision = encoders.truncate(published(name))

@@ -5,10 +5,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import encoders
-import records
+from pivot import encoders
+from pivot import records
 import torch
-from runtime import print0
+from pivot.runtime import print0
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,7 +55,8 @@ def arguments(doc, paper):
     add("--llm", str, "language model: a preset, a local folder or a hub id")
     add("--image-size", COUNT, "another input size than the encoder's own: its positions are "
         "interpolated once, in fp32")
-    add("--data", str, "folder in the layout toy.py writes; its parts can be pointed elsewhere")
+    add("--data", str, "folder in the layout `python -m toy` writes; its parts can be pointed "
+        "elsewhere")
     add("--images", str, "folder that image names are relative to; default DATA/images")
     add("--epochs", COUNT, "passes over the data")
     add("--max-steps", COUNT, "stop after so many steps; the schedule then ends there, too")

@@ -1,7 +1,7 @@
 """The study as a plan: its sizes, and every run as an ordered list of the stages' public commands.
 
 `Study` lists all tasks in the order of their importance, each with what it needs, the file that
-says it is done, its cost, its commands, and what is kept of what they wrote. study.py runs them.
+says it is done, its cost, its commands, and what is kept of what they wrote. driver.py runs them.
 The sizes in FULL are registered in results/README.md; a result remembers a digest of them and of
 this file's code.
 """
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from study_pairs import KINDS, hard_pairs, link, write_pool
+from study.pairs import KINDS, hard_pairs, link, write_pool
 
 PARTS = {"lr": "learning rates, on validation images (paper: App. B.2)",
          "vqa": "the trained models on the benchmarks, by group (section 3)",
@@ -54,7 +54,7 @@ class Task(NamedTuple):
     part: str | None            # None: others need what it makes, it has no result of its own
     done: Path
     needs: list
-    cost: dict                  # {key of study.COST: how often}
+    cost: dict                  # {key of driver.COST: how often}
     steps: object
     gather: object = None
 
@@ -97,7 +97,7 @@ class Study:
     def prepare(self, seed):
         """World, stage-1 model and hard pairs of a seed."""
         data, pool = self.data(seed), self.run(seed, "pool")
-        drawing = f"import study_pairs; study_pairs.draw({str(data)!r}, " \
+        drawing = f"from study import pairs; pairs.draw({str(data)!r}, " \
                   f"{self.plan['first_world'] + seed}, {self.plan['world']!r}, " \
                   f"{self.plan['validation']})"
         self.add(f"seed-{seed}/world", None, data / "world.json", [], {"world": 1},
@@ -278,10 +278,10 @@ class Study:
         self.variant("pretrained", seed)
 
     def weights(self, name):
-        """Made once, for all seeds: a size up by toy.py, other pretraining by study_models.py."""
+        """Made once, for all seeds: a size up by toy/, other pretraining by models.py."""
         out = self.work / "weights"
-        script = ["toy.py", "pretrain", "--models"] if name.endswith("-l") else \
-            ["study_models.py"]
+        script = ["-m", "toy", "pretrain", "--models"] if name.endswith("-l") else \
+            ["-m", "study.models"]
         return self.add(
             f"weights/{name}", None, out / name / "config.json", [], {name: 1}, lambda: [
                 [*script, name, "--out", out, *flat(self.plan["weights"].get(name, {}))]])

@@ -10,12 +10,12 @@ import io
 import json
 from pathlib import Path
 
-import answer
-import records
-import encoders
+from judge import answer
+from pivot import records
+from pivot import encoders
 import numpy as np
-import rundir
-import score
+from pivot import rundir
+from judge import score
 from PIL import Image
 
 # The paper's table of frozen encoders + Qwen2.5-1.5B: average | General | OCR & Chart |

@@ -4,7 +4,7 @@ The model's answers to a pool of questions are drawn at temperature 1; what is w
 rejected answer, as in MMPR where the truth is known. (Were the likeliest answers taken, every
 chosen answer would be one the model believes less, and "prefer what you believe less" would settle
 the pairs.) The controls change the rejected text alone, or the image alone.
-study_plan.py calls all this; nothing here trains or answers.
+plan.py calls all this; nothing here trains or answers.
 """
 import json
 import os
@@ -38,7 +38,7 @@ def draw(out, seed, world, validation):
     rates on: `validation` questions a group, drawn with another seed. Its preference pairs ask for
     single words, as the benchmarks do: in a sentence a model may misquote the question, and such a
     pair is settled without looking."""
-    import toy
+    from toy import world as toy
     aside = Path(f"{out}.drawing")
     shutil.rmtree(aside, ignore_errors=True)
     toy.draw_world(aside, seed, 1.0, world, sentences=0)
@@ -83,7 +83,7 @@ def like(said, right):
 def wrong(said, right):
     """Is this answer of the model's fit to be rejected: other words than the right one, but as many
     (else DPO could learn the form)? An answer that differs in form alone is right."""
-    from score import plain
+    from judge.score import plain
     said, right = plain(like(said, right)), plain(right)
     return said != right and len(said.split()) == len(right.split())
 
@@ -100,7 +100,7 @@ def kinds_of(pool, said, seed, n):
     the model got wrong, with an answer that is right elsewhere ("star" is no count).
     → {kind: [record, …]}.
     """
-    from score import plain
+    from judge.score import plain
     rng, known = random.Random(f"{seed}/kinds"), defaultdict(set)
     for r in pool:
         known[asks(r)].add(plain(r["chosen"]))

@@ -1,0 +1,1 @@
+"""The controlled study of SFT against DPO, with seeds: `python -m study`."""

@@ -1,0 +1,1 @@
+"""Commands beside the recipe: `python -m tools.NAME`."""
