@@ -6,6 +6,7 @@ instead). And the order of samples is a function of (seed, epoch) alone.
 """
 import functools
 import hashlib
+import itertools
 import math
 import os
 import signal
@@ -20,9 +21,8 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from pivot import records
-from pivot import runtime
 from model import CHOSEN, IGNORE, PADDING, REJECTED, SHARED
+from pivot import distributed, images, records
 from pivot.records import ANSWER, IMAGE_TOKEN, OTHER, PROMPT, BadRecord
 
 MAX_TEXT = 1500             # text tokens of prompt + answer, for either answer of a pair (MMPR)
@@ -30,6 +30,23 @@ MAX_LENGTH = 2048           # the same with the image tokens
 
 
 # ---------------------------------------------------------------------------------------- datasets
+
+class TokenTable:
+    """Texts of all samples in flat arrays, while they are being read."""
+
+    def __init__(self):
+        self.kept, self.offsets, self.answer_tokens = [], [0], []
+        self.ids, self.roles = array("i"), array("b")
+
+    def append(self, record, parts):
+        """parts: [(ids of a piece, its role), …] of the record."""
+        self.kept.append((record.where, record.image))
+        for ids, role in parts:
+            self.ids.extend(ids)
+            self.roles.extend([role] * len(ids))
+        self.offsets.append(len(self.ids))
+        self.answer_tokens.append(sum(len(ids) for ids, role in parts if role == ANSWER))
+
 
 class Samples(torch.utils.data.Dataset):
     """Tokenised records: text in flat arrays (workers share them), images by path.
@@ -41,60 +58,51 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(self, kind, sources, tokenizer, encoder, max_length, num_samples=None, seed=0,
                  skip_bad=False, verbose=True):
-        make = {"captions": records.caption_record, "conversations": records.conversation_record,
-                "pairs": records.pair_record}[kind]
         self.kind, self.size, self.num_image_tokens = kind, encoder.image_size, encoder.num_tokens
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.max_length = min(MAX_LENGTH, max_length)
+        self.dropped, self.read = Counter(), 0
         special = {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", IMAGE_TOKEN} - {""}
-        raw = ((where, item, root) for file, root in sources        # all of them: one by one
-               for where, item in records.read_lines(file))
-        if num_samples is not None:
-            raw = list(raw)
-            raw = [raw[i] for i in np.random.default_rng(seed).permutation(len(raw))]
-        most = math.inf if num_samples is None else num_samples
-        self.dropped, self.read, bad = Counter(), 0, []
-        kept, offsets, answers, ids, roles = [], [0], [], array("i"), array("b")
-        end = [tokenizer.convert_tokens_to_ids("<|im_end|>")] if kind != "captions" else []
-
-        def fault(record):
-            try:
-                if record.image:
-                    records.load_image(record.image, self.size, record.where)
-            except BadRecord as e:
-                return str(e)
-
-        def flush(texts):
-            """Tokenise what was collected, in one call, and apply the length rule."""
-            if skip_bad:           # Pillow decodes beside Python: a thread a core
-                with ThreadPoolExecutor(runtime.cores()) as pool:
-                    faults = list(pool.map(fault, texts))
-                bad.extend(filter(None, faults))
-                texts = [text for text, why in zip(texts, faults) if not why]
-            encoded = iter(tokenizer([t for r in texts for t, _ in r.pieces],
-                                     add_special_tokens=False)["input_ids"]) if texts else ()
-            for record in texts:
-                parts = [(next(encoded) + (end if role != PROMPT else []), role)
-                         for _, role in record.pieces]
-                tokens = {r: sum(len(part) for part, role in parts if role == r)
-                          for r in (PROMPT, ANSWER, OTHER)}
-                text = tokens[PROMPT] + max(tokens[ANSWER], tokens[OTHER])    # a branch by itself
-                text -= record.image is not None
-                total = text + (self.num_image_tokens if record.image else 0)
-                if total > self.max_length or (kind == "pairs" and text > MAX_TEXT):
-                    self.dropped["over-long"] += 1
-                elif len(kept) < most:
-                    kept.append((record.where, record.image))
-                    for part, role in parts:
-                        ids.extend(part)
-                        roles.extend([role] * len(part))
-                    offsets.append(len(ids))
-                    answers.append(tokens[ANSWER])
-
-        silent, texts = not (verbose and runtime.is_main()), []
-        for where, item, root in tqdm(raw, f"reading {kind}", disable=silent, leave=False):
-            if len(kept) >= most:
+        wanted = math.inf if num_samples is None else num_samples
+        shown = verbose and distributed.is_main()
+        raw, table, bad = raw_items(sources, num_samples, seed), TokenTable(), []
+        usable = self.usable(tqdm(raw, f"reading {kind}", disable=not shown, leave=False),
+                             special, skip_bad, bad)
+        while len(table.kept) < wanted:
+            some = list(itertools.islice(usable, min(1024, wanted)))
+            if not some:
                 break
+            if skip_bad:
+                some = self.readable(some, bad)
+            for record, parts in self.tokenised(some, tokenizer):
+                if self.fits(record, parts) and len(table.kept) < wanted:
+                    table.append(record, parts)
+        usable.close()
+        if bad:
+            self.dropped["bad"] = len(bad)
+            if shown:
+                more = f"\n  and {len(bad) - 3} more" if len(bad) > 3 else ""
+                distributed.print0("\n".join(f"  dropped: {why}" for why in bad[:3]) + more)
+        if num_samples is not None:
+            self.read = len(raw)
+        if not table.kept:
+            raise SystemExit(f"error: no usable record in {sources[0][0]} "
+                             f"(dropped: {dict(self.dropped)})")
+        # Arrays, not lists: a worker counts references to each string it reads of a list, and so
+        # comes to own a copy of its page (100 MB a worker with 500,000 records).
+        self.where, self.images = np.array(table.kept, np.dtypes.StringDType(na_object=None)).T
+        self.text_only = sum(image is None for _, image in table.kept)
+        self.ids = np.frombuffer(table.ids, np.int32)
+        self.roles = np.frombuffer(table.roles, np.int8)
+        self.offsets = np.array(table.offsets)
+        self.answer_tokens = np.array(table.answer_tokens)    # (n,): every process knows all
+
+    def usable(self, raw, special, skip_bad, bad):
+        """Yield the records that the recipe has a use for; count the others. A bad one ends the
+        run, or with skip_bad goes to the list `bad`."""
+        make = {"captions": records.caption_record, "conversations": records.conversation_record,
+                "pairs": records.pair_record}[self.kind]
+        for where, item, root in raw:
             self.read += 1
             try:
                 record = self.record(make, where, item, root, special)
@@ -104,27 +112,48 @@ class Samples(torch.utils.data.Dataset):
                 bad.append(str(e))
                 continue
             if record:
-                texts.append(record)
-            if len(texts) >= min(1024, most):
-                flush(texts)
-                texts = []
-        flush(texts)
-        if bad:
-            self.dropped["bad"] = len(bad)
-            if not silent:
-                runtime.print0("\n".join(f"  dropped: {why}" for why in bad[:3])
-                               + (f"\n  and {len(bad) - 3} more" if len(bad) > 3 else ""))
-        self.read = self.read if num_samples is None else len(raw)
-        if not kept:
-            raise SystemExit(f"error: no usable record in {sources[0][0]} "
-                             f"(dropped: {dict(self.dropped)})")
-        # Arrays, not lists: a worker counts references to each string it reads of a list, and so
-        # comes to own a copy of its page (100 MB a worker with 500,000 records).
-        self.where, self.images = np.array(kept, np.dtypes.StringDType(na_object=None)).T
-        self.text_only = sum(image is None for _, image in kept)
-        self.ids, self.roles = np.frombuffer(ids, np.int32), np.frombuffer(roles, np.int8)
-        self.offsets = np.array(offsets)
-        self.answer_tokens = np.array(answers)       # of role ANSWER, (n,): all know all of them
+                yield record
+
+    def readable(self, some, bad):
+        """Those of the records whose picture can be read; why the others cannot goes to `bad`."""
+        def fault(record):
+            try:
+                if record.image:
+                    images.load_image(record.image, self.size, record.where)
+            except BadRecord as e:
+                return str(e)
+        with ThreadPoolExecutor(distributed.cores()) as pool:      # Pillow decodes beside Python
+            faults = list(pool.map(fault, some))
+        bad.extend(why for why in faults if why)
+        return [record for record, why in zip(some, faults) if not why]
+
+    def tokenised(self, some, tokenizer):
+        """Yield (record, [(ids, role), …]), all pieces tokenised in one call. The answers of a chat
+        are closed with the id of `<|im_end|>`."""
+        if not some:
+            return
+        end = [] if self.kind == "captions" else [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        pieces = [piece for record in some for piece, _ in record.pieces]
+        encoded = iter(tokenizer(pieces, add_special_tokens=False)["input_ids"])
+        for record in some:
+            yield record, [(next(encoded) if role == PROMPT else next(encoded) + end, role)
+                           for _, role in record.pieces]
+
+    def fits(self, record, parts):
+        """The length rule, for each answer with the prompt by itself; what is too long is counted.
+        """
+        tokens = {PROMPT: 0, ANSWER: 0, OTHER: 0}
+        for ids, role in parts:
+            tokens[role] += len(ids)
+        text = tokens[PROMPT] + max(tokens[ANSWER], tokens[OTHER])
+        total = text
+        if record.image is not None:                       # its one placeholder is no text
+            text -= 1
+            total = text + self.num_image_tokens
+        too_long = total > self.max_length or (self.kind == "pairs" and text > MAX_TEXT)
+        if too_long:
+            self.dropped["over-long"] += 1
+        return not too_long
 
     def record(self, make, where, item, root, special):
         """One raw item → Record, or None, counted, where the recipe has no use for it."""
@@ -163,8 +192,8 @@ class Samples(torch.utils.data.Dataset):
         counts = np.where(ids == self.image_id, self.num_image_tokens, 1)
         ids, roles = np.repeat(ids, counts), np.repeat(roles, counts)
         try:
-            pixels = records.load_image(image, self.size, self.where[i]) if image else \
-                records.planes(Image.new("RGB", (1, 1)), self.size)             # black
+            pixels = images.load_image(image, self.size, self.where[i]) if image else \
+                images.planes(Image.new("RGB", (1, 1)), self.size)             # black
         except BadRecord as e:
             raise BadRecord(f"{e}; with a good file in its place the same command goes on "
                             f"(or start over without it: --skip-bad --overwrite)")
@@ -179,6 +208,17 @@ class Samples(torch.utils.data.Dataset):
         drops = ", ".join(f"{n} {why}" for why, n in sorted(self.dropped.items())) or "none"
         return (f"{len(self)} {self.kind} of {self.read} records; dropped: {drops}; "
                 f"{self.text_only} text-only")
+
+
+def raw_items(sources, num_samples, seed):
+    """[(file, image root), …] → (where, raw item, image root) of every record, one by one; where a
+    number is drawn from them, all in a list, in the order of a seeded shuffle."""
+    raw = ((where, item, root) for file, root in sources
+           for where, item in records.read_lines(file))
+    if num_samples is None:
+        return raw
+    raw = list(raw)
+    return [raw[i] for i in np.random.default_rng(seed).permutation(len(raw))]
 
 
 def pair_files(args, path):
@@ -202,16 +242,17 @@ def preference_pairs(args, path, tokenizer, model, keep_all=False):
 def collate(samples, layout):
     """Samples → one right-padded micro-batch.
 
-    layout "sft": prompt + chosen answer(s); "dpo": the shared-prefix pair layout of model.py.
-    → pixel_values uint8 (B, 3, S, S), input_ids, labels (B, T), and for "dpo" branch, position_ids
+    layout "answers": prompt + (chosen) answer(s); "pair": the shared-prefix layout of model.py.
+    → pixel_values uint8 (B, 3, S, S), input_ids, labels (B, T), and for "pair" branch, position_ids
     (B, T) and index (B,), which names the rows of the cached reference.
     """
-    rows = [(pair_row if layout == "dpo" else answer_row)(s["ids"], s["roles"]) for s in samples]
+    row_of = pair_row if layout == "pair" else answer_row
+    rows = [row_of(s["ids"], s["roles"]) for s in samples]
     fill = {"input_ids": 0, "labels": IGNORE, "branch": PADDING, "position_ids": 0}
     batch = {k: pad_sequence([torch.from_numpy(row[k]) for row in rows], batch_first=True,
                              padding_value=fill[k]) for k in rows[0]}
     batch["pixel_values"] = torch.from_numpy(np.stack([s["pixels"] for s in samples]))
-    if layout == "dpo":
+    if layout == "pair":
         batch["index"] = torch.tensor([s["index"] for s in samples])
     return batch
 
@@ -235,7 +276,7 @@ def pair_row(ids, roles):
     }
 
 
-class BatchPlan:
+class BatchOrder:
     """Which samples make up which step: a function of (seed, epoch), not of who computes it.
 
     The last, incomplete batch of an epoch is dropped. Inside a global batch samples are sorted by
@@ -254,15 +295,17 @@ class BatchPlan:
         self.micro_batch = min(micro_batch, global_batch // world)
         self.steps_per_epoch = len(samples) // global_batch
         self.micro_steps = -(-(global_batch // world) // self.micro_batch)
-        self.lengths, self.epoch, self.order = np.diff(samples.offsets), None, None
+        self.lengths, self.epoch, self.permutation = np.diff(samples.offsets), None, None
 
     def batch(self, step):
         """Sample indices of one global batch, (global_batch,), the same in every process."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
-            self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.samples))
-        return self.order[position * self.global_batch:(position + 1) * self.global_batch]
+            rng = np.random.default_rng((self.seed, epoch))
+            self.permutation = rng.permutation(len(self.samples))
+        first = position * self.global_batch
+        return self.permutation[first:first + self.global_batch]
 
     def micro_batches(self, step):
         """This process's share of the step, in micro-batches: a list of index arrays."""
@@ -279,18 +322,18 @@ class BatchPlan:
         """Every sample once, in the first epoch's batches, then the left-over ones; a list of
         micro-batches, equally many for every process (the last may repeat samples to that end)."""
         batches = list(self.schedule(0, self.steps_per_epoch))
-        rest = self.order[self.steps_per_epoch * self.global_batch:]
+        rest = self.permutation[self.steps_per_epoch * self.global_batch:]
         rest = np.resize(rest, -(-len(rest) // self.world) * self.world)[self.rank::self.world]
         return batches + [rest[i:i + self.micro_batch]
                           for i in range(0, len(rest), self.micro_batch)]
 
     def like(self, samples):
-        """The plan of another, perhaps smaller, set with the same processes and micro-batch."""
+        """The order of another, perhaps smaller, set with the same processes and micro-batch."""
         if len(samples) < self.world:
             raise SystemExit(f"error: {len(samples)} held-out pairs, fewer than one for each of "
                              f"{self.world} processes; bring more, or name others by --heldout")
         batch = min(self.global_batch, len(samples) // self.world * self.world)
-        return BatchPlan(samples, batch, self.micro_batch, self.seed, self.rank, self.world)
+        return BatchOrder(samples, batch, self.micro_batch, self.seed, self.rank, self.world)
 
     def digest(self, steps):
         """Hash of the ordered samples that so many steps consume; equal for SFT and DPO."""

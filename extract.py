@@ -1,4 +1,4 @@
-"""Detach the trained eye: a folder that transformers opens, and how far every block moved.
+"""Detach the trained encoder: a folder that transformers opens, and how far every block moved.
 
     python extract.py --run-dir runs/toy-vit__toy-lm --stage dpo [--out DIR]
 
@@ -10,16 +10,11 @@ A vision tower that was silently not trained, or not saved, is the classic failu
 So the table of relative weight changes is printed, the command refuses when nothing moved, and the
 folder is reopened and compared bit by bit before it gets its final name.
 """
-import os
-import shutil
 from pathlib import Path
 
-from pivot import encoders
-from pivot import flags
-from pivot import folders
-from pivot import rundir
-from pivot import runtime
 import torch
+
+from pivot import distributed, encoders, files, flags, model_io, tensors
 
 CARD = """---
 tags: [vision, pivot]
@@ -64,14 +59,17 @@ for norm in [m for m in encoder.modules() if isinstance(m, torch.nn.LayerNorm)]:
     norm.eps = {}  # as it was trained; the class says 1e-6"""
 
 
+def group_of(name):
+    """The block that a tensor belongs to, or the embeddings, or whatever else the class holds."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[:number + 1])
+
+
 def movement(trained, before):
     """Relative weight change of the embeddings, each block, and whatever else the class holds, of
     two {name: tensor}: {name: float}."""
-    def group(name):
-        parts = name.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-        return ".".join(parts[:number + 1])
-    return rundir.relative_change([(k, p, before[k]) for k, p in trained.items()], group)[0]
+    return tensors.relative_change([(k, p, before[k]) for k, p in trained.items()], group_of)[0]
 
 
 def block_changes(moved):
@@ -80,101 +78,127 @@ def block_changes(moved):
     return min(changes), max(changes)
 
 
-@torch.no_grad()
-def main():
+def get_args():
     parser = flags.Parser(__doc__)
     parser.add_argument("--run-dir", "--run", dest="run", metavar="DIR", required=True,
                         help="run folder, e.g. runs/toy-vit__toy-lm")
-    parser.add_argument("--stage", default="dpo", choices=["pretrain", "sft", "dpo"],
-                        help="which trained model to take the encoder from (default dpo)")
+    parser.add_argument("--stage", default="dpo", help="which trained model to take the encoder "
+                        "from: pretrain, sft, dpo or another folder of the run (default dpo)")
     parser.add_argument("--out", help="where to write it; default RUN/STAGE/encoder")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
-    args = parser.parse_args()
-    stage = flags.trained_stage(args.run, args.stage)
-    out = Path(args.out or stage / "encoder")
-    config = encoders.read_json(stage / "config.json", "arguments",
-                                *["parent_digest"] * (args.stage != "pretrain"))
-    source = rundir.digest_of(stage / "final")
-    if out.exists():
-        held = out / "config.json"
-        held = encoders.read_json(held).get("pivot_source") if held.is_file() else None
-        if args.out and not held:
-            raise SystemExit(f"error: --out {out} was not written by extract.py and is left alone; "
-                             f"name another folder")
-        if held != source and not args.overwrite:
-            raise SystemExit(f"error: {out} holds the encoder of another model than {stage}/final; "
-                             f"--overwrite replaces it")
-        if not args.overwrite:
-            print(f"{out} is already there: nothing to do (--overwrite replaces it)")
-            return
+    return parser.parse_args()
+
+
+def already_there(args, stage, out, source):
+    """Does `out` hold this very encoder? raises SystemExit where it holds something else."""
+    if not out.exists():
+        return False
+    held = out / "config.json"
+    held = files.read_json(held).get("pivot_source") if held.is_file() else None
+    if args.out and not held:
+        raise SystemExit(f"error: --out {out} was not written by extract.py and is left alone; "
+                         f"name another folder")
+    if args.overwrite:
+        return False
+    if held != source:
+        raise SystemExit(f"error: {out} holds the encoder of another model than {stage}/final; "
+                         f"--overwrite replaces it")
+    return True
+
+
+def measure(args, stage, config, encoder, original):
+    """Print how far every block moved; → the least and the largest change of a block, since the
+    parent stage where there is one. Trained blocks must have moved: raises SystemExit if not."""
     base = config["arguments"]["encoder"]
-    model, _ = folders.load_mllm(stage / "final")
-    encoder = model.encoder
-    original = encoders.load_encoder(base, config["arguments"].get("image_size"))
-
     trained, before = (dict(e.vision.named_parameters()) for e in (encoder, original))
-    shapes = [{n: p.shape for n, p in tensors.items()} for tensors in (before, trained)]
-    encoders.refuse_misfit(f"{stage}/final, which began with {base},", *shapes)
-
-    # ---- how far did it move? Trained blocks must have; a frozen norm must not.
+    tensors.refuse_misfit(f"{stage}/final, which began with {base},",
+                          {n: p.shape for n, p in before.items()},
+                          {n: p.shape for n, p in trained.items()})
     moved = movement(trained, before)
     print(f"relative weight change of {stage}/final against {base}")
     for name, change in moved.items():
-        frozen = f"{name}.".startswith(encoder.family.frozen)
-        print(f"  {name:<32} {change:9.2e}" + ("  (never trained: unused)" if frozen else ""))
-    if args.stage != "pretrain":      # stage 1 moved it already: what did this stage add?
-        parent = Path(args.run, "pretrain", "final")
-        if config["parent_digest"] != rundir.digest_of(parent):
+        unused = "  (never trained: unused)" if f"{name}.".startswith(encoder.family.frozen) else ""
+        print(f"  {name:<32} {change:9.2e}{unused}")
+    if "parent_digest" in config:     # the parent stage moved it already: what did this one add?
+        name = config["arguments"].get("parent", "pretrain")
+        parent = Path(args.run, name, "final")
+        if config["parent_digest"] != tensors.digest_of(parent):
             raise SystemExit(f"error: {parent} was trained anew since {stage} began with it; train "
                              f"{args.stage} anew, too")
-        files = folders.stored(parent)
-        names = {n: folders.file_name_of(f"encoder.vision.{n}") for n in trained}
-        moved = movement(trained, {n: files[k].get_tensor(k) for n, k in names.items()})
-        print("of which since stage 1: {:.2e} … {:.2e} a block".format(*block_changes(moved)))
+        stored, before = tensors.stored(parent), {}
+        for n in trained:
+            key = model_io.file_name_of(f"encoder.vision.{n}")
+            before[n] = stored[key].get_tensor(key)
+        moved = movement(trained, before)
+        print("of which since {}: {:.2e} … {:.2e} a block".format(name, *block_changes(moved)))
     least, most = block_changes(moved)
     if not least:
+        script = config.get("script") or flags.script_of(args.stage)
         raise SystemExit(f"error: nothing moved, or not every block: {stage}/final holds an "
-                         f"encoder that {flags.script_of(args.stage)} did not train; was "
-                         f"--encoder-lr or --lr 0?")
+                         f"encoder that {script} did not train; was --encoder-lr or --lr 0?")
+    return least, most
 
-    # ---- write aside, reopen, compare bit by bit, rename
-    family, vision = encoder.family, encoder.vision
+
+def card_of(args, stage, config, encoder, changes):
+    """The model card: README.md of the folder."""
+    family, vision, base = encoder.family, encoder.vision, config["arguments"]["encoder"]
     eps = getattr(vision.config, "pivot_norm_eps", None)
-    card = CARD.format(
+    since = f" since {config['arguments'].get('parent')}" if "parent_digest" in config else ""
+    how_taken, unused = "", ""
+    if family.read == "map":
+        how_taken = ".flatten(2).transpose(1, 2)"
+    elif encoder.prefix:
+        how_taken = f"[:, {encoder.prefix}:]"
+    if family.frozen == ("post_layernorm.",) and not encoder.prefix:
+        unused = ", *not* `last_hidden_state`, which adds a norm that nobody trained"
+    no_pooler = "add_pooling_layer" in encoders.class_options(vision.config)
+    return CARD.format(
         base=base, title=f"{encoders.short_name(base)}, after {args.stage.upper()}",
         folder=stage / "final", stage=args.stage, cls=type(vision).__name__,
         layer="hidden_states[-1]" if family.read == "block" else "last_hidden_state",
-        slice=".flatten(2).transpose(1, 2)" if family.read == "map" else
-        f"[:, {encoder.prefix}:]" if encoder.prefix else "",
-        eps=NORM_EPS.format(eps) if eps else "",
+        slice=how_taken, eps=NORM_EPS.format(eps) if eps else "",
         dropped=f" without its first {encoder.prefix} tokens" if encoder.prefix else "",
-        unused=", *not* `last_hidden_state`, which adds a norm that nobody trained"
-        if family.frozen == ("post_layernorm.",) and not encoder.prefix else "",
-        extra=", add_pooling_layer=False"
-        if "add_pooling_layer" in encoders.class_options(vision.config) else "",
+        unused=unused, extra=", add_pooling_layer=False" if no_pooler else "",
         tokens=encoder.num_tokens, width=encoder.hidden_size, size=encoder.image_size,
         llm=config["arguments"]["llm"], digest=config.get("data_digest"),
         parent=config.get("parent_digest", "none: stage 1 starts from the original"),
-        moved=f"{least:.1e} … {most:.1e} a block (relative weight change"
-              + (" since stage 1)" if args.stage != "pretrain" else ")"))
-    aside = Path(f"{out}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+        moved="{:.1e} … {:.1e} a block (relative weight change{})".format(*changes, since))
+
+
+def write(out, encoder, source, card):
+    """Write the folder aside, reopen it, compare features bit by bit, then give it its name."""
+    vision = encoder.vision
     vision.config.pivot_source = source            # whose encoder it is, for a later call
-    vision.save_pretrained(aside)
-    encoders.image_processor(encoder).save_pretrained(aside)
-    (aside / "README.md").write_text(card, encoding="utf-8")
-    pixels = torch.randint(0, 256, (2, 3, encoder.image_size, encoder.image_size),
-                           dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    if not torch.equal(encoders.load_encoder(str(aside)).eval()(pixels), encoder.eval()(pixels)):
-        shutil.rmtree(aside)
-        raise SystemExit(f"error: {aside} reopened gives other features; nothing was written")
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(aside, out)
+    with files.new_folder(out) as aside:
+        vision.save_pretrained(aside)
+        model_io.image_processor(encoder).save_pretrained(aside)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        pixels = torch.randint(0, 256, (2, 3, encoder.image_size, encoder.image_size),
+                               dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        reopened = model_io.load_encoder(str(aside)).eval()
+        if not torch.equal(reopened(pixels), encoder.eval()(pixels)):
+            raise SystemExit(f"error: {aside} reopened gives other features; nothing was written")
+
+
+@torch.no_grad()
+def main():
+    args = get_args()
+    stage = flags.trained_stage(args.run, args.stage)
+    out = Path(args.out or stage / "encoder")
+    config = files.read_json(stage / "config.json", "arguments")
+    source = tensors.digest_of(stage / "final")
+    if already_there(args, stage, out, source):
+        print(f"{out} is already there: nothing to do (--overwrite replaces it)")
+        return
+    model, _ = model_io.load_mllm(stage / "final")
+    encoder = model.encoder
+    original = model_io.load_encoder(config["arguments"]["encoder"],
+                                     config["arguments"].get("image_size"))
+    changes = measure(args, stage, config, encoder, original)
+    write(out, encoder, source, card_of(args, stage, config, encoder, changes))
     print(f"wrote {out}: {encoder.num_tokens} tokens of width {encoder.hidden_size}; "
           f"reopened, features bit-equal")
 
 
 if __name__ == "__main__":
-    runtime.launch(main)
+    distributed.launch(main)

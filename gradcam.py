@@ -27,20 +27,17 @@ Writes  runs/NAME/probes/gradcam/: gradcam.png (image | SFT | DPO), results.json
 from functools import partial
 from pathlib import Path
 
-from pivot import encoders
-from pivot import flags
-from pivot import rundir
-from pivot import runtime
-import data
-from pivot import records
-from pivot import folders
-import model as m
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+import data
+import model as m
 import train_dpo
 import train_sft
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from pivot.runtime import print0
+from judge import intervals
+from pivot import distributed, files, flags, images, model_io, records, training
+from pivot.distributed import print0
 
 PICTURES, PANEL = 6, 240          # rows of the picture; pixels of a panel
 
@@ -49,8 +46,8 @@ def get_args():
     parser = flags.Parser(__doc__)
     add, flag = parser.add_argument, dict(action="store_true")
     add("--run-dir", "--run", dest="run", metavar="DIR", required=True, help="run folder")
-    add("--stage", default="pretrain", choices=["pretrain", "sft", "dpo"], help="which model of it "
-        "to look through (default pretrain: where both losses start)")
+    add("--stage", default="pretrain", help="which model of it to look through: pretrain, sft, dpo "
+        "or another folder of the run (default pretrain: where both losses start)")
     add("--data", help="folder in the layout `python -m toy` writes; default: the run's")
     add("--preferences", help="MMPR meta.json or a jsonl of pairs; default DATA/preferences/"
         "heldout.jsonl, or meta.json where that is missing")
@@ -71,12 +68,13 @@ def get_args():
     add("--out", help="default RUN/probes/gradcam")
     args = parser.parse_args()
     stage = flags.trained_stage(args.run, args.stage)
-    made_with = encoders.read_json(stage / "config.json", "arguments")["arguments"]
+    made_with = files.read_json(stage / "config.json", "arguments")["arguments"]
     args.data = args.data or made_with["data"]
     heldout = Path(args.data, "preferences", "heldout.jsonl")
     args.preferences = args.preferences or str(
         heldout if heldout.exists() else heldout.with_name("meta.json"))
-    sft, dpo = (flags.defaults(s.PAPER, s.TOY, made_with["llm"]) for s in (train_sft, train_dpo))
+    sft = flags.defaults(train_sft.PAPER, train_sft.TOY, made_with["llm"])
+    dpo = flags.defaults(train_dpo.PAPER, train_dpo.TOY, made_with["llm"])
     args.sft_lr, args.dpo_lr = args.sft_lr or sft["lr"], args.dpo_lr or dpo["lr"]
     args.beta = args.beta or dpo["beta"]
     args.out = args.out or str(Path(args.run, "probes", "gradcam"))
@@ -117,31 +115,32 @@ def train_on(model, loss_of, lr, steps):
                                   betas=(0.9, 0.999), weight_decay=0.0)
     for _ in range(steps):
         loss_of().backward()
-        runtime.clip_grad_norm(model)
+        training.clip_grad_norm(model)
         optimizer.step()
         optimizer.zero_grad()
 
 
-def read_mask(args, image, where):
-    """The object's mask, bool (H, W), as large as its image; None without a file or an object."""
+def mask_path(args, image):
+    """Where a picture's mask lies: in --masks, or where `masks` stands for `images` in its path;
+    None where there is no such file."""
     above, _, below = f"{Path(image).parent}/".rpartition("/images/")
+    if not (args.masks or above):
+        return None
     folder = Path(args.masks or f"{above}/masks/{below}")
-    path = next((p for p in (folder / Path(image).name, folder / f"{Path(image).stem}.png")
-                 if (args.masks or above) and p.is_file()), None)
+    candidates = (folder / Path(image).name, folder / f"{Path(image).stem}.png")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def object_mask(args, image, where):
+    """Where the object is, bool (H, W), as large as the picture; None without a file or an object.
+    """
+    path = mask_path(args, image)
     if path is None:
         return None
-    height, width = records.load_image(image, None, where).shape[1:]
-    try:
-        with Image.open(path) as mask:
-            if mask.size != (width, height):
-                raise SystemExit(f"error: {where}: mask {path} has {mask.width} × {mask.height} "
-                                 f"pixels, its image {width} × {height}")
-            mask = np.asarray(mask)
-    except (OSError, ValueError, SyntaxError) as e:
-        raise SystemExit(f"error: {where}: mask {path} cannot be read ({type(e).__name__}: {e})")
-    if mask.ndim == 3:                                               # alpha says nothing here
-        mask = mask[..., :3 if mask.shape[2] > 2 else 1].max(-1)
-    mask = mask > 0 if args.mask_label is None else mask == args.mask_label
+    labels = images.read_mask(path, image, where)
+    if labels.ndim == 3:                                             # alpha says nothing here
+        labels = labels[..., :3 if labels.shape[2] > 2 else 1].max(-1)
+    mask = labels > 0 if args.mask_label is None else labels == args.mask_label
     return mask if mask.any() else None
 
 
@@ -161,12 +160,6 @@ def shares_inside(heats, cover):
     heat inside the mask (NaN where there is none at all), chance, ceiling."""
     inside = (heats * cover[:, None]).sum(2) / heats.sum(2)
     return torch.cat([inside, cover.mean(1, keepdim=True), cover.amax(1, keepdim=True)], 1)
-
-
-def mean_ci(values):
-    """Mean and half-width of its 95 % interval (normal: trust it from some dozens on)."""
-    half = 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
-    return {"mean": values.mean().item(), "ci95": half, "n": len(values)}
 
 
 def panel(pixels, mask, heat, reach):
@@ -201,41 +194,32 @@ def draw(path, rows):
             while pen.textlength(text, font) > sheet.width - 2 * gap:
                 text = text[:-2] + "…"
             pen.text((gap, y + PANEL + i * line + 2), text, "black", font)
-    rundir.write_whole(path, lambda aside: sheet.save(aside, "PNG"))
+    files.write_aside(path, lambda aside: sheet.save(aside, "PNG"))
 
 
-def main():
-    args = get_args()
-    device = runtime.start()
-    model, tokenizer = folders.load_mllm(Path(args.run, args.stage, "final"))
-    model, encoder = model.eval().to(device), model.encoder
-    pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
-    n, (rank, world) = len(pairs), runtime.world()
+def losses_of(args, model, pair, device):
+    """The two losses of one pair as functions without arguments, and the rate each trains at:
+    [(loss_of, lr), …], SFT's first. DPO's reference is the model as it is now."""
+    batches = []
+    for layout in ("answers", "pair"):
+        batch = data.collate([pair], layout)
+        batches.append({k: v.to(device) for k, v in batch.items() if k != "index"})
+    answers, both = batches
+    with torch.no_grad():
+        ref = m.branch_logps(model(**both), both["branch"])
+    return [(partial(sft_loss, model, answers), args.sft_lr),
+            (partial(dpo_loss, model, both, ref, args.beta), args.dpo_lr)]
 
-    # ---- images and masks first: a bad file should not end an hour's work
-    grid = int(encoder.num_tokens ** 0.5)
-    reach = grid * encoder.patch_size / encoder.image_size
-    cover, shown = torch.full((n, grid * grid), float("nan"), dtype=torch.float64), []
-    for i in runtime.progress(0, n, "images and masks"):
-        pair = pairs[i]
-        mask = read_mask(args, pairs.images[i], pairs.where[i])
-        if mask is not None:
-            cover[i] = coverage(mask, grid, reach)
-        shown += [(pair["pixels"], mask)] if i < PICTURES else []
 
-    # ---- one pair at a time, each loss from the same weights
+def heats_of(args, model, pairs, device):
+    """The heat of both losses for every pair, each from the same weights; on every process, shared
+    out: heats (n, 2, N) fp64, losses (n, 2)."""
+    (rank, world), n = distributed.world(), len(pairs)
     start = [p.detach().clone() for p in model.parameters()] if args.steps else []
-    heats, losses = torch.zeros(n, 2, grid * grid, dtype=torch.float64), torch.zeros(n, 2)
-    mine = range(rank, n, world)
-    for i in (mine[j] for j in runtime.progress(0, len(mine), "heat")):
-        for which, (layout, lr) in enumerate((("sft", args.sft_lr), ("dpo", args.dpo_lr))):
-            batch = data.collate([pairs[i]], layout)
-            batch = {k: v.to(device) for k, v in batch.items() if k != "index"}
-            loss_of = partial(sft_loss, model, batch)
-            if layout == "dpo":
-                with torch.no_grad():
-                    ref = m.branch_logps(model(**batch), batch["branch"])
-                loss_of = partial(dpo_loss, model, batch, ref, args.beta)
+    heats = torch.zeros(n, 2, model.encoder.num_tokens, dtype=torch.float64)
+    losses, mine = torch.zeros(n, 2), range(rank, n, world)
+    for i in (mine[j] for j in distributed.progress(0, len(mine), "heat")):
+        for which, (loss_of, lr) in enumerate(losses_of(args, model, pairs[i], device)):
             train_on(model, loss_of, lr, args.steps)
             features, grad, losses[i, which] = gradients(model, loss_of, args.at)
             heats[i, which] = heat_of(features, grad, args.classic).double().cpu()
@@ -245,40 +229,77 @@ def main():
         if not heats[i].isfinite().all():
             raise SystemExit(f"error: {pairs.where[i]}: a gradient is not finite; lower --sft-lr "
                              f"or --dpo-lr, if there were steps")
-    heats, losses = runtime.sum_tensor(heats), runtime.sum_tensor(losses)
+    return distributed.sum_tensor(heats), distributed.sum_tensor(losses)
+
+
+def texts_of(pairs, tokenizer, i):
+    """Question, chosen and rejected answer of a pair, as text."""
+    (ids, roles), texts = pairs.tokens(i), []
+    for role in (records.PROMPT, records.ANSWER, records.OTHER):
+        piece = tokenizer.decode(ids[roles == role]).split(records.IMAGE_TOKEN)[-1]
+        texts.append(piece.split("<|im_end|>")[0].strip())
+    return texts
+
+
+def summary(shares):
+    """shares (n, 4) as shares_inside gives them → {what: mean and interval}, paired by pair."""
+    sft, dpo, chance, ceiling = shares.T
+    if not len(sft):
+        return {}
+    return {name: intervals.normal(values) for name, values in (
+        ("SFT", sft), ("DPO", dpo), ("DPO - SFT", dpo - sft), ("chance", chance),
+        ("SFT - chance", sft - chance), ("DPO - chance", dpo - chance), ("ceiling", ceiling))}
+
+
+def main():
+    args = get_args()
+    device = distributed.start()
+    model, tokenizer = model_io.load_mllm(Path(args.run, args.stage, "final"))
+    model, encoder = model.eval().to(device), model.encoder
+    pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
+
+    # ---- images and masks first: a bad file should not end an hour's work
+    grid = int(encoder.num_tokens ** 0.5)
+    reach = grid * encoder.patch_size / encoder.image_size
+    cover, shown = torch.full((len(pairs), grid * grid), float("nan"), dtype=torch.float64), []
+    for i in distributed.progress(0, len(pairs), "images and masks"):
+        pixels = pairs[i]["pixels"]
+        mask = object_mask(args, pairs.images[i], pairs.where[i])
+        if mask is not None:
+            cover[i] = coverage(mask, grid, reach)
+        if i < PICTURES:
+            shown.append((pixels, mask))
+
+    # ---- one pair at a time, each loss from the same weights
+    heats, losses = heats_of(args, model, pairs, device)
 
     # ---- shares inside the mask, paired by sample; picture, table, results
     shares = shares_inside(heats, cover)
     usable = shares.isfinite().all(1)
-    sft, dpo, chance, ceiling = shares[usable].T
-    table = {name: mean_ci(x) for name, x in (
-        ("SFT", sft), ("DPO", dpo), ("DPO - SFT", dpo - sft), ("chance", chance),
-        ("SFT - chance", sft - chance), ("DPO - chance", dpo - chance), ("ceiling", ceiling))
-        if len(x)}
-    rows = []
+    table, rows = summary(shares[usable]), []
     for i, (pixels, mask) in enumerate(shown):
-        words = ["none" if s != s else f"{100 * s:.1f} %" for s in shares[i].tolist()]
-        print0(f"  {pairs.where[i]}: inside: SFT {words[0]}, DPO {words[1]}, chance {words[2]}")
-        (ids, roles), text = pairs.tokens(i), []
-        for role in (records.PROMPT, records.ANSWER, records.OTHER):
-            piece = tokenizer.decode(ids[roles == role]).split(records.IMAGE_TOKEN)[-1]
-            text.append(piece.split("<|im_end|>")[0].strip())
-        rows.append(([panel(pixels, mask, h, reach) for h in (None, *heats[i])],
-                     [f"object: {words[2]} of the picture"] + [
-                         f"{k}: {w} inside" for k, w in zip(("SFT", "DPO"), words)],
-                     (text[0], f"chosen: {text[1]}   rejected: {text[2]}")))
+        sft, dpo, chance, _ = ["none" if s != s else f"{100 * s:.1f} %" for s in shares[i].tolist()]
+        print0(f"  {pairs.where[i]}: inside: SFT {sft}, DPO {dpo}, chance {chance}")
+        question, chosen, rejected = texts_of(pairs, tokenizer, i)
+        rows.append(([panel(pixels, mask, heat, reach) for heat in (None, *heats[i])],
+                     [f"object: {chance} of the picture", f"SFT: {sft} inside",
+                      f"DPO: {dpo} inside"],
+                     (question, f"chosen: {chosen}   rejected: {rejected}")))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    draw(out / "gradcam.png", rows)
-    rundir.write_json(out / "results.json", {
-        "arguments": vars(args), "data": pairs.summary(), "share_inside": table,
-        "loss": dict(zip(("sft", "dpo"), losses.mean(0).tolist())),
-        "columns": ["SFT", "DPO", "chance", "ceiling"],
-        "samples": [[where, *(None if s != s else s for s in row)]
-                    for where, row in zip(pairs.where, shares.tolist())]})
+    if distributed.is_main():
+        draw(out / "gradcam.png", rows)
+        sft_loss_mean, dpo_loss_mean = losses.mean(0).tolist()
+        files.write_json(out / "results.json", {
+            "arguments": vars(args), "data": pairs.summary(), "share_inside": table,
+            "loss": {"sft": sft_loss_mean, "dpo": dpo_loss_mean},
+            "columns": ["SFT", "DPO", "chance", "ceiling"],
+            "samples": [[where, *(None if s != s else s for s in row)]
+                        for where, row in zip(pairs.where, shares.tolist())]})
+    no_mask, no_heat = int(cover[:, 0].isnan().sum()), int((heats.sum(2) == 0).any(1).sum())
     print0(f"\nshare of the heat inside the object; {'Grad-CAM' if args.classic else 'gradient'} "
-           f"at the {args.at}, {args.steps} steps; {len(sft)} of {n} pairs (no mask: "
-           f"{int(cover[:, 0].isnan().sum())}, no heat: {int((heats.sum(2) == 0).any(1).sum())})")
+           f"at the {args.at}, {args.steps} steps; {int(usable.sum())} of {len(pairs)} pairs (no "
+           f"mask: {no_mask}, no heat: {no_heat})")
     for name, row in table.items():
         half = "" if row["ci95"] is None else f" ±{100 * row['ci95']:.1f}"
         print0(f"  {name:<14}{100 * row['mean']:7.1f}{half} %")
@@ -286,4 +307,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.launch(main)
+    distributed.launch(main)

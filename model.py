@@ -3,9 +3,9 @@
     encode → project → scatter into the token embeddings → LLM → response rows only
            → fp32 log-softmax → gather
 
-Every gradient that reaches the eye flows back through exactly these lines. How it is *run*
-is in pivot/: runtime.py (processes, sharding), rundir.py (checkpoints), encoders.py (which encoder
-and layer), folders.py (how a model is saved and opened).
+Every gradient that reaches the encoder flows back through exactly these lines. How it is *run*
+is in pivot/: distributed.py (processes, sharding), checkpoints.py, encoders.py (which encoder and
+layer), model_io.py (how a model is opened and saved).
 
 The pair layout (shared prefix, one image, one sequence a pair; `p` is the last prompt token):
 
@@ -138,7 +138,7 @@ class MLLM(nn.Module):
     def embed(self, pixel_values, input_ids):
         """Token embeddings with the projected patches in place of `<image>`: (B, T, d_llm)."""
         embeds = self.llm.get_input_embeddings()(input_ids)
-        # A frozen eye keeps no activations. Under sharding every process runs it at every step,
+        # A frozen encoder keeps no activations. Under sharding every process runs it at every step,
         # also for a batch of text alone, or the others would wait for its all-gather for ever.
         learns = any(p.requires_grad for p in self.encoder.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):

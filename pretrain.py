@@ -12,13 +12,8 @@ Writes  runs/NAME/pretrain/: config.json, metrics.jsonl, timing.jsonl, checkpoin
 """
 from pathlib import Path
 
-from pivot import flags
-from tools.plan import show_plan
-from pivot import rundir
-from pivot import runtime
 import data
-from pivot import encoders
-from pivot import folders
+from pivot import checkpoints, distributed, encoders, flags, model_io, tensors, training
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", projector_epochs=1,
              projector_lr=1e-3, epochs=1, lr=1e-5, encoder_lr=2e-6, global_batch=256,
@@ -39,12 +34,12 @@ def get_args(argv=None):
 
 def phases(args):
     """Two: the projector alone on captions, then everything on conversations."""
-    return [runtime.Phase("1a", "captions", args.captions,
-                          {"encoder": 0, "projector": args.projector_lr, "llm": 0},
-                          args.projector_epochs, args.projector_max_steps),
-            runtime.Phase("1b", "conversations", args.instruct,
-                          {**runtime.learning_rates(args), "projector": args.lr},
-                          args.epochs, args.max_steps)]
+    return [training.Phase("1a", "captions", args.captions,
+                           {"encoder": 0, "projector": args.projector_lr, "llm": 0},
+                           args.projector_epochs, args.projector_max_steps),
+            training.Phase("1b", "conversations", args.instruct,
+                           {**training.learning_rates(args), "projector": args.lr},
+                           args.epochs, args.max_steps)]
 
 
 def train(args, run, device, model, tokenizer, facts, phases):
@@ -53,80 +48,83 @@ def train(args, run, device, model, tokenizer, facts, phases):
     facts: what else config.json should hold and a resumed run must agree with.
     """
     # ---- data
-    limit = model.llm.config.max_position_embeddings
+    longest = model.llm.config.max_position_embeddings
     samples = [data.Samples(phase.kind, [(phase.file, args.images)], tokenizer, model.encoder,
-                            limit, args.num_samples, args.seed, args.skip_bad) for phase in phases]
-    plans = [data.BatchPlan(s, args.global_batch, args.micro_batch, args.seed, *runtime.world())
-             for s in samples]
-    counts = [runtime.num_steps(phase.epochs, phase.max_steps, plan)
-              for phase, plan in zip(phases, plans)]
-    run.describe({"data": [s.summary() for s in samples],
-                  "data_digest": [p.digest(n) for p, n in zip(plans, counts)],
-                  "projector_digest": rundir.tensors_digest(model.projector), **facts})
+                            longest, args.num_samples, args.seed, args.skip_bad)
+               for phase in phases]
+    orders = [data.BatchOrder(items, args.global_batch, args.micro_batch, args.seed,
+                              *distributed.world()) for items in samples]
+    counts = [training.num_steps(phase.epochs, phase.max_steps, order)
+              for phase, order in zip(phases, orders)]
+    run.describe({"data": [items.summary() for items in samples],
+                  "data_digest": [order.digest(n) for order, n in zip(orders, counts)],
+                  "projector_digest": tensors.tensors_digest(model.projector), **facts})
 
     # ---- shard
-    model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas,
-                          args.attention, args.compile)
-    clock = runtime.Clock(device)
+    model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
+                              args.replicas, args.attention, args.compile)
+    clock = training.Clock(device)
     run.heed_signals()
     first = 0                                         # step at which the phase begins
-    for phase, items, plan, steps in zip(phases, samples, plans, counts):
-        if run.start >= first + steps and phase is not phases[-1]:
-            first += steps                            # a checkpoint says this phase is behind us
-            continue
-        runtime.print0(f"stage {phase.name}")
-        optimizer = runtime.adamw(model, phase.rates)    # on the sharded fp32 masters
-        if run.start > first:
-            run.resume(model, optimizer)
-        elif run.start == first > 0:
-            run.resume(model)                         # at the border: weights alone
-        start = max(run.start - first, 0)
-
-        clock.start(data.loader(items, plan.schedule(start, steps), "sft", args.workers))
-        for step in (bar := runtime.progress(start, steps, phase.name)):
-            lrs = runtime.set_lr(optimizer, step, steps, args.warmup)
-            # Token means divide by the tokens of the *global* batch, or micro-batches would count
-            # unequally. Every process holds the index, so the count needs no communication.
-            num_tokens = items.answer_tokens[plan.batch(step)].sum()
-            sums = {"loss": 0.0, "tokens": 0}
-            for micro in range(plan.micro_steps):
-                batch = clock.next_batch()
-                model.set_requires_gradient_sync(micro == plan.micro_steps - 1)
-
-                # METHOD: L = −E log π(y), a mean over the tokens of all answers
-                logps = model(**batch)                                # (B, T) fp32
-                loss = -logps.sum() / num_tokens
-                loss.backward()
-
-                sums["loss"] += loss.detach()
-                sums["tokens"] += batch["input_ids"].numel()
-            sums = runtime.reduce_sum(sums)
-            norms = runtime.clip_grad_norm(model)
-            runtime.require_finite(step, sums["loss"], norms, items, plan)
-            optimizer.step()
-            optimizer.zero_grad()
-
-            # ---- log, save
-            run.log({"step": first + step, "phase": phase.name,
-                     "samples_seen": (step + 1) * args.global_batch,
-                     "loss": sums["loss"], "lr": lrs, "grad_norm": norms},
-                    clock.lap(first + step, sums["tokens"]))
-            bar.set_postfix(loss=f"{sums['loss']:.4f}", refresh=False)
-            run.save_if_due(first + step + 1, sum(counts), model, optimizer)
+    for phase, items, order, steps in zip(phases, samples, orders, counts):
+        behind_us = run.start >= first + steps        # a checkpoint of a later phase says so
+        if not behind_us or phase is phases[-1]:
+            train_phase(args, run, model, clock, phase, items, order, first, steps, sum(counts))
         first += steps
     run.finish(model, tokenizer)
 
 
+def train_phase(args, run, model, clock, phase, items, order, first, steps, all_steps):
+    """One phase, of `steps` steps, which begins at step `first` of `all_steps`."""
+    distributed.print0(f"stage {phase.name}")
+    optimizer = training.adamw(model, phase.rates)    # on the sharded fp32 masters
+    if run.start > first:
+        run.resume(model, optimizer)
+    elif run.start == first > 0:
+        run.resume(model)                             # at the border: weights alone
+    start = max(run.start - first, 0)
+
+    clock.start(data.loader(items, order.schedule(start, steps), "answers", args.workers))
+    for step in (bar := distributed.progress(start, steps, phase.name)):
+        lrs = training.set_lr(optimizer, step, steps, args.warmup)
+        # Token means divide by the tokens of the *global* batch, or micro-batches would count
+        # unequally. Every process holds the index, so the count needs no communication.
+        num_tokens = items.answer_tokens[order.batch(step)].sum()
+        sums = {"loss": 0.0, "tokens": 0}
+        for micro in range(order.micro_steps):
+            batch = clock.next_batch()
+            model.set_requires_gradient_sync(micro == order.micro_steps - 1)
+
+            # METHOD: L = −E log π(y), a mean over the tokens of all answers
+            logps = model(**batch)                                    # (B, T) fp32
+            loss = -logps.sum() / num_tokens
+            loss.backward()
+
+            sums["loss"] += loss.detach()
+            sums["tokens"] += batch["input_ids"].numel()
+        sums = distributed.reduce_sum(sums)
+        norms = training.clip_grad_norm(model)
+        training.require_finite(step, sums["loss"], norms, items, order)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # ---- log, save
+        run.log({"step": first + step, "phase": phase.name,
+                 "samples_seen": (step + 1) * args.global_batch,
+                 "loss": sums["loss"], "lr": lrs, "grad_norm": norms},
+                clock.lap(first + step, sums["tokens"]))
+        bar.set_postfix(loss=f"{sums['loss']:.4f}", refresh=False)
+        run.save_if_due(first + step + 1, all_steps, model, optimizer)
+
+
 def main():
     args = get_args()
-    if args.plan:
-        return show_plan(args, phases(args))
-    device = runtime.start()
-    facts = rundir.parents(args)
-    run = rundir.Run(Path(args.run, "pretrain"), args, facts)
-    model, tokenizer = folders.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
+    device = distributed.start()
+    facts = checkpoints.parents(args)
+    run = checkpoints.Run(Path(args.run, args.stage), args, facts)
+    model, tokenizer = model_io.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
     train(args, run, device, model, tokenizer, facts, phases(args))
 
 
 if __name__ == "__main__":
-    runtime.launch(main)
+    distributed.launch(main)

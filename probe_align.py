@@ -1,4 +1,4 @@
-"""Do eye and language see the same neighbours? Mutual k-NN alignment over image–caption pairs.
+"""Do encoder and language see the same neighbours? Mutual k-NN alignment over image–caption pairs.
 
     python probe_align.py --encoder toy-vit runs/toy-vit__toy-lm/{sft,dpo}/encoder \\
         --llm toy-lm --data data/toy/align [--seeds 3] [--limit 1024] [--k 10]
@@ -23,22 +23,17 @@ Writes  align.png (every block against every LLM layer) and results.json to runs
         of the first trained encoder, else to runs/probes/align.
 """
 import os
-from itertools import combinations, groupby, product, repeat
+from itertools import combinations, groupby, product
 from pathlib import Path
 
-from pivot import encoders
-from pivot import flags
-from pivot import rundir
-from pivot import runtime
-from pivot import records
-from judge import report
-from pivot import folders
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from probe_linear import default_out, short_names
-from pivot.runtime import print0
 from torch.nn import functional as F
+
+from judge import probing
+from pivot import distributed, encoders, files, flags, images, model_io, printing, records
+from pivot.distributed import print0
 
 BATCH = 32                # images or captions at once
 VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
@@ -58,26 +53,26 @@ def get_args():
     add("--seed", type=flags.NATURAL, default=0, help="the first one's seed (default 0)")
     add("--out", help="where to write; default: see above")
     args = parser.parse_args()
-    args.out = args.out or str(default_out(args.encoder, "align"))
+    args.out = args.out or str(probing.default_out(args.encoder, "align"))
     return args
 
 
-def read_pairs(folder):
+def read_items(folder):
     """[(where, image path, caption)]; the first bad record ends the run with its file and line."""
-    pairs = []
+    items = []
     for where, item in records.read_lines(Path(folder, "pairs.jsonl")):
         item = records.parse(where, item)
         image = records.image_of(item, os.path.join(folder, "images"), where)
         if image in (None, "many"):
             raise records.BadRecord(f"{where}: a pair needs one image")
-        pairs.append((where, image, records.text_of(item, "caption", where)))
-    return pairs
+        items.append((where, image, records.text_of(item, "caption", where)))
+    return items
 
 
-def pooled(name, pairs, step):
-    """step(some pairs) → [(B, L, D), …], run over all pairs: [(n, L, D), …] fp32 on the CPU."""
-    parts = [[p.float().cpu() for p in step(pairs[BATCH * i:BATCH * (i + 1)])]
-             for i in runtime.progress(0, -(-len(pairs) // BATCH), name)]
+def pooled(name, items, step):
+    """step(some items) → [(B, L, D), …], run over all items: [(n, L, D), …] fp32 on the CPU."""
+    parts = [[p.float().cpu() for p in step(items[BATCH * i:BATCH * (i + 1)])]
+             for i in distributed.progress(0, -(-len(items) // BATCH), name)]
     stacks = [torch.cat(p) for p in zip(*parts)]
     if not all(s.isfinite().all() for s in stacks):     # NaN is everybody's neighbour, or nobody's
         raise SystemExit(f"error: {name} gives features that are not finite")
@@ -85,14 +80,14 @@ def pooled(name, pairs, step):
 
 
 @torch.no_grad()
-def vision_features(name, pairs, device):
+def vision_features(name, items, device):
     """→ [blocks (n, L, D), of a trained model projector (n, 1, d_llm)], names of all these rows."""
     path, projector, blocks = encoders.resolve(name), None, []
     if Path(path, "processor_config.json").exists():          # a trained model, not an encoder
-        model = flags.one_eyed(folders.load_mllm(path)[0], path).eval().to(device)
+        model = probing.single_encoder(model_io.load_mllm(path)[0], path).eval().to(device)
         encoder, projector = model.encoder, model.projector
     else:
-        encoder = encoders.load_encoder(name).eval().to(device)
+        encoder = model_io.load_encoder(name).eval().to(device)
 
     def keep(block, inputs, out):
         out = out[0] if isinstance(out, tuple) else out
@@ -101,7 +96,7 @@ def vision_features(name, pairs, device):
 
     def step(batch):
         blocks.clear()
-        pixels = [records.load_image(x, encoder.image_size, where) for where, x, _ in batch]
+        pixels = [images.load_image(x, encoder.image_size, where) for where, x, _ in batch]
         features = encoder(torch.from_numpy(np.stack(pixels)).to(device))
         # A ConvNeXt's stages have widths of their own; a ViT's blocks are one stack.
         seen = [torch.stack(list(stage), 1) for _, stage in groupby(blocks, lambda b: b.shape[1])]
@@ -109,16 +104,16 @@ def vision_features(name, pairs, device):
     for block in encoder.blocks:
         block.register_forward_hook(keep)
     rows = [*map(str, range(1, len(encoder.blocks) + 1)), *["proj"] * (projector is not None)]
-    return pooled(name, pairs, step), rows
+    return pooled(name, items, step), rows
 
 
 @torch.no_grad()
-def llm_features(name, pairs, device):
+def llm_features(name, items, device):
     """→ [(n, layers + 1, D)], names of the layers."""
     from transformers import AutoModelForCausalLM
     path = encoders.resolve(name)
-    llm = encoders.open_model(AutoModelForCausalLM, f"--llm {name}", path)
-    tokenizer, llm = folders.open_tokenizer(path), llm.base_model.eval().to(device)
+    llm = model_io.open_model(AutoModelForCausalLM, f"--llm {name}", path)
+    tokenizer, llm = model_io.open_tokenizer(path), llm.base_model.eval().to(device)
 
     def step(batch):
         ids = [torch.tensor(x) for x in tokenizer([text for *_, text in batch])["input_ids"]]
@@ -127,7 +122,7 @@ def llm_features(name, pairs, device):
         out = llm(input_ids=ids, attention_mask=there, output_hidden_states=True, use_cache=False)
         return [torch.stack([(h * there[..., None]).sum(1) / there.sum(1, keepdim=True)
                              for h in out.hidden_states], 1)]
-    stacks = pooled(name, pairs, step)
+    stacks = pooled(name, items, step)
     return stacks, list(map(str, range(stacks[0].shape[1])))
 
 
@@ -155,33 +150,39 @@ def shuffled(b, seed):
     return new[b][:, new.argsort()]
 
 
+def coloured(values, low, high, cell):
+    """(V, L) → a picture of cells, from dark (low) to bright (high)."""
+    at = (values - low) / max(high - low, 1e-12)
+    rgb = np.stack([np.interp(at, np.arange(5) / 4, channel) for channel in VIRIDIS.T], -1)
+    V, L = values.shape
+    return Image.fromarray(rgb.astype(np.uint8)).resize((cell * L, cell * V), 0)
+
+
 def draw(path, scores):
-    """A heat map a pair, encoders downwards, LLMs to the right, one colour scale for all."""
-    maps = {pair: np.array(r["map"]) for pair, r in scores.items()}
+    """A heat map for each of encoders (downwards) × LLMs (to the right), one colour scale for all.
+    scores: {(encoder, LLM): result}."""
+    maps = {both: np.array(r["map"]) for both, r in scores.items()}
     low, high = min(x.min() for x in maps.values()), max(x.max() for x in maps.values())
-    eyes, llms = (list(dict.fromkeys(pair[i] for pair in maps)) for i in (0, 1))
+    names = [list(dict.fromkeys(both[i] for both in maps)) for i in (0, 1)]
     (V, L), font, gap = np.max([x.shape for x in maps.values()], 0), ImageFont.load_default(12), 50
     cell = max(14, min(40, 640 // max(V, L)))
     wide, tall = max(480, cell * L + gap), cell * V + 2 * gap
-    sheet = Image.new("RGB", (wide * len(llms) + gap, tall * len(eyes) + gap), "white")
+    sheet = Image.new("RGB", (wide * len(names[1]) + gap, tall * len(names[0]) + gap), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((gap, 8), f"dark {low:.3f}, bright {high:.3f}; down: block, across: LLM layer; red: "
              "best", "black", font)
-    for (eye, llm), r in scores.items():
-        x, y = gap + wide * llms.index(llm), gap + tall * eyes.index(eye)
-        at = (maps[eye, llm] - low) / max(high - low, 1e-12)
-        rgb = np.stack([np.interp(at, np.arange(5) / 4, c) for c in VIRIDIS.T], -1)
-        heat = Image.fromarray(rgb.astype(np.uint8)).resize((cell * at.shape[1],
-                                                             cell * at.shape[0]), 0)
+    for (encoder, llm), r in scores.items():
+        x, y = gap + wide * names[1].index(llm), gap + tall * names[0].index(encoder)
+        heat = coloured(maps[encoder, llm], low, high, cell)
         sheet.paste(heat, (x, y))
         u, v = x + cell * r["columns"].index(r["layer"]), y + cell * r["rows"].index(r["block"])
         pen.rectangle((u, v, u + cell - 1, v + cell - 1), None, "red", 2)
-        pen.text((x, y - 18), f"{eye}, {llm}: {r['text']}", "black", font)
+        pen.text((x, y - 18), f"{encoder}, {llm}: {r['text']}", "black", font)
         for i, name in enumerate(r["rows"]):
             pen.text((x - 18, y + i * cell + cell // 2), name, "black", font, "mm")
         for i, name in enumerate(r["columns"]):
             pen.text((x + i * cell + cell // 2, y + heat.height + 10), name, "black", font, "mm")
-    rundir.write_whole(path, lambda aside: sheet.save(aside, "PNG"))
+    files.write_aside(path, lambda aside: sheet.save(aside, "PNG"))
 
 
 def spread(values):
@@ -192,59 +193,81 @@ def spread(values):
             "text": f"{values.mean():.4f}" + ("" if sd is None else f" ±{sd:.4f}")}
 
 
-def main():
-    args = get_args()
-    eyes, llms = short_names(args.encoder), short_names(args.llm, "llm")
-    device = runtime.start()
+def compare(vision, language):
+    """Every block against every layer. vision [(V, n, k)], language [(L, n, k)]: neighbourhoods, a
+    seed each → the map averaged over seeds (V, L), the best cell of each seed, the same shuffled.
+    """
+    maps = [mutual_knn(a, b) for a, b in zip(vision, language)]
+    chance = [mutual_knn(a, shuffled(b, seed)).max()
+              for seed, (a, b) in enumerate(zip(vision, language))]
+    return sum(maps) / len(maps), [x.max() for x in maps], chance
 
-    # ---- one subset a seed; features of their union, once; neighbours in each subset
-    pairs = read_pairs(args.data)
-    size = min(args.limit, len(pairs))
+
+def subsets(args, n):
+    """The indices of every seed's subset of n items: [(size,), …]."""
+    size = min(args.limit, n)
     if size < args.k + 1:
         raise SystemExit(f"error: {size} pairs (--limit {args.limit}, {args.data}/pairs.jsonl has "
-                         f"{len(pairs)}); --k {args.k} needs at least {args.k + 1}")
-    if size == len(pairs) and args.seeds > 1:
+                         f"{n}); --k {args.k} needs at least {args.k + 1}")
+    if size == n and args.seeds > 1:
         args.seeds = 1
         print0(f"  all {size} pairs make but one subset: --seeds 1 (a lower --limit gives a ±)")
-    drawn = [np.sort(np.random.default_rng(args.seed + s).permutation(len(pairs))[:size])
-             for s in range(args.seeds)]
-    union, found, labels = np.unique(drawn), {}, {}
-    for kind, short, name in [*zip(repeat("llm"), llms, args.llm),
-                              *zip(repeat("eye"), eyes, args.encoder)]:
-        extract = llm_features if kind == "llm" else vision_features
-        stacks, labels[kind, short] = extract(name, [pairs[i] for i in union], device)
-        found[kind, short] = [neighbours([s[np.searchsorted(union, d)] for s in stacks], args.k)
-                              for d in drawn]
+    return [np.sort(np.random.default_rng(args.seed + s).permutation(n)[:size])
+            for s in range(args.seeds)]
+
+
+def main():
+    args = get_args()
+    encoder_names = probing.short_names(args.encoder)
+    llm_names = probing.short_names(args.llm, "llm")
+    device = distributed.start()
+
+    # ---- one subset a seed; features of their union, once; neighbours in each subset
+    items = read_items(args.data)
+    drawn = subsets(args, len(items))
+    size, union = len(drawn[0]), np.unique(drawn)
+    shown, language, vision = [items[i] for i in union], {}, {}
+
+    def by_subset(stacks):
+        return [neighbours([s[np.searchsorted(union, d)] for s in stacks], args.k) for d in drawn]
+    for short, name in zip(llm_names, args.llm):
+        stacks, layers = llm_features(name, shown, device)
+        language[short] = by_subset(stacks), layers
+    for short, name in zip(encoder_names, args.encoder):
+        stacks, blocks = vision_features(name, shown, device)
+        vision[short] = by_subset(stacks), blocks
 
     # ---- every block against every layer
     print0(f"\nmutual k-NN alignment, k = {args.k}, {args.seeds} × {size} pairs ({len(union)} "
            f"different); unrelated: {args.k / (size - 1):.4f}")
-    scores, table = {}, [["encoder", "llm", "score", "shuffled", "at block", "layer"]]
-    for eye, llm in product(eyes, llms):
-        rows, columns = labels["eye", eye], labels["llm", llm]
-        both = list(zip(found["eye", eye], found["llm", llm]))
-        maps = [mutual_knn(a, b) for a, b in both]
-        chance = spread([mutual_knn(a, shuffled(b, s)).max() for s, (a, b) in enumerate(both)])
-        mean = sum(maps) / len(maps)
-        v, l = divmod(mean.argmax().item(), len(columns))
-        scores[eye, llm] = {"encoder": eye, "llm": llm, **spread([x.max() for x in maps]),
-                            "block": rows[v], "layer": columns[l], "shuffled": chance,
-                            "rows": rows, "columns": columns, "map": mean.tolist()}
-        table.append([eye, llm, scores[eye, llm]["text"], chance["text"], rows[v], columns[l]])
-    print0("\n".join(report.grid(table)))
-    paired = {f"{b} - {a}, {llm}": spread(np.subtract(*(scores[e, llm]["seeds"] for e in (b, a))))
-              for a, b in combinations(eyes, 2) for llm in llms}
+    scores, rows = {}, [["encoder", "llm", "score", "shuffled", "at block", "layer"]]
+    for encoder, llm in product(encoder_names, llm_names):
+        (seen, blocks), (read, layers) = vision[encoder], language[llm]
+        mean, best, chance = compare(seen, read)
+        v, l = divmod(mean.argmax().item(), len(layers))
+        result = {"encoder": encoder, "llm": llm, **spread(best), "block": blocks[v],
+                  "layer": layers[l], "shuffled": spread(chance), "rows": blocks,
+                  "columns": layers, "map": mean.tolist()}
+        scores[encoder, llm] = result
+        rows.append([encoder, llm, result["text"], result["shuffled"]["text"], blocks[v],
+                     layers[l]])
+    print0("\n".join(printing.table(rows)))
+    paired = {}
+    for (a, b), llm in product(combinations(encoder_names, 2), llm_names):
+        change = np.subtract(scores[b, llm]["seeds"], scores[a, llm]["seeds"])
+        paired[f"{b} - {a}, {llm}"] = spread(change)
     for name, difference in paired.items():
         print0(f"{name}: {difference['text']} (paired by subset)")
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    draw(out / "align.png", scores)
-    rundir.write_json(out / "results.json", {
-        "arguments": vars(args), "pairs": size, "different_pairs": len(union),
-        "scores": list(scores.values()), "paired": paired})
+    if distributed.is_main():
+        draw(out / "align.png", scores)
+        files.write_json(out / "results.json", {
+            "arguments": vars(args), "pairs": size, "different_pairs": len(union),
+            "scores": list(scores.values()), "paired": paired})
     print0(f"wrote {out}/align.png, {out}/results.json")
 
 
 if __name__ == "__main__":
-    runtime.launch(main)
+    distributed.launch(main)

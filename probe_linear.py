@@ -24,20 +24,15 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from pivot import flags
-from pivot import rundir
-from pivot import runtime
-from pivot.runtime import print0
-from pivot import records
-from judge import report
-from pivot import encoders
-from judge import logistic
-from pivot import folders
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+
+from judge import intervals, logistic, probing
+from pivot import distributed, files, flags, images, model_io, printing, tensors
+from pivot.distributed import print0
 
 GRID = (0.01, 0.03, 0.1, 0.316, 1.0, 3.16)                       # C of the paper's sweep
 BATCH = 64                                                       # images encoded at once
@@ -64,29 +59,6 @@ def get_args():
     return args
 
 
-def short_names(paths, flag="encoder"):
-    """runs/x/dpo/encoder → dpo; where names agree, as much more of the path as tells them apart."""
-    places = [Path(encoders.resolve(encoders.parts_of(p)[0])).resolve() for p in paths]
-    for path, place in zip(paths, places):
-        if len(encoders.parts_of(path)) > 1:
-            raise SystemExit(f"error: --{flag} {path}: one model at a time, not A+B")
-        if places.count(place) > 1:
-            raise SystemExit(f"error: --{flag} {path} is given twice")
-    parts = [p.parts[:-1] if p.name in ("encoder", "final") else p.parts for p in map(Path, paths)]
-    for depth in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(p[-depth:]).lower() for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return list(paths)
-
-
-def default_out(paths, instrument):
-    """runs/NAME/probes/INSTRUMENT, of the first model that lies in a run folder."""
-    runs = [p.parent.parent for p in map(Path, paths) if p.name in ("encoder", "final")]
-    run = Path(runs[0] if runs else "runs")
-    return (run.parent if run.name == "repair" else run) / "probes" / instrument
-
-
 # -------------------------------------------------------------------------------- images → features
 
 def class_folders(root):
@@ -102,54 +74,84 @@ def class_folders(root):
 
 def balanced(train, per_class, seed):
     """per_class images of each class, drawn with a seed: paths, class by class."""
-    for name, files in train.items():
-        if len(files) < per_class:
-            raise SystemExit(f"error: class {name} has {len(files)} training images, fewer than "
+    for name, paths in train.items():
+        if len(paths) < per_class:
+            raise SystemExit(f"error: class {name} has {len(paths)} training images, fewer than "
                              f"--per-class {per_class}")
-    return [f for c in train for f in random.Random(f"{seed}/{c}").sample(train[c], per_class)]
+    return [path for name in train
+            for path in random.Random(f"{seed}/{name}").sample(train[name], per_class)]
 
 
-def read_batch(files, size):
+def read_batch(paths, size):
     """Paths → pixels uint8 (B, 3, size, size)."""
-    return torch.from_numpy(np.stack([records.load_image(f, size, "--data") for f in files]))
+    return torch.from_numpy(np.stack([images.load_image(p, size, "--data") for p in paths]))
+
+
+def features_key(args, encoder, projector, paths):
+    """What features depend on: {what: its identity}."""
+    facts = [(path, os.stat(path)) for path in paths]
+    stats = [(os.path.relpath(path, args.data), s.st_size, s.st_mtime_ns) for path, s in facts]
+    normed = ", normed" if encoder.family.read == "norm" else ""
+    return {"encoder": tensors.tensors_digest(encoder.vision),
+            "projector": tensors.tensors_digest(projector) if projector else "none",
+            "layer": f"block {len(encoder.blocks)}{normed}",
+            "preprocessing": f"bicubic {encoder.image_size}, {encoder.mean}, {encoder.std}",
+            "images": hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}
 
 
 @torch.no_grad()
-def features(args, name, encoder, projector, files, device, path):
-    """See to it that path holds {"encoder": (n, D), "projector": (n, D')}, fp32, rows of length 1.
+def features(args, name, encoder, projector, paths, device, path):
+    """See to it that path holds {"encoder": (n, D), "projector": (n, D')}, fp32, rows of length 1,
+    of the images in `paths`.
 
     Processes share out batches, not images: any number of them computes the same bits.
     """
-    stats = [(os.path.relpath(f, args.data), s.st_size, s.st_mtime_ns)
-             for f, s in ((f, os.stat(f)) for f in files)]
-    key = {"encoder": rundir.tensors_digest(encoder.vision),
-           "projector": rundir.tensors_digest(projector) if projector else "none",
-           "layer": f"block {len(encoder.blocks)}" + ", normed" * (encoder.family.read == "norm"),
-           "preprocessing": f"bicubic {encoder.image_size}, {encoder.mean}, {encoder.std}",
-           "images": hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}
-    old = runtime.from_main(                                  # by one, for all
+    key = features_key(args, encoder, projector, paths)
+    old = distributed.from_main(                                  # by one, for all
         lambda: safe_open(path, "pt").metadata() or {} if path.exists() else None)
     if old is not None:
         changed = [k for k in key if old.get(k) != key[k]]
         if not changed:
             return
         print0(f"  {path}: {', '.join(changed)} changed, computed anew")
-    rank, world = runtime.world()
-    starts = range(0, len(files), BATCH)[rank::world]
+    rank, world = distributed.world()
+    starts = range(0, len(paths), BATCH)[rank::world]
     loader = torch.utils.data.DataLoader(
-        [files[i:i + BATCH] for i in starts], batch_size=None, num_workers=args.workers,
+        [paths[i:i + BATCH] for i in starts], batch_size=None, num_workers=args.workers,
         collate_fn=partial(read_batch, size=encoder.image_size))
-    made = {"encoder": torch.zeros(len(files), encoder.hidden_size)}
+    made = {"encoder": torch.zeros(len(paths), encoder.hidden_size)}
     if projector:
-        made["projector"] = torch.zeros(len(files), projector.linear_2.out_features)
-    bar = runtime.progress(0, len(starts), f"{name}, {path.stem.split('-')[-1]} images", loader)
+        made["projector"] = torch.zeros(len(paths), projector.linear_2.out_features)
+    bar = distributed.progress(0, len(starts), f"{name}, {path.stem.split('-')[-1]} images", loader)
     for pixels, start in zip(bar, starts):
         tokens = encoder(pixels.to(device))                                       # (B, N, D)
         for view, out in made.items():
             seen = projector(tokens) if view == "projector" else tokens
             out[start:start + len(pixels)] = F.normalize(seen.mean(1), dim=1).cpu()
-    made = {view: runtime.sum_tensor(out) for view, out in made.items()}
-    rundir.write_whole(path, lambda aside: save_file(made, aside, metadata=key))
+    made = {view: distributed.sum_tensor(out) for view, out in made.items()}
+    if distributed.is_main():
+        files.write_aside(path, lambda aside: save_file(made, aside, metadata=key))
+
+
+def all_features(args, names, lists, out, device):
+    """The features of every model and every list of images, on disk in out/features.
+    lists: {"seed0": paths, …, "val": paths}. → {view: ("encoder" or "projector", {list: path})}."""
+    (out / "features").mkdir(parents=True, exist_ok=True)
+    views = {}
+    for i, (name, model) in enumerate(zip(names, args.encoder + args.mllm)):
+        if i < len(args.encoder):
+            encoder, projector = model_io.load_encoder(model), None
+        else:
+            trained = probing.single_encoder(model_io.load_mllm(model)[0], model)
+            encoder, projector = trained.encoder, trained.projector.to(device)
+        stem = name.replace("/", "-") + (f"-limit{args.limit}" if args.limit else "")
+        where = {k: out / "features" / f"{stem}-{k}.safetensors" for k in lists}
+        for k, paths in lists.items():
+            features(args, name, encoder.eval().to(device), projector, paths, device, where[k])
+        views[name] = ("encoder", where)
+        if projector:
+            views[f"{name}+projector"] = ("projector", where)
+    return views
 
 
 # ------------------------------------------------------------------------------- features → classes
@@ -170,85 +172,80 @@ def evaluate(x, y, held, test_x, test_y, classes):
     return hits, {"C": best, "heldout_accuracy": accuracy, **facts}
 
 
-def wilson(p, n, z=1.96):
-    """95 % interval of a share p of n; unlike p ± 2 σ it has a width at 0 and at 1."""
-    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
-
-
-def bootstrap(values, draws=10_000):
-    """95 % interval of the mean of values (n,) over resampled images. To resample is to draw how
-    often each distinct value comes: exact, without an array (draws, n)."""
-    distinct, counts = np.unique(values, return_counts=True)
-    drawn = np.random.default_rng(0).multinomial(len(values), counts / len(values), draws)
-    return np.percentile(drawn @ distinct / len(values), [2.5, 97.5]).tolist()
-
-
-def main():
-    args = get_args()
-    names = short_names(args.encoder) + [f"{n}/final" for n in short_names(args.mllm, "mllm")]
-    paths, root = args.encoder + args.mllm, Path(args.data)
-    out = Path(args.out or default_out(paths, "linear"))
-    train, val = class_folders(root / "train"), class_folders(root / "val")
-    if alone := sorted(train.keys() ^ val.keys()):
-        raise SystemExit(f"error: class {alone[0]} is not in both {root}/train and {root}/val")
-    lists = {f"seed{s}": balanced(train, args.per_class, s) for s in range(args.seeds)}
-    lists["val"] = [f for files in val.values() for f in files[:args.limit]]
-    test_y = torch.tensor([c for c, f in enumerate(val.values()) for _ in f[:args.limit]])
-
-    # ---- features, by all processes
-    device, views = runtime.start(), {}
-    (out / "features").mkdir(parents=True, exist_ok=True)
-    for i, (name, path) in enumerate(zip(names, paths)):
-        trained = None
-        if i >= len(args.encoder):
-            trained = flags.one_eyed(folders.load_mllm(path)[0], path)
-        projector = trained.projector.to(device) if trained else None
-        encoder = trained.encoder if trained else encoders.load_encoder(path)
-        stem = name.replace("/", "-") + (f"-limit{args.limit}" if args.limit else "")
-        where = {k: out / "features" / f"{stem}-{k}.safetensors" for k in lists}
-        for k, files in lists.items():
-            features(args, name, encoder.eval().to(device), projector, files, device, where[k])
-        views[name] = ("encoder", where)
-        if trained:
-            views[f"{name}+projector"] = ("projector", where)
-    runtime.stop()
-    if not runtime.is_main():
-        return
-
-    # ---- classifiers, by the main process with everybody's threads
-    torch.set_num_threads(torch.get_num_threads() * runtime.local_world())
-    classes, n = len(train), len(test_y)
+def classify(args, views, test_y, classes, device):
+    """Fit and test on every view's features: {view: facts of the fits, and scores with intervals},
+    {view: {score: share of seeds that got it right (N,)}}."""
     y = torch.arange(classes, device=device).repeat_interleave(args.per_class)
     held = torch.arange(args.per_class).lt(max(1, args.per_class // 5)).repeat(classes).to(device)
     results, hits = {}, {}
     for name, (view, where) in views.items():
         x = {k: load_file(path)[view].to(device) for k, path in where.items()}
         runs = [evaluate(x[f"seed{s}"], y, held, x["val"], test_y.to(device), classes)
-                for s in runtime.progress(0, args.seeds, f"{name}, classifiers")]
+                for s in distributed.progress(0, args.seeds, f"{name}, classifiers")]
         hits[name] = {k: np.mean([h[k] for h, _ in runs], axis=0) for k in SCORES}       # (N,)
-        results[name] = {"fits": [facts for _, facts in runs]} | {
-            k: {"mean": v.mean(), "ci95": wilson(v.mean(), n),
-                "by_seed": [h[k].mean() for h, _ in runs]} for k, v in hits[name].items()}
-    pairs = {f"{b} - {a}": {k: {"mean": (d := hits[b][k] - hits[a][k]).mean(), "ci95": bootstrap(d)}
-                            for k in SCORES} for a, b in combinations(hits, 2)}
+        results[name] = {"fits": [facts for _, facts in runs]}
+        for k, v in hits[name].items():
+            results[name][k] = {"mean": v.mean(), "ci95": intervals.wilson(v.mean(), len(test_y)),
+                                "by_seed": [h[k].mean() for h, _ in runs]}
+    return results, hits
 
-    # ---- one table
+
+def paired(hits):
+    """Every view minus every one before it, image by image: {"b - a": {score: …}}."""
+    out = {}
+    for a, b in combinations(hits, 2):
+        changes = {k: hits[b][k] - hits[a][k] for k in SCORES}                           # (N,)
+        out[f"{b} - {a}"] = {k: {"mean": change.mean(), "ci95": intervals.bootstrap(change)}
+                             for k, change in changes.items()}
+    return out
+
+
+def table(results, differences):
+    """The lines of one table: every view, then every difference; percent [95 % interval]."""
     def cell(score, sign=""):
         low, high = (100 * v for v in score["ci95"])
         return f"{100 * score['mean']:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
     rows = [["", "C", *SCORES]]
-    rows += [[name, "/".join(f"{fit['C']:g}" for fit in r["fits"]), *(cell(r[k]) for k in SCORES)]
-             for name, r in results.items()]
-    rows += [[name, "", *(cell(r[k], "+") for k in SCORES)] for name, r in pairs.items()]
-    print(f"{n} test images, {classes} classes, {args.per_class} training images a class; percent "
-          f"[95 % interval]", *report.grid(rows), sep="\n")
-    rundir.write_json(out / "results.json", {
-        "data": args.data, "classes": classes, "per_class": args.per_class, "seeds": args.seeds,
-        "test_images": n, "encoders": results, "differences": pairs})
+    for name, r in results.items():
+        strengths = "/".join(f"{fit['C']:g}" for fit in r["fits"])
+        rows.append([name, strengths, *(cell(r[k]) for k in SCORES)])
+    for name, r in differences.items():
+        rows.append([name, "", *(cell(r[k], "+") for k in SCORES)])
+    return printing.table(rows)
+
+
+def main():
+    args = get_args()
+    names = probing.short_names(args.encoder)
+    names += [f"{n}/final" for n in probing.short_names(args.mllm, "mllm")]
+    root = Path(args.data)
+    out = Path(args.out or probing.default_out(args.encoder + args.mllm, "linear"))
+    train, val = class_folders(root / "train"), class_folders(root / "val")
+    if alone := sorted(train.keys() ^ val.keys()):
+        raise SystemExit(f"error: class {alone[0]} is not in both {root}/train and {root}/val")
+    lists = {f"seed{s}": balanced(train, args.per_class, s) for s in range(args.seeds)}
+    lists["val"] = [path for paths in val.values() for path in paths[:args.limit]]
+    test_y = torch.tensor([c for c, paths in enumerate(val.values()) for _ in paths[:args.limit]])
+
+    # ---- features, by all processes
+    device = distributed.start()
+    views = all_features(args, names, lists, out, device)
+    distributed.stop()
+    if not distributed.is_main():
+        return
+
+    # ---- classifiers, by the main process with everybody's threads
+    torch.set_num_threads(torch.get_num_threads() * distributed.local_world())
+    results, hits = classify(args, views, test_y, len(train), device)
+    differences = paired(hits)
+    print(f"{len(test_y)} test images, {len(train)} classes, {args.per_class} training images a "
+          f"class; percent [95 % interval]", *table(results, differences), sep="\n")
+    files.write_json(out / "results.json", {
+        "data": args.data, "classes": len(train), "per_class": args.per_class, "seeds": args.seeds,
+        "test_images": len(test_y), "encoders": results, "differences": differences})
     print(f"wrote {out}/results.json")
 
 
 if __name__ == "__main__":
-    runtime.launch(main)
+    distributed.launch(main)

@@ -13,7 +13,7 @@ classes its patch holds, "other" only where it is alone. BCE, AdamW 1e-3, weight
 
 Reads   DATA/images/{training,validation}/*.jpg, DATA/annotations/…/*.png, 0 = other: SceneParse150
         (151 classes) or the toy's (those of ../world.json). Largest centred square, mask nearest.
-Writes  --out (default runs/NAME/probes/seg, as in probe_linear.py): results.json, overlays.png
+Writes  --out (default runs/NAME/probes/seg): results.json, overlays.png
         (image | truth | each encoder, head of seed 0).
 
 The encoder is what costs: an image is encoded once an epoch, and the heads of all seeds learn from
@@ -26,18 +26,15 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from pivot import flags
-from pivot import rundir
-from pivot import runtime
-from pivot import records
-from judge import report
-from pivot import encoders
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from probe_linear import default_out, short_names
 from torch import nn
 from torch.nn import functional as F
+
+from judge import intervals, probing
+from pivot import distributed, files, flags, images, model_io, printing
+from pivot.records import BadRecord
 
 BATCH, CHUNK, TILE = 32, 256, 192      # images a step; encoded at a time; pixels of an overlay
 SCORES = ("recall", "mIoU", "mIoU-0")
@@ -59,56 +56,51 @@ def get_args():
 
 # --------------------------------------------------------------------------------- images and masks
 
-def list_pairs(root, split, limit):
+def list_split(root, split, limit):
     """[(image, mask)] of a split, in the order of names; every image has its mask."""
-    images = sorted((root / "images" / split).glob("[!.]*"))[:limit]
-    if not images:
+    found = sorted((root / "images" / split).glob("[!.]*"))[:limit]
+    if not found:
         raise SystemExit(f"error: no images in {root}/images/{split}")
-    pairs = [(i, root / "annotations" / split / f"{i.stem}.png") for i in images]
-    for image, mask in pairs:
+    split = [(i, root / "annotations" / split / f"{i.stem}.png") for i in found]
+    for image, mask in split:
         if not mask.exists():
             raise SystemExit(f"error: {image} has no mask: expected {mask}")
-    return pairs
+    return split
 
 
 def square(image, mask, size, classes):
     """Paths → their largest centred squares: pixels (size, size, 3), labels (size, size), uint8."""
-    pixels = records.load_image(image, None, "--data").transpose(1, 2, 0)
-    try:
-        with Image.open(mask) as file:               # its size is known before it is decoded
-            labels = np.asarray(file) if file.size == pixels.shape[1::-1] else None
-            shape = file.size[::-1] + (len(file.getbands()),) * (len(file.getbands()) > 1)
-    except Exception as e:
-        raise records.BadRecord(f"mask {mask} cannot be read ({type(e).__name__}: {e})")
-    if labels is None or labels.ndim != 2:
-        raise records.BadRecord(f"mask {mask} has shape {shape}, its image {pixels.shape[:2]}")
+    pixels = images.load_image(image, None, "--data").transpose(1, 2, 0)
+    labels = images.read_mask(mask, image, "--data")
+    if labels.ndim != 2:
+        raise BadRecord(f"--data: mask {mask} is in colours, one number a pixel is expected")
     if labels.max() >= classes:
-        raise records.BadRecord(f"mask {mask} has label {labels.max()}, the last is {classes - 1}")
+        raise BadRecord(f"--data: mask {mask} has label {labels.max()}, the last is {classes - 1}")
     side, h, w = min(labels.shape), *labels.shape
     box = ((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2)
     return [np.asarray(Image.fromarray(x.astype(np.uint8)).crop(box).resize((size, size), how))
             for x, how in ((pixels, Image.Resampling.BICUBIC), (labels, Image.Resampling.NEAREST))]
 
 
-def read_batch(pairs, size, grid, classes):
+def read_batch(masked, size, grid, classes):
     """→ pixels (B, 3, S, S), and how many pixels of each class every patch holds (B, N, K) int16,
     N = grid² row by row; raises BadRecord."""
-    pixels = np.zeros((len(pairs), 3, size, size), np.uint8)
-    counts = np.zeros((len(pairs), grid * grid * classes), np.int16)
+    pixels = np.zeros((len(masked), 3, size, size), np.uint8)
+    counts = np.zeros((len(masked), grid * grid * classes), np.int16)
     p = size // grid                           # 384 / 14: the convolution leaves 6 pixels out, too
     patch = np.arange(p * grid) // p
     cell = (patch[:, None] * grid + patch) * classes                     # (p·grid, p·grid)
-    for i, (image, mask) in enumerate(pairs):
+    for i, (image, mask) in enumerate(masked):
         picture, labels = square(image, mask, size, classes)
         pixels[i] = picture.transpose(2, 0, 1)
         counts[i] = np.bincount((cell + labels[:p * grid, :p * grid]).ravel(),
                                 minlength=counts.shape[1])
-    return pixels, counts.reshape(len(pairs), grid * grid, classes)     # numpy: by pipe, not by shm
+    return pixels, counts.reshape(len(masked), grid * grid, classes)    # numpy: by pipe, not by shm
 
 
 @torch.no_grad()
 def encoded(args, encoder, shares, classes, device):
-    """shares [[pair]] → for each, tokens (B, N, D) fp32 and counts (B, N, K)."""
+    """shares: lists of (image, mask) → for each, tokens (B, N, D) fp32 and counts (B, N, K)."""
     for batch in torch.utils.data.DataLoader(
             shares, batch_size=None, num_workers=args.workers, collate_fn=partial(
                 read_batch, size=encoder.image_size, grid=math.isqrt(encoder.num_tokens),
@@ -126,7 +118,7 @@ def union(counts):
     return target
 
 
-def train(args, name, encoder, pairs, classes, device):
+def train(args, name, encoder, masked, classes, device):
     """→ [head] a seed. A process encodes every world-th image; gradients are summed."""
     heads, orders = [], [torch.Generator().manual_seed(s) for s in range(args.seeds)]
     for seed in range(args.seeds):
@@ -135,14 +127,14 @@ def train(args, name, encoder, pairs, classes, device):
                                    nn.Linear(1024, classes)).to(device))
     weights = [p for head in heads for p in head.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.01)
-    (rank, world), shuffle, chunks = runtime.world(), torch.Generator().manual_seed(0), []
+    (rank, world), shuffle, chunks = distributed.world(), torch.Generator().manual_seed(0), []
     for _ in range(args.epochs):
-        chunks += torch.randperm(len(pairs), generator=shuffle).split(CHUNK)
+        chunks += torch.randperm(len(masked), generator=shuffle).split(CHUNK)
     steps, step = sum(math.ceil(len(c) / BATCH) for c in chunks), 0
     warmup = min(500, steps // 4)
-    shares = encoded(args, encoder, [[pairs[i] for i in c[rank::world]] for c in chunks], classes,
+    shares = encoded(args, encoder, [[masked[i] for i in c[rank::world]] for c in chunks], classes,
                      device)
-    bar = runtime.progress(0, len(chunks), f"{name}, {steps} steps", shares)
+    bar = distributed.progress(0, len(chunks), f"{name}, {steps} steps", shares)
     for (tokens, counts), chunk in zip(bar, chunks):
         orders_here = [torch.randperm(len(chunk), generator=g).split(BATCH) for g in orders]
         for picks in zip(*orders_here):                             # one (batch,) a head
@@ -153,7 +145,7 @@ def train(args, name, encoder, pairs, classes, device):
                     head(tokens[mine]), union(counts[mine]), reduction="sum")
                 (loss / (len(pick) * tokens.shape[1] * classes)).backward()
             for p in weights:
-                runtime.sum_tensor(p.grad)
+                distributed.sum_tensor(p.grad)
             late = math.pi * (step - warmup) / max(1, steps - warmup)
             optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1) / warmup if step < warmup else \
                 1e-4 + 0.45e-3 * (1 + math.cos(late))
@@ -163,16 +155,17 @@ def train(args, name, encoder, pairs, classes, device):
 
 
 @torch.no_grad()
-def test(args, name, encoder, heads, pairs, classes, device):
+def test(args, name, encoder, heads, masked, classes, device):
     """→ hits (S, n, K) and positives (n, K): patches of each class in each image, found and there;
     confusion (S, K, K), pixels of truth × prediction; best (n, N), seed 0's class of each patch."""
-    rank, world = runtime.world()
-    shares = [slice(i, i + BATCH) for i in range(0, len(pairs), BATCH)][rank::world]
-    hits = torch.zeros(len(heads), len(pairs), classes)
-    positives, best = torch.zeros(len(pairs), classes), torch.zeros(len(pairs), encoder.num_tokens)
+    rank, world = distributed.world()
+    shares = [slice(i, i + BATCH) for i in range(0, len(masked), BATCH)][rank::world]
+    hits = torch.zeros(len(heads), len(masked), classes)
+    positives = torch.zeros(len(masked), classes)
+    best = torch.zeros(len(masked), encoder.num_tokens)
     confusion = torch.zeros(len(heads), classes, classes, dtype=torch.float64)
-    batches = encoded(args, encoder, [pairs[rows] for rows in shares], classes, device)
-    bar = runtime.progress(0, len(shares), f"{name}, validation", batches)
+    batches = encoded(args, encoder, [masked[rows] for rows in shares], classes, device)
+    bar = distributed.progress(0, len(shares), f"{name}, validation", batches)
     for (tokens, counts), rows in zip(bar, shares):
         positives[rows] = union(counts).sum(1).cpu()
         for s, head in enumerate(heads):
@@ -181,7 +174,7 @@ def test(args, name, encoder, heads, pairs, classes, device):
             likely, pixels = logits.argmax(-1).cpu(), counts.double().flatten(0, 1).cpu()
             confusion[s].T.index_add_(0, likely.flatten(), pixels)
             best[rows] = likely.float() if s == 0 else best[rows]
-    return [runtime.sum_tensor(x) for x in (hits, positives, confusion, best)]
+    return [distributed.sum_tensor(x) for x in (hits, positives, confusion, best)]
 
 
 def recall(hits, positives):
@@ -196,15 +189,15 @@ def miou(confusion, skip=0):
     return (inside / (truth + found - inside))[truth > 0].mean().item()
 
 
-def overlays(path, pairs, classes, drawn):
+def overlays(path, masked, classes, drawn):
     """image | truth | each encoder; drawn {name: classes of patches (n, N)}."""
     palette = np.array([(0, 0, 0)] + [[255 * v for v in colorsys.hsv_to_rgb(k * 0.618 % 1, 0.9, 1)]
                                       for k in range(1, classes)]).astype(np.uint8)
-    sheet = Image.new("RGB", (TILE * (2 + len(drawn)), 16 + TILE * len(pairs)), "white")
+    sheet = Image.new("RGB", (TILE * (2 + len(drawn)), 16 + TILE * len(masked)), "white")
     for column, title in enumerate(["image", "truth", *drawn]):
         ImageDraw.Draw(sheet).text((column * TILE + 4, 2), title, fill="black")
-    for row, pair in enumerate(pairs):
-        picture, truth = square(*pair, TILE, classes)
+    for row, (image, mask) in enumerate(masked):
+        picture, truth = square(image, mask, TILE, classes)
         for column, labels in enumerate([None, truth, *(d[row] for d in drawn.values())]):
             tile = Image.fromarray(picture)
             if labels is not None:
@@ -213,53 +206,55 @@ def overlays(path, pairs, classes, drawn):
                 tile = Image.blend(tile.convert("L").convert("RGB"),    # grey: classes show pure
                                    colours.resize(tile.size, Image.Resampling.NEAREST), 0.6)
             sheet.paste(tile, (column * TILE, 16 + row * TILE))
-    rundir.write_whole(path, lambda aside: sheet.save(aside, "PNG"))
+    files.write_aside(path, lambda aside: sheet.save(aside, "PNG"))
 
 
 def main():
     args = get_args()
-    names, root = short_names(args.encoder), Path(args.data)
-    out = Path(args.out or default_out(args.encoder, "seg"))
-    facts = root.resolve().parent / "world.json"
-    labels = encoders.read_json(facts, "ade20k_classes")["ade20k_classes"] if facts.exists() else \
-        ["other", *(f"class {k}" for k in range(1, 151))]
-    learn, check = (list_pairs(root, s, args.limit) for s in ("training", "validation"))
-    device, results, spread, drawn = runtime.start(), {}, {}, {}
+    names, root = probing.short_names(args.encoder), Path(args.data)
+    out = Path(args.out or probing.default_out(args.encoder, "seg"))
+    facts, labels = root.resolve().parent / "world.json", ["other"]
+    if facts.exists():
+        labels = files.read_json(facts, "ade20k_classes")["ade20k_classes"]
+    else:
+        labels += [f"class {k}" for k in range(1, 151)]
+    learn, check = (list_split(root, s, args.limit) for s in ("training", "validation"))
+    device, results, spread, drawn = distributed.start(), {}, {}, {}
     out.mkdir(parents=True, exist_ok=True)
-    times = np.random.default_rng(0).multinomial(len(check), [1 / len(check)] * len(check), 1000)
-    times = torch.from_numpy(times).float()            # (1000, n): how often each image is drawn
+    times = torch.from_numpy(intervals.resampling(len(check))).float()               # (1000, n)
     for name, path in zip(names, args.encoder):
-        encoder = encoders.load_encoder(path).eval().to(device)
+        encoder = model_io.load_encoder(path).eval().to(device)
         heads = train(args, name, encoder, learn, len(labels), device)
         hits, there, confusion, best = test(args, name, encoder, heads, check, len(labels), device)
         drawn[name] = best[:args.pictures].numpy()
         spread[name] = recall(times @ hits.mean(0), times @ there)       # (1000,)
+        by_class = (hits.mean(0).sum(0) / there.sum(0)).tolist()         # NaN: no patch has it
         results[name] = {"recall": recall(hits.sum(1), there.sum(0)).tolist(),
                          "mIoU": [miou(c) for c in confusion],
                          "mIoU-0": [miou(c, skip=1) for c in confusion],
-                         "recall_by_class": {k: r for k, r in zip(
-                             labels, (hits.mean(0).sum(0) / there.sum(0)).tolist()) if r == r}}
-    pairs = {f"{b} - {a}": {
-        **{k: np.subtract(results[b][k], results[a][k]).tolist() for k in SCORES},
-        "recall_ci95": np.percentile(spread[b] - spread[a], [2.5, 97.5]).tolist()}
-        for a, b in combinations(names, 2)}
-    if not runtime.is_main():
+                         "recall_by_class": {k: r for k, r in zip(labels, by_class) if r == r}}
+    differences = {}
+    for a, b in combinations(names, 2):
+        found = {k: np.subtract(results[b][k], results[a][k]).tolist() for k in SCORES}
+        found["recall_ci95"] = intervals.middle_95(spread[b] - spread[a])
+        differences[f"{b} - {a}"] = found
+    if not distributed.is_main():
         return
     rows = [["", *SCORES, ""]]
-    for name, r in [*results.items(), *pairs.items()]:
-        sign = "+" if name in pairs else ""
+    for name, r in [*results.items(), *differences.items()]:
+        sign = "+" if name in differences else ""
+        cells = [f"{100 * np.mean(r[k]):{sign}.2f} ± {100 * np.std(r[k], ddof=args.seeds > 1):.2f}"
+                 for k in SCORES]
         low, high = (100 * x for x in r.get("recall_ci95", (0, 0)))
-        rows.append([name, *(f"{100 * np.mean(r[k]):{sign}.2f} ± "
-                             f"{100 * np.std(r[k], ddof=args.seeds > 1):.2f}" for k in SCORES),
-                     f"recall [{low:+.2f}, {high:+.2f}]" if sign else ""])
+        rows.append([name, *cells, f"recall [{low:+.2f}, {high:+.2f}]" if sign else ""])
     print(f"{len(check)} validation images, {len(learn)} for training, {args.seeds} seeds; percent "
-          f"± σ over seeds [95 % over images]", *report.grid(rows), sep="\n")
+          f"± σ over seeds [95 % over images]", *printing.table(rows), sep="\n")
     overlays(out / "overlays.png", check[:args.pictures], len(labels), drawn)
-    rundir.write_json(out / "results.json", {
+    files.write_json(out / "results.json", {
         "data": args.data, "seeds": args.seeds, "epochs": args.epochs, "images": len(learn),
-        "test_images": len(check), "encoders": results, "differences": pairs})
+        "test_images": len(check), "encoders": results, "differences": differences})
     print(f"wrote {out}/results.json and overlays.png")
 
 
 if __name__ == "__main__":
-    runtime.launch(main)
+    distributed.launch(main)

@@ -19,22 +19,19 @@ import json
 import shutil
 from pathlib import Path
 
-from pivot import flags
-from pivot import rundir
-from pivot import runtime
-from pivot.runtime import print0
-from judge import answer
-from pivot import encoders
-from pivot import folders
-from tools.plan import show_plan
-import pretrain
-from judge import report
-from judge import score
 import torch
+
+import pretrain
+from judge import answer, intervals, report, score
+from pivot import checkpoints, distributed, encoders, files, flags, model_io, tensors
+from pivot.distributed import print0
 
 # Stage 1's values; the encoder is frozen.
 PAPER = {**pretrain.PAPER, "encoder_lr": None, "max_new_tokens": 512}
 TOY = {**pretrain.TOY, "encoder_lr": None, "max_new_tokens": 32}
+# Arguments that say how a model is scored: they change nothing about how it is trained.
+SCORING = {"mllm", "bench", "limit", "eval_batch", "max_new_tokens", "temperature", "wrong_image",
+           "ocr_tokens", "rescore", "show_wrong", "compare"}
 
 
 def get_args(argv=None):
@@ -68,7 +65,7 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     made = Path(args.mllm or "").parent / "config.json"
     if args.mllm and not args.llm and made.exists():          # a toy's LLM has a toy's defaults
-        args.llm = encoders.read_json(made, "arguments")["arguments"]["llm"]
+        args.llm = files.read_json(made, "arguments")["arguments"]["llm"]
     args = flags.settle_two_steps(args, "repair", "repair", PAPER, TOY)
     args.bench = args.bench or f"{args.data}/bench"
     if args.encoder_lr:
@@ -103,15 +100,15 @@ def reuse_projector(model, encoder, layers):
     hint = "it needs an encoder as extract.py leaves it, RUN/STAGE/encoder, with final/ beside it"
     if Path(encoder).name != "encoder" or not (final / "config.json").exists():
         raise SystemExit(f"error: --reuse-projector-layers {layers}: no model at {final}; {hint}")
-    stored = {k: file.get_tensor(k) for k, file in folders.stored(final).items()
+    stored = {k: file.get_tensor(k) for k, file in tensors.stored(final).items()
               if not k.startswith("language_model.")}
     for name, p in model.encoder.state_dict().items():
-        if not torch.equal(stored.get(folders.file_name_of(f"encoder.{name}"), torch.empty(0)), p):
+        if not torch.equal(stored.get(model_io.file_name_of(f"encoder.{name}"), torch.empty(0)), p):
             raise SystemExit(f"error: --reuse-projector-layers {layers}: {final} holds another "
                              f"encoder than {encoder} (first: {name}); extract it again")
     for name, p in model.projector.named_parameters():
         if int(name.split(".")[0][-1]) <= layers:                     # linear_1.…, linear_2.…
-            old = stored[folders.file_name_of(f"projector.{name}")]
+            old = stored[model_io.file_name_of(f"projector.{name}")]
             if old.shape != p.shape:
                 raise SystemExit(f"error: --reuse-projector-layers {layers}: {name} of {final} is "
                                  f"{tuple(old.shape)}, with this --llm it is {tuple(p.shape)}; "
@@ -122,11 +119,11 @@ def reuse_projector(model, encoder, layers):
 def read_files(args):
     """{path: (rows, what was left out)} of the TSVs of --bench whose name is a benchmark's; raises
     SystemExit where there is none, or a row cannot be used."""
-    files = sorted(Path(args.bench).glob("*.tsv"))
-    for path in files:
+    paths = sorted(Path(args.bench).glob("*.tsv"))
+    for path in paths:
         if path.stem not in score.BENCHES:
             print0(f"  {path.name}: not a benchmark known by its name, left out")
-    known = {p: answer.read_tsv(p) for p in files if p.stem in score.BENCHES}
+    known = {p: answer.read_tsv(p) for p in paths if p.stem in score.BENCHES}
     if not known:
         raise SystemExit(f"error: no known benchmark TSV in {args.bench}; known names: "
                          f"{', '.join(score.BENCHES)}")
@@ -142,12 +139,12 @@ def stored_answers(args, folder, key):
     """Refuse a folder that holds answers of another model, setting or file; --overwrite empties
     it. → the key of all answers there."""
     config = folder / "config.json"
-    if args.overwrite and not args.rescore and not runtime.restarted():
-        if runtime.is_main():
+    if args.overwrite and not args.rescore and not distributed.restarted():
+        if distributed.is_main():
             shutil.rmtree(folder, ignore_errors=True)
-        runtime.barrier()
+        distributed.barrier()
     if config.exists():
-        old = encoders.read_json(config, remedy="; --overwrite deletes these answers")
+        old = files.read_json(config, remedy="; --overwrite deletes these answers")
         for what in key:
             if old.get(what, key[what]) != key[what]:
                 raise SystemExit(f"error: {folder} holds the answers of another model or setting "
@@ -158,94 +155,116 @@ def stored_answers(args, folder, key):
         raise SystemExit(f"error: {folder} holds no answers to score anew; leave --rescore out")
     if not args.rescore:
         folder.mkdir(parents=True, exist_ok=True)
-        rundir.write_json(config, key)
+        if distributed.is_main():
+            files.write_json(config, key)
     return key
 
 
 def file_key(path, rows, args):
     """What the answers to a file depend on: its bytes, and the prompts made of them."""
     prompts = "\0".join(score.prompt_of(path.stem, r, args.ocr_tokens) for r in rows)
-    return f"{rundir.sha256(path)}-{hashlib.sha256(prompts.encode()).hexdigest()[:8]}"
+    return f"{files.sha256(path)}-{hashlib.sha256(prompts.encode()).hexdigest()[:8]}"
+
+
+def open_for_answers(args, mllm, device):
+    """The model in the dtype it answers in, whole on every process, and its tokenizer."""
+    model, tokenizer = model_io.load_mllm(mllm)
+    if args.dtype == "bf16":         # not model.to: rotary frequencies in bf16 are a radian off at
+        for p in model.parameters():                                             # position 800
+            p.data = p.data.to(torch.bfloat16)
+    return model.eval().to(device), tokenizer
+
+
+def scored(args, folder, path, rows, dropped, answers):
+    """What results.json says of one benchmark, and its units. answers: {index: prediction}."""
+    name = path.stem
+    lost = [r["index"] for r in rows if r["index"] not in answers]
+    if lost:
+        raise SystemExit(f"error: {folder} holds no answer to {len(lost)} of {len(rows)} "
+                         f"questions of {name}, first: index {lost[0]}; without --rescore they "
+                         f"are answered")
+    units = score.units(name, rows, answers)
+    if not units:
+        why = ": MME scores perception" if name == "MME" else ""
+        raise SystemExit(f"error: {path}: none of its {len(rows)} questions counts{why}; a larger "
+                         f"--limit?")
+    chance = score.units(name, rows, score.constant(name, rows))
+    return {"score": score.score_of(units),
+            "ci95": intervals.stratified(list(score.strata(units).values())),
+            "n": len(rows), "units": len(units), "chance": score.score_of(chance),
+            "note": score.notes(name, rows, dropped, args.ocr_tokens),
+            "prompt": score.prompt_of(name, rows[0], args.ocr_tokens)}, units
 
 
 def evaluate(args, mllm, device, folder):
     """Every known TSV of --bench answered and scored: results.json, units.json, report.txt, the
     page of wrong answers. With --rescore from stored answers alone: no model is opened."""
-    files = read_files(args)
-    key = {"wrong_image": args.wrong_image, "max_new_tokens": args.max_new_tokens,
-           **({"drawn": f"temperature {args.temperature:g}, seed {args.seed}"}
-              if args.temperature else {}),
-           **{p.name: runtime.from_main(lambda p=p, r=rows: file_key(p, r, args))
-              for p, (rows, _) in files.items()}}
+    benches = read_files(args)
+    key = {"wrong_image": args.wrong_image, "max_new_tokens": args.max_new_tokens}
+    if args.temperature:
+        key["drawn"] = f"temperature {args.temperature:g}, seed {args.seed}"
+    for path, (rows, _) in benches.items():
+        key[path.name] = distributed.from_main(lambda: file_key(path, rows, args))
     if not args.rescore:
-        model, tokenizer = folders.load_mllm(mllm)
-        key.update(model=rundir.file_digest(mllm), dtype=args.dtype)
+        model, tokenizer = open_for_answers(args, mllm, device)
+        key.update(model=checkpoints.file_digest(mllm), dtype=args.dtype)
     key = stored_answers(args, folder, key)
-    if not args.rescore:
-        if args.dtype == "bf16":         # not model.to: rotary frequencies in bf16 are a radian
-            for p in model.parameters():                           # off at position 800
-                p.data = p.data.to(torch.bfloat16)
-        model = model.eval().to(device)                # whole on every process: it only answers
     found, units, answered = {}, {}, []
-    for path, (rows, dropped) in files.items():
+    for path, (rows, dropped) in benches.items():
         name, shown = path.stem, answer.wrong_pictures(rows) if args.wrong_image else rows
         rows, shown = rows[:args.limit], shown[:args.limit]     # the same pictures for any --limit
-        done = answer.predictions(folder, name) if args.rescore else \
-            answer.answer(args, model, tokenizer, device, path, rows, shown, folder)
-        lost = [r["index"] for r in rows if r["index"] not in done]
-        if lost:
-            raise SystemExit(f"error: {folder} holds no answer to {len(lost)} of {len(rows)} "
-                             f"questions of {name}, first: index {lost[0]}; without --rescore they "
-                             f"are answered")
-        units[name] = score.units(name, rows, done)
-        if not units[name]:
-            raise SystemExit(f"error: {path}: none of its {len(rows)} questions counts"
-                             f"{': MME scores perception' if name == 'MME' else ''}; a larger "
-                             f"--limit?")
-        found[name] = {
-            "score": score.score_of(units[name]), "ci95": score.half_width(units[name]),
-            "n": len(rows), "units": len(units[name]),
-            "chance": score.score_of(score.units(name, rows, score.constant(name, rows))),
-            "note": score.notes(name, rows, dropped, args.ocr_tokens),
-            "prompt": score.prompt_of(name, rows[0], args.ocr_tokens)}
-        answered.append((path, rows, shown, done))
+        if args.rescore:
+            answers = answer.predictions(folder, name)
+        else:
+            answers = answer.answer(args, model, tokenizer, device, path, rows, shown, folder)
+        found[name], units[name] = scored(args, folder, path, rows, dropped, answers)
+        answered.append((path, rows, shown, answers))
     results = {"mllm": str(mllm), **key, "limit": args.limit, "benchmarks": found,
                **score.summarise({n: r["score"] for n, r in found.items()})}
-    if runtime.is_main():
-        rundir.write_text(folder / "units.json", json.dumps(units))
-        rundir.write_text(folder / "wrong.html", report.wrong_page(
+    if distributed.is_main():
+        files.write_text(folder / "units.json", json.dumps(units))
+        files.write_text(folder / "wrong.html", report.wrong_page(
             mllm, answered, args.show_wrong, args.ocr_tokens))
-        rundir.write_text(folder / "report.txt", report.text(folder.parent.name, results))
-        rundir.write_json(folder / "results.json", results)            # last: all else is there
+        files.write_text(folder / "report.txt", report.text(folder.parent.name, results))
+        files.write_json(folder / "results.json", results)            # last: all else is there
     print0("\n".join([*report.table({folder.parent.name: results}),
                       f"wrote {folder}: results.json, report.txt (prompts, labels), wrong.html"]))
+
+
+def repair(args, device, folder):
+    """Train the re-paired model in `folder`, unless that is done; → its final/."""
+    facts = checkpoints.parents(args)
+    if checkpoints.starts_anew(folder, args) or \
+            not checkpoints.finished(folder, args, facts, SCORING):
+        read_files(args)                          # before the training, not after it
+        run = checkpoints.Run(folder, args, facts, SCORING)
+        model, tokenizer = model_io.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
+        if args.reuse_projector_layers:
+            reuse_projector(model, args.encoder, args.reuse_projector_layers)
+        pretrain.train(args, run, device, model, tokenizer, facts, phases(args))
+    return folder / "final"
 
 
 def main():
     args = get_args()
     if args.compare:
-        print0("\n".join(report.compare(args.compare)))
+        print0("\n".join(report.compare(args.compare, SCORING)))
         return
-    if args.plan:
-        return show_plan(args, phases(args))
-    device, folder = runtime.start(), repair_folder(args)
-    mllm = folder / "final"
+    device, folder = distributed.start(), repair_folder(args)
     if args.mllm:
         mllm = Path(args.mllm)
         folder = mllm.parent if mllm.name == "final" else mllm
-    elif not args.rescore:
-        facts = rundir.parents(args)
-        if rundir.starts_anew(folder, args) or not rundir.finished(folder, args, facts):
-            read_files(args)                          # before the training, not after it
-            run = rundir.Run(folder, args, facts)
-            model, tokenizer = folders.build_mllm(args.encoder, args.llm, args.seed,
-                                                  args.image_size)
-            if args.reuse_projector_layers:
-                reuse_projector(model, args.encoder, args.reuse_projector_layers)
-            pretrain.train(args, run, device, model, tokenizer, facts, phases(args))
-    evaluate(args, mllm, device, folder / (
-        "bench" + "-drawn" * (args.temperature > 0) + "-wrong-image" * args.wrong_image))
+    elif args.rescore:
+        mllm = folder / "final"
+    else:
+        mllm = repair(args, device, folder)
+    name = "bench"
+    if args.temperature:
+        name += "-drawn"
+    if args.wrong_image:
+        name += "-wrong-image"
+    evaluate(args, mllm, device, folder / name)
 
 
 if __name__ == "__main__":
-    runtime.launch(main)
+    distributed.launch(main)

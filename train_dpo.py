@@ -1,4 +1,4 @@
-"""Stage 2b, DPO: the contrast of a right and a wrong answer, back-propagated into the eye.
+"""Stage 2b, DPO: the contrast of a right and a wrong answer, back-propagated into the encoder.
 
 One process:     python train_dpo.py --encoder toy-vit --llm toy-lm --data data/toy
 Eight GPUs:      torchrun --nproc_per_node=8 train_dpo.py --encoder siglip2-so400m
@@ -13,17 +13,14 @@ Writes  runs/NAME/dpo/: config.json, metrics.jsonl, timing.jsonl, checkpoints/,
 import json
 from pathlib import Path
 
-from pivot import flags
-from tools.plan import show_plan
-from pivot import rundir
-from pivot import runtime
-from pivot.runtime import print0
-import data
-from pivot import folders
-import model as m
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+import data
+import model as m
+from pivot import checkpoints, distributed, files, flags, model_io, training
+from pivot.distributed import print0
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=1e-6,
              beta=0.1, global_batch=256, micro_batch=4, warmup=0.03, num_samples=20_000, workers=4)
@@ -55,13 +52,7 @@ def get_args(argv=None):
     return args
 
 
-def phases(args):
-    """The stage's single phase: what --plan reads."""
-    return [runtime.Phase("dpo", "pairs", args.preferences, runtime.learning_rates(args),
-                          args.epochs, args.max_steps)]
-
-
-def score_pairs(args, model, pairs, plan, clock, desc):
+def score_pairs(args, model, pairs, order, clock, desc):
     """log π of both answers of every pair: (n, 2) fp32, complete on every process.
 
     In the order and layout of the first epoch, so that step 0 meets the very same batches. Compiled
@@ -69,27 +60,41 @@ def score_pairs(args, model, pairs, plan, clock, desc):
     in bf16 round otherwise (a margin of -0.0019 at step 0, on a CPU).
     """
     logps, seen = torch.zeros(len(pairs), 2), torch.zeros(len(pairs), 1)
-    cover = plan.cover()
-    clock.start(data.loader(pairs, cover, "dpo", args.workers))
-    for _ in runtime.progress(0, len(cover), desc):
+    cover = order.cover()
+    clock.start(data.loader(pairs, cover, "pair", args.workers))
+    for _ in distributed.progress(0, len(cover), desc):
         batch = clock.next_batch()
         index = batch.pop("index").cpu()
         with torch.set_grad_enabled(args.compile):    # its graph is freed at once: nothing holds it
-            logps[index] = torch.stack(m.branch_logps(model(**batch), batch["branch"]),
-                                       1).detach().cpu()
+            chosen_logps, rejected_logps = m.branch_logps(model(**batch), batch["branch"])
+        logps[index] = torch.stack([chosen_logps, rejected_logps], 1).detach().cpu()
         seen[index] = 1
-    return runtime.sum_tensor(logps) / runtime.sum_tensor(seen)
+    return distributed.sum_tensor(logps) / distributed.sum_tensor(seen)
 
 
-def reference_logps(args, run, model, sets, key, clock):
+def live_reference(args, run, device):
+    """METHOD: the parent once more, frozen: what `--reference live` asks at every step."""
+    ref_model, _ = model_io.load_mllm(run.parent)
+    return distributed.shard(ref_model.requires_grad_(False), device, args.dtype,
+                             replicas=args.replicas, attention=args.attention,
+                             compiled=args.compile)
+
+
+def reference_logps(args, run, model, sets, clock):
     """METHOD: log π_ref of both answers, once, by the same code in the same layout, before step 0.
 
-    The parent's weights are still in `model`. sets: {"pairs": (samples, plan), "heldout": …}
+    The parent's weights are still in `model`. sets: {"pairs": (samples, order), "heldout": …}
     → {"pairs": (n, 2), …}. Later epochs and resumed runs reuse the file, and so does a run of
     another beta or rate into whose folder it is copied; a file made from anything else is refused.
     """
+    key = {"parent_digest": run.config["parent_digest"], "dtype": args.dtype,
+           "attention": args.attention, "compile": args.compile,
+           "pixels": str((model.encoder.image_size, model.encoder.mean, model.encoder.std)),
+           "layout": "shared prefix, ChatML"}
+    for name, (samples, _) in sets.items():
+        key[name] = samples.fingerprint()
     path, key = run.folder / "ref_logps.safetensors", json.dumps(key, sort_keys=True)
-    if runtime.from_main(path.exists):
+    if distributed.from_main(path.exists):
         try:
             with safe_open(path, "pt") as file:
                 made_from = json.loads(file.metadata()["key"])
@@ -107,80 +112,69 @@ def reference_logps(args, run, model, sets, key, clock):
     for name, table in tables.items():
         broken = (~table.isfinite()).any(1).nonzero().flatten().tolist()
         if broken:
-            raise SystemExit(f"error: the model in {run.folder.parent}/pretrain/final gives "
-                             f"{len(broken)} of {len(table)} {name} log-probs that are not finite, "
-                             f"first: {sets[name][0].where[broken[0]]}")
-    rundir.write_whole(path, lambda aside: save_file(tables, aside, metadata={"key": key}))
+            raise SystemExit(f"error: the model in {run.parent} gives {len(broken)} of "
+                             f"{len(table)} {name} log-probs that are not finite, first: "
+                             f"{sets[name][0].where[broken[0]]}")
+    if distributed.is_main():
+        files.write_aside(path, lambda aside: save_file(tables, aside, metadata={"key": key}))
     return tables
 
 
-def report_heldout(args, run, model, samples, plan, ref, clock, step):
+def report_heldout(args, run, model, samples, order, ref, clock, step):
     """Reward margin and accuracy on pairs never trained on: policy against reference log-ratio."""
-    logps = score_pairs(args, model, samples, plan, clock, "held-out pairs")
-    reward = args.beta * (logps - ref)                               # (n, 2): chosen, rejected
-    margin, correct = reward[:, 0] - reward[:, 1], reward[:, 0] > reward[:, 1]   # a tie is wrong
-    run.log({"step": step, "heldout_margin": margin.mean().item(),
-             "heldout_accuracy": correct.float().mean().item()})
-    print0(f"  held-out pairs after {step} steps: margin {margin.mean():.4f}, "
-           f"accuracy {correct.float().mean():.3f} (n = {len(samples)})")
+    logps = score_pairs(args, model, samples, order, clock, "held-out pairs")
+    chosen_reward, rejected_reward = (args.beta * (logps - ref)).unbind(1)           # each (n,)
+    margin = (chosen_reward - rejected_reward).mean()
+    accuracy = (chosen_reward > rejected_reward).float().mean()                # a tie is wrong
+    run.log({"step": step, "heldout_margin": margin.item(), "heldout_accuracy": accuracy.item()})
+    print0(f"  held-out pairs after {step} steps: margin {margin:.4f}, accuracy {accuracy:.3f} "
+           f"(n = {len(samples)})")
 
 
 def main():
     args = get_args()
-    if args.plan:
-        return show_plan(args, phases(args))
-    device = runtime.start()
-    run = rundir.Run(Path(args.run, "dpo"), args)
+    device = distributed.start()
+    run = checkpoints.Run(Path(args.run, args.stage), args)
 
     # ---- model
-    parent = Path(args.run, "pretrain", "final")
-    model, tokenizer = folders.load_mllm(parent)
+    model, tokenizer = model_io.load_mllm(run.parent)
 
     # ---- data
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
-    plan = data.BatchPlan(pairs, args.global_batch, args.micro_batch, args.seed, *runtime.world())
-    steps = runtime.num_steps(args.epochs, args.max_steps, plan)
-    run.describe({"data": pairs.summary(), "data_digest": plan.digest(steps),
-                  "parent_digest": rundir.file_digest(parent)})
+    order = data.BatchOrder(pairs, args.global_batch, args.micro_batch, args.seed,
+                            *distributed.world())
+    steps = training.num_steps(args.epochs, args.max_steps, order)
+    run.describe({"data": pairs.summary(), "data_digest": order.digest(steps),
+                  "parent_digest": checkpoints.file_digest(run.parent)})
+    sets = {"pairs": (pairs, order)}
+    if args.heldout:                               # kept aside, to see what was learned
+        heldout = data.preference_pairs(args, args.heldout, tokenizer, model, keep_all=True)
+        sets["heldout"] = (heldout, order.like(heldout))
+        print0(f"  held-out: {heldout.summary()}")
 
     # ---- shard; the optimizer works on the sharded fp32 masters, so no forward comes before it
-    model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas,
-                          args.attention, args.compile)
-    optimizer = runtime.adamw(model, runtime.learning_rates(args))
-    clock = runtime.Clock(device)
-
-    # ---- METHOD: the reference, and pairs kept aside to see what was learned
-    sets = {"pairs": (pairs, plan)}
-    if args.heldout:
-        heldout = data.preference_pairs(args, args.heldout, tokenizer, model, keep_all=True)
-        sets["heldout"] = (heldout, plan.like(heldout))
-        print0(f"  held-out: {heldout.summary()}")
+    model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
+                              args.replicas, args.attention, args.compile)
+    optimizer = training.adamw(model, training.learning_rates(args))
+    clock = training.Clock(device)
     if args.reference == "live":
-        ref_model, _ = folders.load_mllm(parent)
-        ref_model = runtime.shard(ref_model.requires_grad_(False), device, args.dtype,
-                                  replicas=args.replicas, attention=args.attention,
-                                  compiled=args.compile)
+        ref_model = live_reference(args, run, device)
         del sets["pairs"]
-    key = {"parent_digest": run.config["parent_digest"], "dtype": args.dtype,
-           "attention": args.attention, "compile": args.compile,
-           "pixels": str((model.encoder.image_size, model.encoder.mean, model.encoder.std)),
-           "layout": "shared prefix, ChatML",
-           **{name: s.fingerprint() for name, (s, _) in sets.items()}}
-    ref = reference_logps(args, run, model, sets, key, clock)
+    ref = reference_logps(args, run, model, sets, clock)
     if run.start:
         run.resume(model, optimizer)
     elif args.heldout:
         report_heldout(args, run, model, *sets["heldout"], ref["heldout"], clock, step=0)
     run.heed_signals()
 
-    clock.start(data.loader(pairs, plan.schedule(run.start, steps), "dpo", args.workers))
-    for step in (bar := runtime.progress(run.start, steps, "dpo")):
-        lrs = runtime.set_lr(optimizer, step, steps, args.warmup)
+    clock.start(data.loader(pairs, order.schedule(run.start, steps), "pair", args.workers))
+    for step in (bar := distributed.progress(run.start, steps, args.stage)):
+        lrs = training.set_lr(optimizer, step, steps, args.warmup)
         sums = {"loss": 0.0, "tokens": 0, "chosen_reward": 0.0, "rejected_reward": 0.0,
                 "correct": 0}
-        for micro in range(plan.micro_steps):
+        for micro in range(order.micro_steps):
             batch = clock.next_batch()
-            model.set_requires_gradient_sync(micro == plan.micro_steps - 1)
+            model.set_requires_gradient_sync(micro == order.micro_steps - 1)
 
             # METHOD: one image, one prompt, two answers, one forward.
             # L = −E log σ(β[(log π(y_c) − log π_ref(y_c)) − (log π(y_r) − log π_ref(y_r))])
@@ -202,9 +196,9 @@ def main():
             sums["chosen_reward"] += chosen_reward.sum() / args.global_batch
             sums["rejected_reward"] += rejected_reward.sum() / args.global_batch
             sums["correct"] += (chosen_reward > rejected_reward).sum()          # a tie is wrong
-        sums = runtime.reduce_sum(sums)
-        norms = runtime.clip_grad_norm(model)
-        runtime.require_finite(step, sums["loss"], norms, pairs, plan)
+        sums = distributed.reduce_sum(sums)
+        norms = training.clip_grad_norm(model)
+        training.require_finite(step, sums["loss"], norms, pairs, order)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -228,4 +222,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.launch(main)
+    distributed.launch(main)

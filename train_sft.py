@@ -11,12 +11,8 @@ Writes  runs/NAME/sft/: config.json, metrics.jsonl, timing.jsonl, checkpoints/, 
 """
 from pathlib import Path
 
-from pivot import flags
-from tools.plan import show_plan
-from pivot import rundir
-from pivot import runtime
 import data
-from pivot import folders
+from pivot import checkpoints, distributed, flags, model_io, training
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=5e-6,
              global_batch=256, micro_batch=8, warmup=0.03, num_samples=20_000, workers=4)
@@ -33,49 +29,41 @@ def get_args(argv=None):
     return args
 
 
-def phases(args):
-    """The stage's single phase: what --plan reads."""
-    return [runtime.Phase("sft", "pairs", args.preferences, runtime.learning_rates(args),
-                          args.epochs, args.max_steps)]
-
-
 def main():
     args = get_args()
-    if args.plan:
-        return show_plan(args, phases(args))
-    device = runtime.start()
-    run = rundir.Run(Path(args.run, "sft"), args)
+    device = distributed.start()
+    run = checkpoints.Run(Path(args.run, args.stage), args)
 
     # ---- model
-    parent = Path(args.run, "pretrain", "final")
-    model, tokenizer = folders.load_mllm(parent)
+    model, tokenizer = model_io.load_mllm(run.parent)
 
     # ---- data
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
-    plan = data.BatchPlan(pairs, args.global_batch, args.micro_batch, args.seed, *runtime.world())
-    steps = runtime.num_steps(args.epochs, args.max_steps, plan)
-    run.describe({"data": pairs.summary(), "data_digest": plan.digest(steps),
-                  "parent_digest": rundir.file_digest(parent)})
+    order = data.BatchOrder(pairs, args.global_batch, args.micro_batch, args.seed,
+                            *distributed.world())
+    steps = training.num_steps(args.epochs, args.max_steps, order)
+    run.describe({"data": pairs.summary(), "data_digest": order.digest(steps),
+                  "parent_digest": checkpoints.file_digest(run.parent)})
 
     # ---- shard; the optimizer works on the sharded fp32 masters, so no forward comes before it
-    model = runtime.shard(model, device, args.dtype, args.activation_checkpointing, args.replicas,
-                          args.attention, args.compile)
-    optimizer = runtime.adamw(model, runtime.learning_rates(args))
-    clock = runtime.Clock(device)
+    model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
+                              args.replicas, args.attention, args.compile)
+    optimizer = training.adamw(model, training.learning_rates(args))
+    clock = training.Clock(device)
     if run.start:
         run.resume(model, optimizer)
     run.heed_signals()
 
-    clock.start(data.loader(pairs, plan.schedule(run.start, steps), "sft", args.workers))
-    for step in (bar := runtime.progress(run.start, steps, "sft")):
-        lrs = runtime.set_lr(optimizer, step, steps, args.warmup)
+    clock.start(data.loader(pairs, order.schedule(run.start, steps), "answers", args.workers))
+    for step in (bar := distributed.progress(run.start, steps, args.stage)):
+        lrs = training.set_lr(optimizer, step, steps, args.warmup)
         # Token means divide by the tokens of the *global* batch, or micro-batches would count
         # unequally. Every process holds the index, so the count needs no communication.
-        num_tokens = pairs.answer_tokens[plan.batch(step)].sum()
+        num_tokens = pairs.answer_tokens[order.batch(step)].sum()
         sums = {"loss": 0.0, "tokens": 0}
-        for micro in range(plan.micro_steps):
+        for micro in range(order.micro_steps):
             batch = clock.next_batch()
-            model.set_requires_gradient_sync(micro == plan.micro_steps - 1)
+            model.set_requires_gradient_sync(micro == order.micro_steps - 1)
 
             # METHOD: L = −E log π(y_c), a mean over answer tokens
             logps = model(**batch)                                    # (B, T) fp32
@@ -84,9 +72,9 @@ def main():
 
             sums["loss"] += loss.detach()
             sums["tokens"] += batch["input_ids"].numel()
-        sums = runtime.reduce_sum(sums)
-        norms = runtime.clip_grad_norm(model)
-        runtime.require_finite(step, sums["loss"], norms, pairs, plan)
+        sums = distributed.reduce_sum(sums)
+        norms = training.clip_grad_norm(model)
+        training.require_finite(step, sums["loss"], norms, pairs, order)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -100,4 +88,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.launch(main)
+    distributed.launch(main)

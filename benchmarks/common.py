@@ -22,12 +22,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
-from pivot import encoders  # noqa: E402
-from pivot import folders  # noqa: E402
+from pivot import distributed, encoders, files, model_io, records, training  # noqa: E402
 import model as m  # noqa: E402
-from pivot import records  # noqa: E402
-from pivot import rundir  # noqa: E402
-from pivot import runtime  # noqa: E402
 
 PATCH, EPOCHS, BETA, LR = 16, 3, 0.1, 2e-5
 RESULTS = ROOT / "benchmarks" / "results"
@@ -81,16 +77,16 @@ def build(shape, seed=0):
         num_attention_heads=width // 64, num_key_value_heads=max(1, width // 256),
         vocab_size=shape.vocab, max_position_embeddings=4096, tie_word_embeddings=True))
     encoder = encoders.Encoder(encoders.truncate(vision), encoders.HALF, encoders.HALF)
-    tokenizer = folders.open_tokenizer(ROOT / "weights" / "toy-lm")
-    image_id = folders.prepare_tokenizer(tokenizer, shape.vocab)
-    return folders.no_dropout(m.MLLM(encoder, llm, image_id)), tokenizer
+    tokenizer = model_io.open_tokenizer(ROOT / "weights" / "toy-lm")
+    image_id = model_io.prepare_tokenizer(tokenizer, shape.vocab)
+    return model_io.no_dropout(m.MLLM(encoder, llm, image_id)), tokenizer
 
 
 def save(shape, folder):
     """Write the random model as the folder that both load_mllm and transformers open."""
     model, tokenizer = build(shape)
     Path(folder).mkdir(parents=True)
-    folders.save_mllm(model, tokenizer, folder, True)
+    model_io.save_mllm(model, tokenizer, folder, True)
 
 
 def pairs(shape, n, image_id, seed=1):
@@ -117,10 +113,10 @@ class Ours:
     fp32, fused AdamW, gradient norms and clipping included."""
 
     def __init__(self, model, lr=LR, compiled=False):
-        device = torch.device("cpu") if torch.distributed.is_initialized() else runtime.start()
-        self.model = runtime.shard(model, device, compiled=compiled)
+        device = torch.device("cpu") if torch.distributed.is_initialized() else distributed.start()
+        self.model = distributed.shard(model, device, compiled=compiled)
         with contextlib.redirect_stdout(io.StringIO()):       # its table of rates
-            self.optimizer = runtime.adamw(self.model, dict.fromkeys(runtime.MODULES, lr))
+            self.optimizer = training.adamw(self.model, dict.fromkeys(training.MODULES, lr))
 
     def compile_on(self, batch):
         """Let all kernels be made now, of a DPO batch: nobody times the compiler."""
@@ -142,7 +138,7 @@ class Ours:
 
     def update(self, loss):
         loss.backward()
-        runtime.clip_grad_norm(self.model)
+        training.clip_grad_norm(self.model)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()
@@ -171,7 +167,7 @@ def write(name, args, result):
         if Path("/proc/cpuinfo").exists() else [platform.processor()]
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}{'-quick' if args.quick else ''}.json"
-    rundir.write_json(path, {
+    files.write_json(path, {
         "arguments": vars(args), "cpu": cpu[0], "cores": os.cpu_count(), "load": os.getloadavg(),
         "versions": {p: version(p) for p in ("torch", "transformers", "trl", "accelerate")},
         **result})

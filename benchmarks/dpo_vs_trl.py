@@ -23,8 +23,7 @@ import tempfile
 from pathlib import Path
 
 import common as c
-from pivot import folders
-from pivot import records
+from pivot import model_io, records
 import torch
 from turns import Side, alternate, ratio, watched
 
@@ -33,9 +32,9 @@ SIDES = {"TRL": (False, False), "TRL, precomputed": (True, False), "TRL, answer 
 
 def our_side(turns, folder, shape, num_batches, compiled):
     """The cached reference pass, then EPOCHS × num_batches steps of train_dpo.py."""
-    ours = c.Ours(folders.load_mllm(folder)[0], compiled=compiled)
+    ours = c.Ours(model_io.load_mllm(folder)[0], compiled=compiled)
     batches = c.batches(shape, c.pairs(shape, num_batches * shape.batch,
-                                       ours.model.image_token_id), "dpo")
+                                       ours.model.image_token_id), "pair")
     if compiled:
         ours.compile_on(batches[0])
     refs = []

@@ -52,7 +52,7 @@ def main():
     torch.set_num_threads(args.threads)
     shape, side = (c.QUICK if args.quick else c.SHAPES)[args.shape], 256 if args.quick else 2048
     model, _ = c.build(shape)
-    batch, = c.batches(shape, c.pairs(shape, shape.batch, model.image_token_id), "dpo")
+    batch, = c.batches(shape, c.pairs(shape, shape.batch, model.image_token_id), "pair")
     flops = model_flops(model, batch, shape)
     total, ours = sum(flops.values()), c.Ours(model)
     ref, steps, products = ours.reference(batch), [], []

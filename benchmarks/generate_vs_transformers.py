@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import common as c
-from pivot import folders
+from pivot import model_io
 import torch
 from turns import progress
 
@@ -38,7 +38,7 @@ def measure(shape, rounds, label):
     from transformers import AutoModelForImageTextToText
     with tempfile.TemporaryDirectory() as folder:
         c.save(shape, Path(folder, "final"))
-        ours, _ = folders.load_mllm(Path(folder, "final"))
+        ours, _ = model_io.load_mllm(Path(folder, "final"))
         theirs = AutoModelForImageTextToText.from_pretrained(Path(folder, "final"))
     ours, theirs = ours.eval(), theirs.eval()
     theirs.generation_config.eos_token_id = None            # NEW tokens, whatever they are

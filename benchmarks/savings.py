@@ -22,10 +22,9 @@ from copy import deepcopy
 from pathlib import Path
 
 import common as c
-from pivot import folders
+from pivot import model_io, records
 import model as m
 import numpy as np
-from pivot import records
 import torch
 from dpo_vs_trl import our_side
 from turns import Side, alternate, ratio
@@ -41,7 +40,7 @@ def two_rows(shape, samples):
     """[prompt | chosen] of every pair, then [prompt | rejected]: each (2B, T); images (B, …)."""
     swapped = [{**s, "roles": np.array([records.PROMPT, records.OTHER, records.ANSWER])[s["roles"]]}
                for s in samples]
-    chosen, rejected = (c.batches(shape, x, "sft") for x in (samples, swapped))
+    chosen, rejected = (c.batches(shape, x, "answers") for x in (samples, swapped))
     return [{"pixel_values": a["pixel_values"],
              **{k: torch.cat([a[k], b[k]]) for k in ("input_ids", "labels")}}
             for a, b in zip(chosen, rejected)]
@@ -77,10 +76,10 @@ def answer_logps(model, batch, savings):
 
 def variant_side(turns, folder, shape, num_batches, savings):
     """Train like train_dpo.py, but without the savings that are not named."""
-    model, _ = folders.load_mllm(folder)
+    model, _ = model_io.load_mllm(folder)
     trained = [p for n, p in model.named_parameters() if p.requires_grad]
     samples = c.pairs(shape, num_batches * shape.batch, model.image_token_id)
-    batches = c.batches(shape, samples, "dpo") if "prefix" in savings else \
+    batches = c.batches(shape, samples, "pair") if "prefix" in savings else \
         two_rows(shape, samples)
     refs = []
     if "cached" in savings:

@@ -31,7 +31,7 @@ TINY_SWEEPS = {"image_tokens": (4, 16, 36), "answer": (4, 8, 16), "batch": (1, 2
 def step_seconds(shape, steps):
     """Seconds of the best of so many DPO steps, after one to warm up."""
     ours = c.Ours(c.build(shape)[0])
-    batch, = c.batches(shape, c.pairs(shape, shape.batch, ours.model.image_token_id), "dpo")
+    batch, = c.batches(shape, c.pairs(shape, shape.batch, ours.model.image_token_id), "pair")
     ref, took = ours.reference(batch), []
     for _ in range(1 + steps):
         began = time.perf_counter()

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import common as c
-from pivot import folders
+from pivot import model_io
 import torch
 from dpo_vs_trl import trainer_arguments
 from turns import Side, alternate, ratio, watched
@@ -22,9 +22,9 @@ from turns import Side, alternate, ratio, watched
 
 def our_side(turns, folder, shape, num_batches):
     """EPOCHS × num_batches steps of train_sft.py."""
-    ours = c.Ours(folders.load_mllm(folder)[0])
+    ours = c.Ours(model_io.load_mllm(folder)[0])
     batches = c.batches(shape, c.pairs(shape, num_batches * shape.batch,
-                                       ours.model.image_token_id), "sft")
+                                       ours.model.image_token_id), "answers")
     for step in range(c.EPOCHS * num_batches):
         turns.begin("step")
         turns.end(ours.sft_step(batches[step % num_batches]))
@@ -37,7 +37,7 @@ def trainer_side(turns, folder, shape, num_batches):
     samples = c.pairs(shape, num_batches * shape.batch, image_id)
 
     def collate(examples):
-        batch = c.batches(shape, examples, "sft")[0]
+        batch = c.batches(shape, examples, "answers")[0]
         return {**batch, "attention_mask": torch.ones_like(batch["input_ids"]),
                 "pixel_values": (batch["pixel_values"] / 255 - 0.5) / 0.5}
 

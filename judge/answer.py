@@ -13,12 +13,11 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from pivot import runtime
-from pivot import records
-from pivot import folders
-from judge import score
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+from judge import score
+from pivot import distributed, images, model_io, records
 
 MAX_CELL = 256 * 2 ** 20         # characters; an unclosed quote would read on to the file's end
 
@@ -111,7 +110,7 @@ def picture_file(tsv, cell, where):
 
 
 def picture_of(tsv, row):
-    """The picture as records.load_image takes it: bytes, or a path; raises records.BadRecord."""
+    """The picture as images.load_image takes it: bytes, or a path; raises records.BadRecord."""
     if isinstance(row["picture"], str):
         return row["picture"]
     column, start, length = row["picture"]
@@ -161,16 +160,18 @@ class Questions(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         row = self.shown[i]
-        pixels = records.load_image(picture_of(self.tsv, row), self.size, row["where"])
+        pixels = images.load_image(picture_of(self.tsv, row), self.size, row["where"])
         return i, self.ids[i], torch.from_numpy(pixels)
 
 
 def collate(items):
     """Left-pad, so that every prompt ends where its answer begins."""
     index, ids, pixels = zip(*items)
-    ids, there = (pad_sequence(rows, batch_first=True, padding_side="left") for rows in (
-        [torch.tensor(row) for row in ids], [torch.ones(len(row), dtype=int) for row in ids]))
-    return index, torch.stack(pixels), ids, there
+    rows = [torch.tensor(row) for row in ids]
+    input_ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True,
+                                  padding_side="left")
+    return index, torch.stack(pixels), input_ids, attention_mask
 
 
 # ---------------------------------------------------------------------------------- the answers
@@ -201,9 +202,9 @@ def answer(args, model, tokenizer, device, path, rows, shown, folder):
     its own, as it comes. → {index: prediction}. What an earlier, interrupted call answered stays.
     """
     name = path.stem
-    rank, world = runtime.world()
+    rank, world = distributed.world()
     # By one, for all: the nodes of a cluster may see a shared folder differently for a while.
-    done, mine = runtime.from_main(lambda: predictions(folder, name)), {}
+    done, mine = distributed.from_main(lambda: predictions(folder, name)), {}
     own = folder / f"{name}.{rank}.jsonl"
     if own.exists():
         whole = own.read_bytes()
@@ -215,9 +216,9 @@ def answer(args, model, tokenizer, device, path, rows, shown, folder):
     batches = [todo[i:i + args.eval_batch] for i in range(0, len(todo), args.eval_batch)]
     loader = torch.utils.data.DataLoader(questions, batch_sampler=batches, collate_fn=collate,
                                          num_workers=min(args.workers, len(batches)))
-    stops = folders.stop_ids(tokenizer)
+    stops = model_io.stop_ids(tokenizer)
     with open(own, "a", encoding="utf-8") as file:
-        for index, pixels, ids, mask in runtime.progress(0, len(batches), name, loader):
+        for index, pixels, ids, mask in distributed.progress(0, len(batches), name, loader):
             seeds = [seed_of(args.seed, name, rows[i]["index"]) for i in index] \
                 if args.temperature else ()
             tokens = model.generate(pixels.to(device), ids.to(device), mask.to(device),
@@ -226,6 +227,6 @@ def answer(args, model, tokenizer, device, path, rows, shown, folder):
                 mine[rows[i]["index"]] = text
                 file.write(json.dumps({"index": rows[i]["index"], "prediction": text}) + "\n")
             file.flush()
-    for answers in runtime.gather(mine):
+    for answers in distributed.gather(mine):
         done |= answers
     return done

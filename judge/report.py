@@ -1,8 +1,8 @@
 """What is shown of scores: one table, differences with intervals, the paper's rows, wrong answers.
 
-Intervals, 95 %. Of a score: normal approximation over units (score.py). Of a difference between two
-models: bootstrap paired by unit, within strata; of a group or the average, of the mean of its
-benchmarks, each resampled by itself.
+Of a score the normal approximation over units (score.py). Of a difference between two models: a
+bootstrap paired by unit, within strata; of a group or the average, of the mean of its benchmarks,
+each resampled by itself.
 """
 import base64
 import html
@@ -10,13 +10,11 @@ import io
 import json
 from pathlib import Path
 
-from judge import answer
-from pivot import records
-from pivot import encoders
 import numpy as np
-from pivot import rundir
-from judge import score
 from PIL import Image
+
+from judge import answer, intervals, score
+from pivot import checkpoints, files, images, printing, records
 
 # The paper's table of frozen encoders + Qwen2.5-1.5B: average | General | OCR & Chart |
 # Vision-Centric | Knowledge.
@@ -43,14 +41,6 @@ ImageNet-Sup huge       | 35.5 44.6 17.2 38.2 42.1
 ImageNet-Sup huge+PIVOT | 37.7 47.3 18.1 40.3 45.1""".splitlines())}
 PAPER_TWO = "SigLIP1-So400m + ConvNeXt-XXL, averages alone: 51.4; with PIVOT on SigLIP1: 53.6"
 PAPER_ORDER = ("General", "OCR & Chart", "Vision-Centric", "Knowledge")
-
-
-def grid(rows):
-    """Rows of strings, the header first → lines: the first column to the left, others to the right.
-    """
-    wide = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, wide)))
-            .rstrip() for row in rows]
 
 
 def means_of(results):
@@ -83,7 +73,7 @@ def table(columns):
         some = next(c for c in found if c)
         return [str(some["n"]), cell(some["chance"])] + [cell(c.get("score"), c.get("ci95"))
                                                          for c in found]
-    out = grid([["", "n", "chance", *columns], *rows_of(columns, cells)])
+    out = printing.table([["", "n", "chance", *columns], *rows_of(columns, cells)])
     for name, r in columns.items():
         if r.get("missing"):
             out.append(f"{name}: not scored and left out of the means: {', '.join(r['missing'])}")
@@ -98,40 +88,41 @@ def differences(columns, units):
     """{model: results}, {model: {bench: units}} → the rows of a table: every model minus the first,
     with its interval; – where the two did not answer the same questions of the same file."""
     first, *others = columns
-    draws = {}
+    found = {}                                   # (model, bench) → difference, bootstrap draws
     for name in others:
         for bench in units[name].keys() & units[first].keys():
-            files = {columns[n].get(f"{bench}.tsv") for n in (name, first)}
-            found = score.resampled(units[name][bench], units[first][bench]) \
-                if len(files) == 1 else None
-            if found is not None:
-                draws[name, bench] = (columns[name]["benchmarks"][bench]["score"] -
-                                      columns[first]["benchmarks"][bench]["score"], found)
+            if columns[name].get(f"{bench}.tsv") != columns[first].get(f"{bench}.tsv"):
+                continue
+            change = score.unit_differences(units[name][bench], units[first][bench])
+            if change is not None:
+                scores = [columns[n]["benchmarks"][bench]["score"] for n in (name, first)]
+                found[name, bench] = scores[0] - scores[1], intervals.stratified_bootstrap(change)
 
     def cell(name, benches):
-        pairs = [draws.get((name, b)) for b in benches]
-        if None in pairs:
+        if not all((name, bench) in found for bench in benches):
             return "–"
-        low, high = np.percentile(np.mean([d for _, d in pairs], 0), [2.5, 97.5])
-        return f"{np.mean([p for p, _ in pairs]):+.1f} [{low:+.1f}, {high:+.1f}]"
+        change = np.mean([found[name, bench][0] for bench in benches])
+        low, high = intervals.middle_95(np.mean([found[name, b][1] for b in benches], 0))
+        return f"{change:+.1f} [{low:+.1f}, {high:+.1f}]"
     return [[f"minus {first}", *others], *rows_of(
-        columns, lambda _, benches: [cell(n, benches) for n in others])]
+        columns, lambda _, benches: [cell(name, benches) for name in others])]
 
 
 def units_beside(path):
     """The units.json beside a results.json: {bench: [[stratum, unit, value], …]}."""
-    return encoders.read_json(path.with_name("units.json"), remedy="; the command that answered, "
+    return files.read_json(path.with_name("units.json"), remedy="; the command that answered, "
                               "with --rescore, writes it")
 
 
 def paper_table():
     """The lines of the paper's table, to hold real benchmarks against."""
-    return grid([["the paper: frozen encoder + Qwen2.5-1.5B", "average", *PAPER_ORDER],
+    return printing.table([["the paper: frozen encoder + Qwen2.5-1.5B", "average", *PAPER_ORDER],
                  *([k, *(f"{x:.1f}" for x in v)] for k, v in PAPER.items())]) + [PAPER_TWO]
 
 
-def compare(folders):
-    """What --compare prints: one table of models already scored, then differences to the first."""
+def compare(folders, scoring):
+    """What --compare prints: one table of models already scored, then differences to the first.
+    scoring: the arguments that say how a model is scored, not how it was made."""
     names = [Path(d).name for d in folders]
     names = names if len(set(names)) == len(names) else folders
     found = {name: next((p for p in (Path(d, "bench", "results.json"), Path(d, "results.json"))
@@ -139,30 +130,31 @@ def compare(folders):
     lost = [name for name, path in found.items() if path is None]
     if lost:
         raise SystemExit(f"error: not scored yet: {', '.join(lost)}")
-    columns = {n: encoders.read_json(p, "benchmarks", "groups", "average")
+    columns = {n: files.read_json(p, "benchmarks", "groups", "average")
                for n, p in found.items()}
     out = table(columns)
     if len(columns) > 1:
         units = {n: units_beside(p) for n, p in found.items()}
-        out += ["", *grid(differences(columns, units))]
-    out += alike({n: p.parent.parent / "config.json" for n, p in found.items()})
+        out += ["", *printing.table(differences(columns, units))]
+    out += alike({n: p.parent.parent / "config.json" for n, p in found.items()}, scoring)
     if is_paper(columns.values()):
         out += ["", *paper_table()]
     return out
 
 
-def alike(configs):
+def alike(configs, scoring):
     """A line on whether encoders were re-paired alike: the same LLM, the same data in the same
     order, the same arguments, but for those that name the encoder or say where files are.
-    configs: {model: path of its run's config.json}; trained models that are no pair say nothing."""
-    free = rundir.FREE | {"encoder", "llm", "image_size", "data", "images", "captions", "instruct"}
-    pairs = {n: encoders.read_json(p, "arguments") for n, p in configs.items() if p.exists()}
-    pairs = {n: {"LLM": c.get("llm_digest"), "data": c["data_digest"],
-                 **{f"--{k.replace('_', '-')}": v for k, v in c["arguments"].items()
-                    if k not in free}} for n, c in pairs.items() if c.get("stage") == "repair"}
-    if len(pairs) < 2:
+    configs: {model: path of its run's config.json}; models that were not re-paired say nothing."""
+    free = checkpoints.FREE | scoring | {"encoder", "llm", "image_size", "data", "images",
+                                         "captions", "instruct"}
+    made = [files.read_json(p, "arguments") for p in configs.values() if p.exists()]
+    repaired = [{"LLM": config.get("llm_digest"), "data": config["data_digest"],
+                 **{f"--{k.replace('_', '-')}": v for k, v in config["arguments"].items()
+                    if k not in free}} for config in made if config.get("stage") == "repair"]
+    if len(repaired) < 2:
         return []
-    first, *others = pairs.values()
+    first, *others = repaired
     apart = [what for what in first if any(other.get(what) != first[what] for other in others)]
     if apart:
         return ["", f"NOT a controlled comparison: re-paired with another {' and '.join(apart)}"]
@@ -205,7 +197,7 @@ pre {{ white-space: pre-wrap; margin: 0; overflow-wrap: anywhere }} b {{ color: 
 def picture_tag(tsv, row):
     """The picture, decoded and written anew as a small JPEG: nothing of the data's own bytes."""
     try:
-        pixels = records.load_image(answer.picture_of(tsv, row), None, row["where"])
+        pixels = images.load_image(answer.picture_of(tsv, row), None, row["where"])
     except records.BadRecord as e:
         return f"<pre>{html.escape(str(e))}</pre>"
     picture, out = Image.fromarray(pixels.transpose(1, 2, 0)), io.BytesIO()

@@ -4,9 +4,10 @@
 
     score = 100 × mean over strata of (mean over units of a value in [0, 1])
 
-A *unit* is what an interval resamples: a question; an image of MME (half accuracy, half "all of its
-questions right", so that the mean over the ten perception categories is perception ÷ 20); all
-rotations of a MMBench question; a pair of MMVP. Strata: MME's categories, the sources of CV-Bench.
+A *unit* is what an interval (intervals.py) resamples: a question; an image of MME (half accuracy,
+half "all of its questions right", so that the mean over the ten perception categories is
+perception ÷ 20); all rotations of a MMBench question; a pair of MMVP. Strata: MME's categories, the
+sources of CV-Bench.
 
 Rules follow Cambrian-1's evaluation code where it and VLMEvalKit differ, unless a docstring says
 otherwise. No judge model anywhere; groups go by ids in the file, never by the order of its lines.
@@ -320,22 +321,13 @@ def score_of(units):
     return 100 * float(np.mean(means)) if means else None
 
 
-def half_width(units):
-    """Of the 95 % interval of score_of, by the normal approximation, units drawn within strata."""
-    parts = [v.var() / len(v) for v in strata(units).values()]
-    return 196 * float(np.sqrt(np.sum(parts)) / len(parts)) if parts else None
-
-
-def resampled(ours, theirs, rounds=2000):
-    """Bootstrap of score_of(ours) − score_of(theirs), the same units drawn for both, within
-    strata: (rounds,). None where the two did not answer the same questions."""
-    theirs = {(s, u): v for s, u, v in theirs}
-    if not ours or {(s, u) for s, u, _ in ours} != theirs.keys():
+def unit_differences(ours, theirs):
+    """{stratum: ours − theirs (n,)}, unit by unit; None where the two did not answer the same
+    questions."""
+    theirs = {(stratum, unit): v for stratum, unit, v in theirs}
+    if not ours or {(stratum, unit) for stratum, unit, _ in ours} != theirs.keys():
         return None
-    change, rng = strata([(s, u, v - theirs[s, u]) for s, u, v in ours]), np.random.default_rng(0)
-    means = [[v[rng.integers(0, len(v), len(v))].mean() for _ in range(rounds)]
-             for _, v in sorted(change.items())]
-    return 100 * np.mean(means, 0)
+    return strata([(stratum, unit, v - theirs[stratum, unit]) for stratum, unit, v in ours])
 
 
 def constant(name, rows):

@@ -12,10 +12,11 @@ or a place that has no key, refuses the file.
 import re
 from pathlib import Path
 
-from pivot import encoders
 import torch
-from pivot.encoders import first_line, read_json, side
 from torch import nn
+
+from pivot import encoders, files, printing, tensors
+from pivot.encoders import side
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
            "pytorch_model.bin")
@@ -38,7 +39,7 @@ def find(path):
     if Path(path).is_file():
         return Path(path)
     config = file_at(path, "config.json")
-    if config and "architecture" not in read_json(config):       # timm's names one there
+    if config and "architecture" not in files.read_json(config):       # timm's names one there
         return None
     if not any([config, file_at(path, "open_clip_config.json")]):     # fetched anyway, for load()
         return None
@@ -59,7 +60,7 @@ def read(file, device):
                         if device == "meta" else tensors.get_tensor(k) for k in tensors.keys()}
         facts = torch.load(file, map_location=device, weights_only=True)
     except Exception as e:
-        raise SystemExit(f"error: cannot read {file}: {first_line(e)}")
+        raise SystemExit(f"error: cannot read {file}: {printing.first_line(e)}")
     state = next((facts[k] for k in ("state_dict", "model") if isinstance(facts, dict)
                   and isinstance(facts.get(k), dict)), facts)
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -82,7 +83,7 @@ def load(file, device="cpu"):
 
     def beside(name, *keys):
         path = file.parent / name
-        return read_json(path, *keys) if path.is_file() else {}
+        return files.read_json(path, *keys) if path.is_file() else {}
     open_clip, timm = beside("open_clip_config.json", "model_cfg"), beside("config.json")
     pixels = open_clip.get("preprocess_cfg") or timm.get("pretrained_cfg") or {}    # mean, std
     if "stem.0.weight" in state:
@@ -116,7 +117,7 @@ def fill(config, state, names, file):
             new[re.sub(pattern, target, key) if pattern else key] = part.float().clone(
                 memory_format=torch.contiguous_format)       # not the file's own, mapped pages
     wanted, found = ({k: v.shape for k, v in x.items()} for x in (vision.state_dict(), new))
-    encoders.refuse_misfit(f"{file} does not fit {type(vision).__name__}: it", wanted, found)
+    tensors.refuse_misfit(f"{file} does not fit {type(vision).__name__}: it", wanted, found)
     vision.load_state_dict(new, strict=True, assign=True)
     for module in vision.modules():            # the one buffer that is not stored
         if getattr(module, "position_ids", None) is not None:

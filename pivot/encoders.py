@@ -3,8 +3,8 @@
 `FAMILIES` says, for each transformers model type, where the features are read (PAPER: LLaVA-NeXT's
 choice for SigLIP and CLIP, the final norm for the others) and what the class insists on although
 no gradient can reach it. `ENCODERS` and `LLMS` give names to published checkpoints, with their
-geometry. `--encoder` and `--llm` accept a preset, a local folder or a hub id, in that order;
-files in the layouts of timm, open_clip and MoCo v3 are converted by key (convert.py).
+geometry. `--encoder` and `--llm` accept a preset, a local folder or a hub id, in that order.
+Nothing is opened here: that is model_io.py.
 """
 import functools
 import inspect
@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from pivot import printing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -195,7 +197,7 @@ class TwoEncoders(nn.Module):
     resampled (bilinear) to the first's. The interface of Encoder, but for the pixels.
 
     forward: pixel_values uint8 (B, 3·S₁² + 3·S₂²): the picture squashed for each encoder by itself
-    (records.planes) → features (B, N₁, D₁ + D₂).
+    (images.planes) → features (B, N₁, D₁ + D₂).
     """
 
     def __init__(self, first, second):
@@ -254,7 +256,7 @@ def trial(facts, kind):
             out = vision(torch.zeros(1, 3, *[side(config.image_size)] * 2)).last_hidden_state
         blocks_of(vision)
     except Exception as e:
-        raise SystemExit(refusal + first_line(e))
+        raise SystemExit(refusal + printing.first_line(e))
     extra = out.shape[1] - grid ** 2 if out.dim() == 3 else -1
     prefix = extra - (getattr(config, "num_register_tokens", 0) or 0)
     if not 0 <= prefix <= 2:        # YOLOS' hundred detection tokens, Swin's merged patches
@@ -296,108 +298,3 @@ def truncate(vision):
         vision.config.num_hidden_layers -= 1
         vision.config.pivot_feature_layer = -1
     return without_pooler(vision)
-
-
-def config_of(name, path):
-    """The vision config of a folder or hub id; raises SystemExit, one line."""
-    from transformers import AutoConfig
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"error: cannot open --encoder {name} ({path}): {first_line(e)}")
-    if config.model_type == "llava":
-        raise SystemExit(f"error: --encoder {name} is a whole model; detach its encoder with:  "
-                         f"python extract.py --run-dir RUN --stage STAGE")
-    config = getattr(config, "vision_config", config)  # a whole SigLIP/CLIP: take the eye
-    if not all(hasattr(config, key) for key in ("image_size", "patch_size", "num_channels")):
-        raise SystemExit(f"error: --encoder {name} is a {config.model_type}, not a vision encoder "
-                         f"with patches; known families: {', '.join(FAMILIES)}; or a ViT like "
-                         f"them")
-    return config
-
-
-def load_encoder(name, image_size=None):
-    """Open an encoder for training, fp32, truncated to the layer whose output is the feature.
-
-    name: preset, folder (published or extracted), hub id, or a file of timm, open_clip or MoCo v3;
-    image_size: another input size than its own.
-    raises SystemExit, one line, when the folder is missing, of a class that cannot serve, or when
-        a tensor of the published model is missing.
-    """
-    from pivot import convert
-    from transformers import AutoModel
-    if len(parts := parts_of(name)) == 2:
-        return TwoEncoders(*(load_encoder(part, image_size) for part in parts))
-    path, preset = resolve(name), ENCODERS.get(name)
-    if file := convert.find(path):
-        vision, mean, std = convert.load(file)
-    else:
-        original = config_of(name, path)
-        config = convert.as_vit(original)
-        family_of(config)                                     # refuses before anything is loaded
-        vision = open_model(AutoModel, f"--encoder {name}", path, config=config,
-                            **class_options(config))
-        file = convert.file_at(path, "preprocessor_config.json")
-        facts = read_json(file) if file else {}
-        mean = facts.get("image_mean") or family_of(original).mean
-        std = facts.get("image_std") or family_of(original).std
-    vision = truncate(vision)
-    size = image_size or (preset and preset.geometry[-1]) or side(vision.config.image_size)
-    return Encoder(convert.resize_positions(vision, size), mean, std)
-
-
-def open_model(kind, name, path, **options):
-    """kind.from_pretrained in fp32; raises SystemExit, one line, where transformers would make up
-    what a folder lacks: a tensor missing, or of another shape than config.json says."""
-    try:
-        model, info = kind.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True, **{"attn_implementation": "sdpa", **options})
-    except Exception as e:       # a file cut short comes as safetensors' or pickle's own error
-        raise SystemExit(f"error: cannot open {name} ({path}): {first_line(e)}")
-    wanted = {key: t.shape for key, t in model.state_dict().items()}
-    found = {**wanted, **{key: shape for key, shape, _ in info["mismatched_keys"]}}
-    refuse_misfit(name, wanted, {k: s for k, s in found.items() if k not in info["missing_keys"]})
-    return model
-
-
-def refuse_misfit(who, wanted, found):
-    """Raise SystemExit, one line, unless both {name: shape} agree: a model that is nearly the
-    right one is worse than none."""
-    for what, names in (("lacks", wanted.keys() - found.keys()),
-                        ("has an unknown", found.keys() - wanted.keys()),
-                        ("has, of another shape than expected,",
-                         [k for k in wanted.keys() & found.keys()
-                          if tuple(wanted[k]) != tuple(found[k])])):
-        if names:
-            raise SystemExit(f"error: {who} {what} tensor {sorted(names)[0]} ({len(names)} in all)")
-
-
-def read_json(path, *keys, remedy=""):
-    """The object in a JSON file; raises SystemExit, one line, unless it is one with these keys."""
-    try:
-        facts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise SystemExit(f"error: cannot read {path}: {e.strerror}{remedy}")
-    except (ValueError, RecursionError) as e:
-        raise SystemExit(f"error: {path}: not JSON ({e}){remedy}")
-    missing = [k for k in keys if k not in facts] if isinstance(facts, dict) else ["{"]
-    if missing:
-        raise SystemExit(f"error: {path}: no '{missing[0]}' in it{remedy}")
-    return facts
-
-
-def first_line(error):
-    """The first line of an exception: what a person needs, without the traceback."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def image_processor(encoder):
-    """The transformers processor that does exactly what records.py does: bicubic squash, rescale,
-    normalise. The Pillow backend is the definition; torchvision's resize differs in the last bit.
-    """
-    from transformers import SiglipImageProcessorPil
-    encoder = encoder.parts[0]              # of A+B: the first's
-    size = encoder.image_size
-    return SiglipImageProcessorPil(size={"height": size, "width": size}, resample=3,
-                                   image_mean=list(encoder.mean), image_std=list(encoder.std))

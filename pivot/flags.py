@@ -5,10 +5,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from pivot import encoders
-from pivot import records
+from pivot import encoders, files, records
 import torch
-from pivot.runtime import print0
+from pivot.distributed import print0
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,31 +87,29 @@ def arguments(doc, paper):
                         help="hybrid sharding: so many copies of the model, each sharded within "
                              "its group of processes (one a node)")
     add("--workers", NATURAL, "image-decoding processes per training process")
-    parser.add_argument("--plan", nargs="?", const="8xh100", metavar="NxGPU", help="load and train "
-                        "nothing; print parameters, lengths, FLOPs, memory a GPU and hours on so "
-                        "many of them (default 8xh100)")
     parser.add_argument("--log-every", type=COUNT, default=50, help="steps between printed lines")
     return parser
 
 
-def trained_stage(run, stage):
-    """RUN/STAGE, whose final/ is there; raises SystemExit with the command that makes it."""
-    folder = Path(run, stage)
-    if not (folder / "final" / "config.json").exists():
-        raise SystemExit(f"error: no trained model at {folder}/final; make it with:  "
-                         f"python {script_of(stage)} --run-dir {run}")
-    return folder
-
-
-def one_eyed(model, path):
-    """The trained model in `path`; raises SystemExit where it was made of two encoders, A+B."""
-    if len(model.encoder.parts) > 1:
-        raise SystemExit(f"error: {path} has two encoders: probe each by itself (--encoder)")
-    return model
-
+# ----------------------------------------------------------------------------- stages by their name
 
 def script_of(stage):
-    return "pretrain.py" if stage == "pretrain" else f"train_{stage}.py"
+    """The file that makes RUN/STAGE: STAGE.py or train_STAGE.py; None where neither is here."""
+    return next((name for name in (f"{stage}.py", f"train_{stage}.py")
+                 if (encoders.ROOT / name).exists()), None)
+
+
+def trained_stage(run, stage):
+    """RUN/STAGE, whose final/ is there; raises SystemExit with the command that makes it, or the
+    names of those that are there."""
+    folder = Path(run, stage)
+    if not (folder / "final" / "config.json").exists():
+        script = script_of(stage)
+        there = sorted(path.parent.parent.name for path in Path(run).glob("*/final/config.json"))
+        remedy = f"make it with:  python {script} --run-dir {run}" if script else \
+            f"trained there: {', '.join(there) or 'nothing'}"
+        raise SystemExit(f"error: no trained model at {folder}/final; {remedy}")
+    return folder
 
 
 def add_two_steps(parser, second):
@@ -139,62 +136,89 @@ def settle_two_steps(args, stage, second, paper, toy):
     return args
 
 
+# ---------------------------------------------------------------- what was not typed gets its value
+
 def defaults(paper, toy, llm):
     """The paper's values, or the toy's where the LLM is a toy."""
-    toys = encoders.short_name(llm or paper["llm"]).startswith("toy-")
-    return {**paper, **(toy if toys else {})}
+    is_toy = encoders.short_name(llm or paper["llm"]).startswith("toy-")
+    return {**paper, **toy} if is_toy else paper
 
 
 def settle(args, stage, paper, toy, parent=None):
     """Fill every flag left open: from the parent stage, then the toy's values, then the paper's.
 
     parent: name of the stage whose final/ is trained on. Prints what is inherited, and where a
-    toy's values differ from the paper's. raises SystemExit with the missing command when the
-    parent is not there.
+    toy's values differ from the paper's. What would keep the stage from running here goes to
+    args.refusal, a line or None: opening the run raises it, a plan does without.
     """
     args.run_typed = args.run is not None
-
     if args.run is None:
         fallback = defaults(paper, toy, args.llm)
-        names = [getattr(args, k) or fallback[k] for k in ("encoder", "llm")]
-        args.run = f"runs/{encoders.short_name(names[0])}__{encoders.short_name(names[1])}"
-    folder = Path(args.run, parent or "")
-    there = parent and (folder / "final" / "config.json").exists()
-    if parent and not there and not args.plan:
-        wanted = " ".join(([f"--run-dir {args.run}"] if args.run_typed else []) +
-                          [f"--{k} {getattr(args, k)}" for k in ("encoder", "llm", "data")
-                           if getattr(args, k)])
-        n = os.environ.get("LOCAL_WORLD_SIZE", "8" if torch.cuda.is_available() else "1")
-        start = f"torchrun --nproc_per_node={n}" if int(n) > 1 else "python"
-        raise SystemExit(f"error: no stage-1 model at {folder}/final; make it with:  "
-                         f"{start} {parent}.py {wanted}")
-    if there:
-        made_with = encoders.read_json(folder / "config.json", "arguments", remedy="; without it "
-                                       f"{parent}.py --overwrite must run again")["arguments"]
-        for key in ("encoder", "llm", "image_size", "data"):
-            flag, now, then = f"--{key.replace('_', '-')}", getattr(args, key), made_with.get(key)
-            if now is None and then is not None:
-                setattr(args, key, then)
-                print0(f"  {flag} {then} (inherited from {parent})")
-            elif key == "data" and now != then:
-                print0(f"  --data {now} ({parent} had {then})")
-            elif now != then:
-                raise SystemExit(f"error: {args.run} was made with {flag} {then}, not {now}; leave "
-                                 f"--run-dir out or name another")
-    fallback, toys = defaults(paper, toy, args.llm), []
-    for key in [k for k, v in vars(args).items() if v is None]:
-        setattr(args, key, fallback.get(key))
-        if fallback.get(key) != paper.get(key):
-            toys.append(f"--{key.replace('_', '-')} {fallback[key]} ({paper.get(key)})")
-    if toys:
-        print0(f"  a toy's values, the paper's in brackets: {', '.join(toys)}")
-    if args.attention == "flex" and not (args.plan or torch.cuda.is_available()):
-        raise SystemExit("error: --attention flex needs CUDA: torch's FlexAttention has no "
-                         "backward pass on a CPU; leave it out")
-    cxx = os.environ.get("CXX", "g++")
-    if args.compile and not (torch.cuda.is_available() or shutil.which(cxx)):
-        raise SystemExit(f"error: --compile needs a C++ compiler on a CPU, and there is no {cxx}; "
-                         f"leave it out")
-    args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() or args.plan else "fp32")
-    args.stage = stage
+        encoder, llm = args.encoder or fallback["encoder"], args.llm or fallback["llm"]
+        args.run = f"runs/{encoders.short_name(encoder)}__{encoders.short_name(llm)}"
+    refusal = None
+    if parent and Path(args.run, parent, "final", "config.json").exists():
+        inherit(args, parent)
+    elif parent:
+        refusal = missing_parent(args, parent)
+    fill(args, paper, toy)
+    args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+    args.stage, args.parent = stage, parent
+    args.refusal = refusal or unfit_machine(args)
     return args
+
+
+def inherit(args, parent):
+    """Take encoder, LLM, image size and data from the parent stage, where they were not typed;
+    raises SystemExit where what was typed is something else."""
+    made_with = files.read_json(Path(args.run, parent, "config.json"), "arguments", remedy="; "
+                                f"without it {parent}.py --overwrite must run again")["arguments"]
+    for key in ("encoder", "llm", "image_size", "data"):
+        flag, now, then = f"--{key.replace('_', '-')}", getattr(args, key), made_with.get(key)
+        if now is None and then is not None:
+            setattr(args, key, then)
+            print0(f"  {flag} {then} (inherited from {parent})")
+        elif key == "data" and now != then:
+            print0(f"  --data {now} ({parent} had {then})")
+        elif now != then:
+            raise SystemExit(f"error: {args.run} was made with {flag} {then}, not {now}; leave "
+                             f"--run-dir out or name another")
+
+
+def missing_parent(args, parent):
+    """The line that says which command makes the parent, with the flags that were typed here."""
+    typed = [f"--run-dir {args.run}"] if args.run_typed else []
+    typed += [f"--{key} {getattr(args, key)}" for key in ("encoder", "llm", "data")
+              if getattr(args, key)]
+    n = os.environ.get("LOCAL_WORLD_SIZE", "8" if torch.cuda.is_available() else "1")
+    start = f"torchrun --nproc_per_node={n}" if int(n) > 1 else "python"
+    return (f"error: no stage-1 model at {Path(args.run, parent, 'final')}; make it with:  "
+            f"{start} {script_of(parent)} {' '.join(typed)}")
+
+
+def fill(args, paper, toy):
+    """What is still open gets the toy's or the paper's value; the toy's are printed."""
+    values, of_the_toy = defaults(paper, toy, args.llm), []
+    for key, typed in list(vars(args).items()):
+        if typed is not None:
+            continue
+        value = values.get(key)
+        setattr(args, key, value)
+        if value != paper.get(key):
+            of_the_toy.append(f"--{key.replace('_', '-')} {value} ({paper.get(key)})")
+    if of_the_toy:
+        print0(f"  a toy's values, the paper's in brackets: {', '.join(of_the_toy)}")
+
+
+def unfit_machine(args):
+    """The line that says which flag this machine cannot follow; None where it can all of them."""
+    if torch.cuda.is_available():
+        return None
+    if args.attention == "flex":
+        return ("error: --attention flex needs CUDA: torch's FlexAttention has no backward pass on "
+                "a CPU; leave it out")
+    cxx = os.environ.get("CXX", "g++")
+    if args.compile and not shutil.which(cxx):
+        return (f"error: --compile needs a C++ compiler on a CPU, and there is no {cxx}; leave it "
+                f"out")
+    return None

@@ -1,31 +1,20 @@
-"""What is on disk → records and pixels. LLaVA conversations and captions, MMPR preference pairs.
+"""What is on disk → records. LLaVA conversations and captions, MMPR preference pairs.
 
-Nothing is skipped in silence: a bad record raises BadRecord, naming file, line and reason; so does
-a picture that cannot be read. Nothing that a file says is executed, or leaves its folder.
+Nothing is skipped in silence: a bad record raises BadRecord, naming file, line and reason. Nothing
+that a file says is executed, or leaves its folder.
 
 A record's text comes in pieces, each with its role. They are tokenised one by one and the ids are
 concatenated, never the strings: the border between prompt and answer is then where we say it is,
 in training and in generation alike.
 """
 import functools
-import io
 import json
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, PngImagePlugin
-
-MAX_PIXELS = 50_000_000     # a larger image is refused before it is decoded
 MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
 PROMPT, ANSWER, OTHER = 0, 1, 2   # role of a piece's tokens; OTHER is a pair's rejected answer
-Image.MAX_IMAGE_PIXELS = None     # our own bound, above, is checked first
-PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26   # bytes of a profile or text; some have over Pillow's 1 MB
-TURNED = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
-                         Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-                         Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-                         Image.Transpose.ROTATE_90), 2))      # EXIF's orientations 2 … 8
 real_folder = functools.lru_cache(os.path.realpath)
 
 
@@ -225,42 +214,3 @@ def default_file(folder, name):
     """DATA/name.jsonl, or .json where only that exists."""
     jsonl, plain = Path(folder, f"{name}.jsonl"), Path(folder, f"{name}.json")
     return str(plain if plain.exists() and not jsonl.exists() else jsonl)
-
-
-# ----------------------------------------------------------------------------------------- pictures
-
-def planes(image, size):
-    """RGB → uint8 (3, size, size), squashed bicubically; None: as it is; two sizes: both, flat."""
-    if isinstance(size, tuple):                          # one model of two encoders
-        return np.concatenate([planes(image, s).ravel() for s in size])
-    image = image.resize((size, size), Image.Resampling.BICUBIC) if size else image
-    return np.asarray(image).transpose(2, 0, 1).copy()
-
-
-def load_image(source, size, where):
-    """A path or bytes → uint8 pixels as `planes` gives them; raises BadRecord.
-    EXIF rotation is applied, 16-bit grey scaled to 8, transparency laid on white, the first frame
-    of an animation taken: what a person sees. HF's processors apply the same bicubic squash.
-    """
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadRecord(f"{where}: image of {image.width} × {image.height} pixels, over "
-                                f"the bound of {MAX_PIXELS // 10 ** 6} million")
-            image.load()          # broken pixels raise here; broken EXIF, which is published, too,
-            try:                  # spoils no picture (ImageOps.exif_transpose would write it back)
-                turn = TURNED.get(image.getexif().get(0x0112))
-            except Exception:
-                turn = None
-            image = image if turn is None else image.transpose(turn)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            if "A" in image.mode or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return planes(image.convert("RGB"), size)
-    except BadRecord:
-        raise
-    except Exception as e:   # Pillow's decoders raise nearly anything on broken files
-        name = "embedded image" if isinstance(source, bytes) else f"image {source}"
-        raise BadRecord(f"{where}: {name} cannot be read ({type(e).__name__}: {e})")

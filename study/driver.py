@@ -1,6 +1,6 @@
 """Does RL see better than SFT? The paper's controlled comparison at toy scale, with seeds.
 
-    python -m study --plan                  # what it would run and how long; runs nothing
+    python -m study --dry-run               # what it would run and how long; runs nothing
     python -m study                         # everything, 5 seeds, two runs at a time (hours)
     python -m study.report --against runs/study/results     # the same numbers as in results/?
     python -m study --parts lr vqa eye      # the most important parts first; later the others
@@ -19,7 +19,7 @@ question), or the picture alone, `images` (another item's); `easy` are random it
 
 Everything goes through the stages' public commands. Writes OUT/<part>/<run>.json, a file a run,
 whole or not at all: stopped at any moment and started again, it goes on; what is there is never
-done again. Then report.py writes table and figures there (of results/ README, too).
+done again. Then report.py writes table and figures there (of results/ study/README.md, too).
 The committed results are in results/, and so is the registration: results/README.md fixed
 beforehand what counts as a finding.
 """
@@ -132,10 +132,10 @@ def code_of(path):
     return [line for line in lines if line and not line.lstrip().startswith("#")]
 
 
-def digest(plan):
+def digest(sizes):
     """What a result is a result of: the sizes, and the code that makes commands and pairs."""
     code = [code_of(Path(__file__).with_name(f"{n}.py")) for n in ("plan", "pairs", "models")]
-    return hashlib.sha256(json.dumps([plan, code], sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([sizes, code], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def same_plan(found, ours):
@@ -165,9 +165,9 @@ def versions():
     return {name: version(name) for name in ("torch", "transformers", "numpy", "pillow")}
 
 
-def made_by(plan):
+def made_by(sizes):
     """What every result says of its making."""
-    return {"plan": digest(plan), "code": whole_code(), "versions": versions(),
+    return {"plan": digest(sizes), "code": whole_code(), "versions": versions(),
             "arithmetic": "AVX2"}
 
 
@@ -202,7 +202,7 @@ def clock(seconds):
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def show_plan(study, parts, jobs, quick):
+def show_tasks(study, parts, jobs, quick):
     """What is still to be run and what it costs, part by part; what parts share is counted where
     it comes first."""
     seen, total = set(), 0
@@ -225,7 +225,7 @@ def go(study, parts, jobs, quick, limit=float("inf")):
     queue, failed, live, spent, planned = pending(study, parts), {}, Live(), 0.0, 0.0
     count, done, cost = len(queue), 0, {t.name: seconds_of(t, quick) for t in queue}
     running, start, pace = {}, time.time(), 1.0
-    ours = made_by(study.plan)                  # as it is now, when runs begin
+    ours = made_by(study.sizes)                  # as it is now, when runs begin
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while queue or running:
@@ -271,7 +271,7 @@ def go(study, parts, jobs, quick, limit=float("inf")):
 def refuse_other_plans(study):
     """Results and models of another plan, or of other libraries, are not mixed with these; raises
     SystemExit."""
-    ours = made_by(study.plan)
+    ours = made_by(study.sizes)
 
     def bare(facts, key):             # +cpu and +cu130 are builds of one torch
         return re.sub(r"\+\w+", "", json.dumps(facts[key], sort_keys=True))
@@ -301,7 +301,7 @@ def get_args():
     add("--work", help="folder of worlds, models and logs (default runs/study, or "
         "runs/study-quick)")
     add("--out", help="folder of results (default WORK/results)")
-    add("--plan", action="store_true", help="print what is to be run and its cost; run nothing")
+    add("--dry-run", action="store_true", help="print what is to be run and its cost; run nothing")
     args = parser.parse_args()
     for name in ("seeds", "jobs"):
         if getattr(args, name) < 1:
@@ -318,8 +318,8 @@ def main():
     study = Study(QUICK if args.quick else FULL, args.seeds, args.work, args.out)
     refuse_other_plans(study)
     parts = [p for p in PARTS if p in args.parts]
-    show_plan(study, parts, args.jobs, args.quick)
-    if args.plan:
+    show_tasks(study, parts, args.jobs, args.quick)
+    if args.dry_run:
         return
     study.work.mkdir(parents=True, exist_ok=True)
     with open(study.work / "lock", "w") as lock:

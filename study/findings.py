@@ -10,26 +10,20 @@ before any test split was read, and is never shortened: what was not run says so
 import json
 import re
 from pathlib import Path
-from statistics import mean, stdev
 
-# Student's t for 1 to 4 degrees of freedom (five seeds are registered): 97.5 % and 80 % quantile.
-T975, T80 = (12.706, 4.303, 3.182, 2.776), (1.376, 1.061, 0.978, 0.941)
+from judge.intervals import T975, student
+
+# Student's t for 1 to 4 degrees of freedom (five seeds are registered): 80 % quantile.
+T80 = (1.376, 1.061, 0.978, 0.941)
 TIE = 2.0                                  # points within which two scores count as equal
 GROUPS = ("General", "Knowledge", "OCR & Chart", "Vision-Centric")
 
 
 # ------------------------------------------------------------------------------------ statistics
 
-def interval(values):
-    """Mean and half-width of Student's 95 % interval of a list, a value a seed; None for one."""
-    if len(values) < 2:
-        return mean(values), None
-    return mean(values), T975[len(values) - 2] * stdev(values) / len(values) ** 0.5
-
-
 def verdict(values, side):
     """ "holds", "does not" or "undecided"; side: the paper's, "+" or "=" (a tie within TIE)."""
-    middle, half = interval(values)
+    middle, half = student(values)
     if half is None:
         return "undecided"
     low, high = middle - half, middle + half
@@ -101,15 +95,15 @@ def minus(measure, a, b):
             for sign, x in ((1, a), (-1, b))]
 
 
-def findings(plan):
+def findings(sizes):
     """[(part, the paper's finding, its number, side, terms), …] in the order of the README.
 
     The numbers are from the paper's tables (So400m with a 1.5B head, where it gives that one);
     the sizes stand in its proportions 3 : 5 : 10 : 20 : 40."""
-    sizes = sorted([*plan["sizes"], plan["pairs"]])
+    numbers = sorted([*sizes["sizes"], sizes["pairs"]])
 
     def at_size(n, condition):
-        return condition if n == plan["pairs"] else ("size", str(n), condition)
+        return condition if n == sizes["pairs"] else ("size", str(n), condition)
     out = [("vqa", "the model, average: DPO above SFT", "+1.9", "+",
             minus("vqa average", "dpo", "sft"))]
     out += [("vqa", f"the model, {g}: " + ("a tie" if g == "Knowledge" else "DPO above SFT"),
@@ -128,13 +122,13 @@ def findings(plan):
     out += [("repair", f"re-paired, {g}: DPO above SFT", p, "+",
              minus(f"repair {g}", "dpo", "sft")) for g, p in
             zip(GROUPS, ("+1.2", "+0.4", "+1.7", "+0.7"))]
-    gaps = [minus("vqa average", at_size(n, "dpo"), at_size(n, "sft")) for n in sizes]
+    gaps = [minus("vqa average", at_size(n, "dpo"), at_size(n, "sft")) for n in numbers]
     out += [("size", f"{n:,} pairs: DPO above SFT", p, "+", gap) for n, gap, p in
-            zip(sizes, gaps, ("+4.0", "+3.0", "+1.9", "+1.9", "+1.8"))]
+            zip(numbers, gaps, ("+4.0", "+3.0", "+1.9", "+1.9", "+1.8"))]
     out += [("size", "the gap is larger with the fewest pairs than with the most", "+2.2", "+",
              gaps[0] + [(-sign, what) for sign, what in gaps[-1]]),
             ("size", "DPO on the fewest pairs above SFT on the most", "+0.9", "+",
-             minus("vqa average", at_size(sizes[0], "dpo"), at_size(sizes[-1], "sft")))]
+             minus("vqa average", at_size(numbers[0], "dpo"), at_size(numbers[-1], "sft")))]
     large = {c: ("head", "head-l", c) for c in ("sft", "dpo")}
     out += [("head", "DPO's encoder, linear probe: better through the larger head", "+4.4", "+",
              minus("linear", large["dpo"], "dpo")),
@@ -142,13 +136,13 @@ def findings(plan):
              minus("repair average", large["dpo"], "dpo")),
             ("head", "larger head, the model: DPO above SFT", "+2.7", "+",
              minus("vqa average", large["dpo"], large["sft"]))]
-    eye = {c: ("encoder", "eye-l", c) for c in ("original", "sft", "dpo")}
+    larger = {c: ("encoder", "eye-l", c) for c in ("original", "sft", "dpo")}
     out += [("encoder", "larger encoder, the model: DPO above SFT", "+1.9", "+",
-             minus("vqa average", eye["dpo"], eye["sft"])),
+             minus("vqa average", larger["dpo"], larger["sft"])),
             ("encoder", "larger encoder, re-paired: DPO above the original", "+2.8", "+",
-             minus("repair average", eye["dpo"], eye["original"])),
+             minus("repair average", larger["dpo"], larger["original"])),
             ("encoder", "re-paired: the smaller encoder after DPO above the larger original",
-             "+1.7", "+", minus("repair average", "dpo", eye["original"]))]
+             "+1.7", "+", minus("repair average", "dpo", larger["original"]))]
     for name, label, p in (("supervised", "class labels", "+2.2"), ("masked", "masking", "+2.9")):
         e = {c: ("pretrained", name, c) for c in ("original", "sft", "dpo")}
         out += [("pretrained", f"pretrained by {label}, re-paired: DPO above the original", p, "+",
@@ -170,7 +164,8 @@ def control(kind, condition):
     return ("controls", kind, condition) if kind else condition
 
 
-# What of the signal trains the eye: label, (kind of pairs, condition), the one it is compared with.
+# What of the signal trains the encoder: label, (kind of pairs, condition), what it is compared
+# with.
 OWN, STAGE1, SFT_EASY = ("", "dpo"), ("", "stage1"), ("easy", "sft")
 CONTROLS = (
     ("SFT, no rejected answer", ("", "sft"), STAGE1),

@@ -1,4 +1,4 @@
-"""Two more eyes for the controlled study, of toy-vit's shape but pretrained another way.
+"""Two more encoders for the controlled study, of toy-vit's shape but pretrained another way.
 
     python -m study.models toy-vit-supervised --out runs/study/weights     # class labels
     python -m study.models toy-vit-masked --out runs/study/weights         # filling masked patches
@@ -10,14 +10,14 @@ of hidden patches, a linear read-out, L1). Neither sees a question or a word; to
 was taught what is in each patch. The same seed gives the same weights.
 """
 import argparse
-import os
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+
+from pivot import files
 from toy.models import MODELS, train
 from toy.scenes import CELL, CLASSES, SIZE, Scene
 
@@ -91,13 +91,10 @@ def main():
     both, loss_of = make(random.Random(f"{args.seed}/{args.name}"))
     train(args.name, both, args.steps, RATE, loss_of)
     from transformers import SiglipImageProcessor
-    aside = args.out / (args.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    both[0].half().save_pretrained(aside)
-    SiglipImageProcessor(size={"height": SIZE, "width": SIZE}, resample=3, image_mean=[0.5] * 3,
-                         image_std=[0.5] * 3).save_pretrained(aside)
-    shutil.rmtree(args.out / args.name, ignore_errors=True)
-    os.replace(aside, args.out / args.name)
+    with files.new_folder(args.out / args.name) as aside:
+        both[0].half().save_pretrained(aside)
+        SiglipImageProcessor(size={"height": SIZE, "width": SIZE}, resample=3,
+                             image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(aside)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ import os
 import random
 import shutil
 from collections import Counter, defaultdict
-from pathlib import Path
+
+from judge.score import plain
+from pivot import files
+from toy import world as toy
 
 KINDS = ("sampled", "swapped", "shuffled", "images", "easy")
 
@@ -28,9 +31,7 @@ def link(path, target):
 def write(path, value):
     """JSON, written aside and renamed: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    os.replace(aside, path)
+    files.write_json(path, value, sort_keys=True)
 
 
 def draw(out, seed, world, validation):
@@ -38,18 +39,15 @@ def draw(out, seed, world, validation):
     rates on: `validation` questions a group, drawn with another seed. Its preference pairs ask for
     single words, as the benchmarks do: in a sentence a model may misquote the question, and such a
     pair is settled without looking."""
-    from toy import world as toy
-    aside = Path(f"{out}.drawing")
-    shutil.rmtree(aside, ignore_errors=True)
-    toy.draw_world(aside, seed, 1.0, world, sentences=0)
-    other = toy.World(aside / "other", seed + 1000, 1.0)
-    with other.bar:
-        for name in toy.BENCH:
-            other.bench(name, validation)
-    os.replace(aside / "other" / "bench", aside / "validation")
-    shutil.rmtree(aside / "other")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(aside, out)
+    with files.new_folder(out) as aside:
+        drawn = toy.World(aside, seed, 1.0, sentences=0)
+        toy.fill(drawn, world)
+        other = toy.World(aside / "other", seed + 1000, 1.0)
+        with other.bar:
+            for name in toy.BENCH:
+                other.bench(name, validation)
+        os.replace(aside / "other" / "bench", aside / "validation")
+        shutil.rmtree(aside / "other")
 
 
 def pool_of(data):
@@ -83,7 +81,6 @@ def like(said, right):
 def wrong(said, right):
     """Is this answer of the model's fit to be rejected: other words than the right one, but as many
     (else DPO could learn the form)? An answer that differs in form alone is right."""
-    from judge.score import plain
     said, right = plain(like(said, right)), plain(right)
     return said != right and len(said.split()) == len(right.split())
 
@@ -100,7 +97,6 @@ def kinds_of(pool, said, seed, n):
     the model got wrong, with an answer that is right elsewhere ("star" is no count).
     → {kind: [record, …]}.
     """
-    from judge.score import plain
     rng, known = random.Random(f"{seed}/kinds"), defaultdict(set)
     for r in pool:
         known[asks(r)].add(plain(r["chosen"]))

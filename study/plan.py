@@ -1,4 +1,4 @@
-"""The study as a plan: its sizes, and every run as an ordered list of the stages' public commands.
+"""The plan of the study: its sizes, and every run as a list of the stages' public commands.
 
 `Study` lists all tasks in the order of their importance, each with what it needs, the file that
 says it is done, its cost, its commands, and what is kept of what they wrote. driver.py runs them.
@@ -27,7 +27,7 @@ VARIANTS = {"head": {"head-l": ("toy-vit", "{}/toy-lm-l")},
             "encoder": {"eye-l": ("{}/toy-vit-l", "toy-lm")},
             "pretrained": {"supervised": ("{}/toy-vit-supervised", "toy-lm"),
                            "masked": ("{}/toy-vit-masked", "toy-lm")}}
-# The plan. Fixed before any test split was read; results/README.md says why each is as it is.
+# The sizes. Fixed before any test split was read; results/README.md says why each is as it is.
 FULL = dict(
     seeds=5, first_world=100,    # seeds of the worlds: 100, 101, …; `make demo` has drawn world 0
     world=dict(captions=3200, instruct=2427, repair=2000, preferences=45000, heldout=600,
@@ -62,13 +62,13 @@ class Task(NamedTuple):
 class Study:
     """Folders, sizes and all tasks of one study, in the order of their importance."""
 
-    def __init__(self, plan, seeds, work, out):
-        self.plan, self.seeds, self.work, self.out = plan, seeds, Path(work), Path(out)
+    def __init__(self, sizes, seeds, work, out):
+        self.sizes, self.seeds, self.work, self.out = sizes, seeds, Path(work), Path(out)
         self.tasks = {}
-        for seed in range(max(seeds, plan["tuning_seeds"])):
+        for seed in range(max(seeds, sizes["tuning_seeds"])):
             self.prepare(seed)
         for part in PARTS:       # rates are tuned on the same seeds, however many are asked for
-            for seed in range(plan["tuning_seeds"] if part == "lr" else seeds):
+            for seed in range(sizes["tuning_seeds"] if part == "lr" else seeds):
                 getattr(self, part)(seed)
 
     # ------------------------------------------------------------------------------- folders
@@ -98,8 +98,8 @@ class Study:
         """World, stage-1 model and hard pairs of a seed."""
         data, pool = self.data(seed), self.run(seed, "pool")
         drawing = f"from study import pairs; pairs.draw({str(data)!r}, " \
-                  f"{self.plan['first_world'] + seed}, {self.plan['world']!r}, " \
-                  f"{self.plan['validation']})"
+                  f"{self.sizes['first_world'] + seed}, {self.sizes['world']!r}, " \
+                  f"{self.sizes['validation']})"
         self.add(f"seed-{seed}/world", None, data / "world.json", [], {"world": 1},
                  lambda: [[sys.executable, "-c", drawing]])
         self.stage1(seed, "stage1", "toy-vit", "toy-lm", [])
@@ -112,17 +112,17 @@ class Study:
                              "--seed", seed)]
         self.add(f"seed-{seed}/pairs", None, data / "preferences" / "kinds.json",
                  [f"seed-{seed}/world", f"seed-{seed}/stage1"], {"pool": 1}, ask,
-                 lambda: hard_pairs(data, pool / "bench-drawn", seed, self.plan))
+                 lambda: hard_pairs(data, pool / "bench-drawn", seed, self.sizes))
 
-    def stage1(self, seed, name, eye, llm, needs, times=1):
+    def stage1(self, seed, name, encoder, llm, needs, times=1):
         """A stage-1 model and its encoder, in the run folder `name`, at `times` the usual cost;
         → the task's name."""
         run = self.run(seed, name)
         return self.add(
             f"seed-{seed}/{name}", None, run / "pretrain" / "encoder" / "config.json",
             [f"seed-{seed}/world", *needs], {"stage1": times, "extract": 1}, lambda: [
-                ["pretrain.py", "--run", run, "--encoder", eye, "--llm", llm, "--data",
-                 self.data(seed), "--seed", seed, "--workers", 0, *flat(self.plan["stage"])],
+                ["pretrain.py", "--run", run, "--encoder", encoder, "--llm", llm, "--data",
+                 self.data(seed), "--seed", seed, "--workers", 0, *flat(self.sizes["stage"])],
                 extract(run, "pretrain")], lambda: facts_of(run / "pretrain"))
 
     def training(self, seed, name, method, kind="sampled", n=None, rate=None, base="stage1"):
@@ -133,14 +133,14 @@ class Study:
             link(folder / "pretrain", self.run(seed, base) / "pretrain")
         return [[f"train_{method}.py", "--run", folder, "--preferences",
                  self.data(seed) / "preferences" / f"{kind}.jsonl", "--num-samples",
-                 n or self.plan["pairs"], "--epochs", self.plan["passes"], "--lr",
+                 n or self.sizes["pairs"], "--epochs", self.sizes["passes"], "--lr",
                  rate or self.chosen()[method], "--seed", seed, "--workers", 0],
                 extract(folder, method)]
 
     def trained(self, seed, name, method, kind="sampled", n=None, base="stage1", times=1):
         """The task of that training, with the chosen rate; → its name."""
         stage = self.run(seed, name) / method
-        cost = {method: times * (n or self.plan["pairs"]) / self.plan["pairs"], "extract": 1}
+        cost = {method: times * (n or self.sizes["pairs"]) / self.sizes["pairs"], "extract": 1}
         return self.add(f"seed-{seed}/{name}/{method}", None, stage / "encoder" / "config.json",
                         [f"seed-{seed}/{base}", f"seed-{seed}/pairs", "lr/chosen"], cost,
                         lambda: self.training(seed, name, method, kind, n, base=base),
@@ -158,7 +158,7 @@ class Study:
             return [evaluate(before, self.data(seed), *val)]
         names = [self.result("lr", f"seed-{seed}-stage1", [f"seed-{seed}/stage1"], {"val": 1},
                              start, lambda: {"stage1": vqa_of(before)})]
-        for rate, method in [(r, m) for r in self.plan["rates"] for m in ("sft", "dpo")]:
+        for rate, method in [(r, m) for r in self.sizes["rates"] for m in ("sft", "dpo")]:
             name = f"lr-{rate:g}"
             final = self.run(seed, name) / method / "final"
             names.append(self.result(
@@ -176,7 +176,7 @@ class Study:
     def choose(self):
         """The rate of the best validation average over the tuning seeds; of equals the lowest.
         A run that diverged has no average: its rate is never chosen."""
-        out, rates, tuning = {}, self.plan["rates"], range(self.plan["tuning_seeds"])
+        out, rates, tuning = {}, self.sizes["rates"], range(self.sizes["tuning_seeds"])
         found = {(s, m, rate): self.read("lr", f"seed-{s}-{m}-{rate:g}")["values"].get(m, {})
                  for s in tuning for m in ("sft", "dpo") for rate in rates}
         for s in tuning:
@@ -226,7 +226,7 @@ class Study:
                     [self.trained(seed, "main", m) for m in ("sft", "dpo")],
                     {"linear": 4, "seg": 4, "align": 4, "heat": 1},
                     lambda: [*steps(), ["gradcam.py", "--run", self.run(seed, "main"), "--data",
-                                        self.data(seed), "--num-samples", self.plan["heat"]]],
+                                        self.data(seed), "--num-samples", self.sizes["heat"]]],
                     lambda: merged(gather(), heat()))
 
     def repair(self, seed):
@@ -245,7 +245,7 @@ class Study:
 
     def size(self, seed):
         """The same with fewer and with more pairs; the middle size is the main comparison."""
-        for n in self.plan["sizes"]:
+        for n in self.sizes["sizes"]:
             final = {m: self.run(seed, f"size-{n}") / m / "final" for m in ("sft", "dpo")}
             self.result("size", f"seed-{seed}-{n}",
                         [self.trained(seed, f"size-{n}", m, n=n) for m in final], {"vqa": 2},
@@ -257,24 +257,25 @@ class Study:
         main comparison; then every judge. Re-paired with toy-lm in any case."""
         weights = self.work / "weights"
         for name, pattern in VARIANTS[part].items():
-            eye, llm = (p.format(weights) for p in pattern)
-            needs = [self.weights(Path(p).name) for p in (eye, llm) if "/" in p]
+            encoder, llm = (p.format(weights) for p in pattern)
+            needs = [self.weights(Path(p).name) for p in (encoder, llm) if "/" in p]
             times = 2 if name.endswith("-l") else 1
-            self.stage1(seed, name, eye, llm, needs, times)
+            self.stage1(seed, name, encoder, llm, needs, times)
             both = [self.trained(seed, name, m, base=name, times=times) for m in ("sft", "dpo")]
-            self.judged(part, seed, name, both, ("sft", "dpo"), eye if part != "head" else None,
-                        stage1=True, times=times)
+            original = None if part == "head" else encoder       # toy-vit's is of the main part
+            self.judged(part, seed, name, both, ("sft", "dpo"), original, stage1=True,
+                        times=times)
 
     def head(self, seed):
-        """The eye trained through a larger language model."""
+        """The encoder trained through a larger language model."""
         self.variant("head", seed)
 
     def encoder(self, seed):
-        """A larger eye: is the smaller one after DPO better than the larger as it was?"""
+        """A larger encoder: is the smaller one after DPO better than the larger as it was?"""
         self.variant("encoder", seed)
 
     def pretrained(self, seed):
-        """Eyes that learned to see another way."""
+        """Encoders that learned to see another way."""
         self.variant("pretrained", seed)
 
     def weights(self, name):
@@ -284,7 +285,7 @@ class Study:
             ["-m", "study.models"]
         return self.add(
             f"weights/{name}", None, out / name / "config.json", [], {name: 1}, lambda: [
-                [*script, name, "--out", out, *flat(self.plan["weights"].get(name, {}))]])
+                [*script, name, "--out", out, *flat(self.sizes["weights"].get(name, {}))]])
 
     # --------------------------------------------------------------------------- the judges
 
@@ -299,12 +300,12 @@ class Study:
         was, if it is named."""
         finals = self.finals(seed, name)
         finals = {k: f for k, f in finals.items() if k in methods or stage1}
-        eyes, probed = self.probes(seed, name, original, methods, align=False)
+        probe, probed = self.probes(seed, name, original, methods, align=False)
         repair, repaired = self.repairs(seed, name, original, methods)
         m = len(methods) + bool(original)
         self.result(part, f"seed-{seed}-{name}", needs,
                     {"vqa": len(finals) * times, "linear": m, "seg": m, "repair": m},
-                    lambda: [*(evaluate(f, self.data(seed)) for f in finals.values()), *eyes(),
+                    lambda: [*(evaluate(f, self.data(seed)) for f in finals.values()), *probe(),
                              *repair()],
                     lambda: merged(scored(finals), probed(), repaired()))
 
@@ -312,14 +313,15 @@ class Study:
         """(commands, values) of the frozen features of a run folder's encoders."""
         run, data = self.run(seed, name), self.data(seed)
         stages = (["pretrain"] if align else []) + list(methods)
-        eyes = {**({"original": original} if original else {}),
-                **{"stage1" if s == "pretrain" else s: run / s / "encoder" for s in stages}}
-        which = {"linear": "imagenet", "seg": "ade20k", **({"align": "align"} if align else {})}
+        encoders = encoders_of(run, original, stages)
+        which = {"linear": "imagenet", "seg": "ade20k"}
+        if align:
+            which["align"] = "align"
         own = {"align": ["--llm", "toy-lm"], "seg": ["--workers", 0], "linear": [
-            "--workers", 0, "--per-class", min(50, self.plan["world"]["imagenet_train"])]}
+            "--workers", 0, "--per-class", min(50, self.sizes["world"]["imagenet_train"])]}
 
         def steps():
-            return [[f"probe_{k}.py", "--encoder", *eyes.values(), "--data", data / where,
+            return [[f"probe_{k}.py", "--encoder", *encoders.values(), "--data", data / where,
                      "--out", run / "probes" / k, *own[k]] for k, where in which.items()]
 
         def gather():
@@ -327,12 +329,12 @@ class Study:
             found = {k: json.loads((run / "probes" / k / "results.json").read_text())
                      for k in which}
             values = {}
-            for i, eye in enumerate(eyes):           # the probes keep the order they are given
-                values[eye] = {
+            for i, name in enumerate(encoders):      # the probes keep the order they are given
+                values[name] = {
                     "linear": 100 * list(found["linear"]["encoders"].values())[i]["top1"]["mean"],
                     "seg": 100 * mean(list(found["seg"]["encoders"].values())[i]["recall"])}
                 if align:
-                    values[eye]["align"] = 100 * found["align"]["scores"][i]["mean"]
+                    values[name]["align"] = 100 * found["align"]["scores"][i]["mean"]
             return values
         return steps, gather
 
@@ -340,24 +342,24 @@ class Study:
         """(commands, values) of a run folder's encoders re-paired with toy-lm as pretrained and a
         projector drawn with a seed that no stage used."""
         run, data = self.run(seed, name), self.data(seed)
-        eyes = {**({"original": original} if original else {}),
-                **{"stage1" if m == "pretrain" else m: run / m / "encoder" for m in methods}}
+        encoders = encoders_of(run, original, methods)
 
         def steps():
-            return [["repair_eval.py", "--encoder", eye, "--llm", "toy-lm", "--data", data, "--run",
-                     run, "--seed", 1000 + seed, "--workers", 0, "--show-wrong", 0, "--overwrite",
-                     *flat(self.plan["stage"])] for eye in eyes.values()]
+            return [["repair_eval.py", "--encoder", encoder, "--llm", "toy-lm", "--data", data,
+                     "--run", run, "--seed", 1000 + seed, "--workers", 0, "--show-wrong", 0,
+                     "--overwrite", *flat(self.sizes["stage"])] for encoder in encoders.values()]
 
         def gather():
-            where = [Path(eye).parent.name if Path(eye).name == "encoder" else Path(eye).name
-                     for eye in eyes.values()]
-            where = [run / "repair" / w for w in where]
+            where = []
+            for path in map(Path, encoders.values()):
+                name = path.parent.name if path.name == "encoder" else path.name
+                where.append(run / "repair" / name)
             same_items(run / m for m in methods if m != "pretrain")
             same_items(where)
             start = agree("projector_digest", config_of(where, "projector_digest"))
             if start in config_of([run / "pretrain"], "projector_digest").values():
                 raise SystemExit(f"error: {where[0]}: the projector is stage 1's, not a new one")
-            return {k: vqa_of(w / "final", "repair") for k, w in zip(eyes, where)}
+            return {k: vqa_of(w / "final", "repair") for k, w in zip(encoders, where)}
         return steps, gather
 
 
@@ -378,6 +380,14 @@ def evaluate(final, data, *more):
 def extract(run, stage):
     """The command that detaches a stage's encoder into RUN/STAGE/encoder."""
     return ["extract.py", "--run", run, "--stage", stage, "--overwrite"]
+
+
+def encoders_of(run, original, stages):
+    """{condition: encoder} of a run folder's stages, after the one it began as, if it is named."""
+    out = {"original": original} if original else {}
+    for stage in stages:
+        out["stage1" if stage == "pretrain" else stage] = run / stage / "encoder"
+    return out
 
 
 def config_of(stages, key):

@@ -1,6 +1,6 @@
-"""results/*/*.json of the controlled study → the README's section, summary.md with more, figures.
+"""results/*/*.json of the controlled study → its README's section, summary.md with more, figures.
 
-    python -m study.report                       # results/summary.*, its figures, README.md
+    python -m study.report                       # results/summary.*, its figures, study/README.md
     python -m study.report --out runs/study-quick/results --quick
     python -m study.report --against DIR          # did a seed that was run again give the same?
 
@@ -10,12 +10,14 @@ import argparse
 import json
 from pathlib import Path
 
-from study.findings import (CONTROLS, STAGE1, TIE, Results, control, findings, home, interval,
-                            measures, minus, smallest_effect, verdict)
+from judge.intervals import student
+from pivot import files
+from study.findings import (CONTROLS, STAGE1, TIE, Results, control, findings, home, measures,
+                            minus, smallest_effect, verdict)
 from study.pairs import write
 from study.plan import FULL, QUICK
 
-BEGIN, END = "<!-- study -->", "<!-- /study -->"
+README, BEGIN, END = Path("study/README.md"), "<!-- study -->", "<!-- /study -->"
 NAMES = {"original": "original", "stage1": "stage 1", "sft": "SFT", "dpo": "DPO",
          "first": "first time", "dpo-1e-4": "DPO at 1e-4"}
 # Folders of OUT with runs made otherwise, and how: shown beside the others, deciding nothing.
@@ -37,12 +39,12 @@ def short(rate):
     return f"{rate:.0e}".replace("e-0", "e-")
 
 
-def summarise(results, plan=FULL):
+def summarise(results, sizes=FULL):
     """Everything the section and the figures show, as one JSON-able dict."""
     def cell(values):
         if not values:
             return None
-        middle, half = interval(values)
+        middle, half = student(values)
         return {"mean": middle, "half": half, "by_seed": values, "n": len(values)}
 
     def apart(measure, a, b, first=0, of=None):
@@ -51,8 +53,8 @@ def summarise(results, plan=FULL):
     def judged(of, side, terms):
         """Cell and verdict of a finding. All registered seeds decide, or none do."""
         values, lost = of.combined(terms), of.lost(terms)
-        said = verdict(values, side) if len(values) == plan["seeds"] else \
-            (f"{len(values)} of {plan['seeds']} seeds" if values or lost else "not run yet") + \
+        said = verdict(values, side) if len(values) == sizes["seeds"] else \
+            (f"{len(values)} of {sizes['seeds']} seeds" if values or lost else "not run yet") + \
             (f"; {lost} lost, diverged" if lost else "")
         return {**(cell(values) or {}), "verdict": said}
     beside = {name: Results(results.out / name) for name in BESIDE}
@@ -60,8 +62,8 @@ def summarise(results, plan=FULL):
               **judged(results, side, terms),
               **{name: judged(other, side, terms) for name, other in beside.items()
                  if other.combined(terms)}}
-             for part, text, paper, side, terms in findings(plan)]
-    untuned = {name: apart(m, "dpo", "sft", plan["tuning_seeds"]) for name, m in (
+             for part, text, paper, side, terms in findings(sizes)]
+    untuned = {name: apart(m, "dpo", "sft", sizes["tuning_seeds"]) for name, m in (
         ("the model", "vqa average"), ("linear probe", "linear"), ("segmentation", "seg"),
         ("re-paired", "repair average"))}
 
@@ -92,7 +94,7 @@ def summarise(results, plan=FULL):
     kinds = results.values.get(("made", "pairs"), {})
     rates = {method: [{"rate": r, **(cell(results.combined([(1, (
         "vqa average", "lr", f"{method}-{r:g}", method))])) or {"mean": None})}
-                      for r in plan["rates"]] for method in ("sft", "dpo")}
+                      for r in sizes["rates"]] for method in ("sft", "dpo")}
     return {"seeds": len(results.values.get(("vqa", ""), {})), "findings": found,
             "each_minus_stage1": against("stage1", ("sft", "dpo"), measures()),
             "each_minus_original": against("original", ("stage1", "sft", "dpo"), of_encoders),
@@ -103,14 +105,14 @@ def summarise(results, plan=FULL):
             "rates": rates, "untuned": untuned,
             "validation_stage1": cell(results.combined([(1, (
                 "vqa average", "lr", "stage1", "stage1"))])),
-            "edge": [k for k, r in rate.items() if r in (plan["rates"][0], plan["rates"][-1])],
+            "edge": [k for k, r in rate.items() if r in (sizes["rates"][0], sizes["rates"][-1])],
             "hours_of_one_core": round(results.seconds / 3600, 1),
             "codes": len(results.codes),
             "wrong_answers": {str(s): v["counts"] for s, v in kinds.items()},
             "blind": cell([100 * v["blind"]["sampled"] for v in kinds.values()]),
-            "smallest_effect": {k: smallest_effect(plan["seeds"], questions) for k, questions in (
-                ("group", plan["world"]["bench"]), ("average", 4 * plan["world"]["bench"]),
-                ("linear", 12 * plan["world"]["imagenet_val"]))}}
+            "smallest_effect": {k: smallest_effect(sizes["seeds"], questions) for k, questions in (
+                ("group", sizes["world"]["bench"]), ("average", 4 * sizes["world"]["bench"]),
+                ("linear", 12 * sizes["world"]["imagenet_val"]))}}
 
 
 # ------------------------------------------------------------------------------------ the section
@@ -131,26 +133,27 @@ def table(header, rows):
             *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def section(summary, plan=FULL):
-    """The README's section: what was asked, what came out, what it cannot see. Markdown."""
+def section(summary, sizes=FULL):
+    """The generated section of study/README.md: what was asked, what came out, what it cannot
+    see. Markdown."""
     s, effect = summary, summary["smallest_effect"]
     out = ["`make reproduce` runs the paper's comparison at toy scale, with seeds; "
-           "[results/README.md](results/README.md) fixed its plan, its findings and its interval "
-           "before any test split was read. In percentage points, mean [95 % interval over seeds]; "
+           "[results/README.md](../results/README.md) fixed its plan, its findings and its "
+           "interval before any test split was read. In percentage points, mean [95 % interval over seeds]; "
            "*holds*: the interval lies on the paper's side of 0; *does not*: wholly on the other; "
-           f"else *undecided*. A tie *holds* within ±{TIE}; with fewer than {plan['seeds']} seeds "
+           f"else *undecided*. A tie *holds* within ±{TIE}; with fewer than {sizes['seeds']} seeds "
            "nothing is decided.", ""]
     if s["seeds"]:
         counts = [c["sampled"] for c in s["wrong_answers"].values()]
-        found = f" ({min(counts):,} to {max(counts):,} of {plan['world']['preferences']:,} " \
+        found = f" ({min(counts):,} to {max(counts):,} of {sizes['world']['preferences']:,} " \
                 f"questions; a rule that sees both answers and not the image gets " \
                 f"{s['blind']['mean']:.0f} % of these pairs right, chance 50)" if counts else ""
         out += [f"{s['seeds']} seeds, {s['hours_of_one_core']} hours of runs, each on one core. "
-                f"Rejected answers: the stage-1 model's own wrong ones{found}; {plan['pairs']:,} "
-                f"pairs, {plan['passes']} passes. Learning rates by validation: "
+                f"Rejected answers: the stage-1 model's own wrong ones{found}; {sizes['pairs']:,} "
+                f"pairs, {sizes['passes']} passes. Learning rates by validation: "
                 f"SFT {short(s['chosen']['sft'])}, DPO {short(s['chosen']['dpo'])} (the paper's: "
-                f"5e-6 and 1e-6; the grid: {short(plan['rates'][0])} to "
-                f"{short(plan['rates'][-1])})."
+                f"5e-6 and 1e-6; the grid: {short(sizes['rates'][0])} to "
+                f"{short(sizes['rates'][-1])})."
                 + "".join(f" A second tuning prefers {short(r)} for {m.upper()}; what is shown "
                           "here was trained at the first choice." for m, r in
                           s["better"].items() if r != s["chosen"][m])
@@ -159,7 +162,7 @@ def section(summary, plan=FULL):
                 + (f" Made by {s['codes']} states of this code." if s["codes"] > 1 else ""), ""]
     else:
         out += ["**The full study has not been run yet.**", ""]
-    out += [f"The smallest difference that {plan['seeds']} seeds find with a power of 80 %, if a "
+    out += [f"The smallest difference that {sizes['seeds']} seeds find with a power of 80 %, if a "
             f"tenth of the answers differ and training adds no noise of its own (it does): "
             f"{effect['group']:.1f} points in a group, {effect['average']:.1f} on average, "
             f"{effect['linear']:.1f} in the linear probe.", "",
@@ -171,11 +174,12 @@ def section(summary, plan=FULL):
 
 def pictures(summary, figures):
     """The lines that show these rows of FIGURES, and an empty one."""
-    lines = [f"![{alt}](results/{name}.png)" for name, alt, *_ in figures if drawn(summary, name)]
+    lines = [f"![{alt}](../results/{name}.png)" for name, alt, *_ in figures
+             if drawn(summary, name)]
     return [*lines, ""] if lines else []
 
 
-def details(summary, plan=FULL):
+def details(summary, sizes=FULL):
     """What summary.md has besides the section. Markdown."""
     s, out = summary, []
     if again := [f for f in s["findings"] if f.keys() & BESIDE]:
@@ -189,8 +193,8 @@ def details(summary, plan=FULL):
                         for f in again])]
     if any(s["untuned"].values()):
         untuned = ", ".join(f"{name} {show(c)}" for name, c in s["untuned"].items())
-        out += [f"DPO minus SFT on seeds {plan['tuning_seeds']} to {plan['seeds'] - 1}, which were "
-                f"not used for tuning: {untuned}.", ""]
+        out += [f"DPO minus SFT on seeds {sizes['tuning_seeds']} to {sizes['seeds'] - 1}, which "
+                f"were not used for tuning: {untuned}.", ""]
     for base, text in (
             ("stage1", "Each minus stage 1 (re-paired: minus stage 1's encoder re-paired):"),
             ("original", "The encoder against the one it began as, before stage 1:")):
@@ -202,7 +206,7 @@ def details(summary, plan=FULL):
 
     def named(text, row):
         n = min((row[m]["n"] for m in FOUR if row[m]), default=0)
-        return text + f" ({n} of {plan['seeds']} seeds)" * (n < plan["seeds"])
+        return text + f" ({n} of {sizes['seeds']} seeds)" * (n < sizes["seeds"])
     if rows := [v for v in s["variants"] if v["linear"]]:
         out += ["The variants, of which few comparisons are registered: DPO's model and encoder, "
                 "minus SFT's, and its encoder minus the one it began as:", "",
@@ -219,9 +223,9 @@ def details(summary, plan=FULL):
     return "\n".join(out + pictures(s, FIGURES[1:]))
 
 
-def page(summary, plan=FULL):
+def page(summary, sizes=FULL):
     """summary.md: both, with links from where it lies."""
-    return f"{section(summary, plan)}\n{details(summary, plan)}".replace("](results/", "](")
+    return f"{section(summary, sizes)}\n{details(summary, sizes)}".replace("](../results/", "](")
 
 
 # ------------------------------------------------------------------------------------ the figures
@@ -267,7 +271,7 @@ def draw_groups(axis, s):
          {NAMES[c]: [e[c] for e in rows] for c in ("sft", "dpo")})
 
 
-def draw_eye(axis, s):
+def draw_encoders(axis, s):
     """The encoders against the one they began as."""
     rows = [e for e in s["each_minus_original"] if e["dpo"]]
     bars(axis, "difference to the original encoder", [e["measure"] for e in rows],
@@ -317,9 +321,10 @@ def draw_controls(axis, s):
 FIGURES = (("findings", "DPO minus SFT, and what the paper found", draw_findings, 5),
            ("lr", "Validation average by learning rate", draw_lr, 3.6),
            ("groups", "The trained models by group of benchmarks", draw_groups, 3.6),
-           ("eye", "The detached encoders, frozen: probes, and under a new LLM", draw_eye, 3.6),
+           ("eye", "The detached encoders, frozen: probes, and under a new LLM", draw_encoders,
+            3.6),
            ("size", "DPO minus SFT by number of pairs", draw_size, 3.6),
-           ("controls", "Which part of the signal trains the eye", draw_controls, 3.6))
+           ("controls", "Which part of the signal trains the encoder", draw_controls, 3.6))
 
 
 def complete(s):
@@ -356,9 +361,9 @@ def draw_figures(summary, out):
 
 
 def put_section(readme, text):
-    """The README's text with its study section replaced; raises SystemExit without the marks."""
+    """The page with its generated section replaced; raises SystemExit without the marks."""
     if BEGIN not in readme or END not in readme:
-        raise SystemExit(f"error: README.md has no {BEGIN} … {END} to put the section in")
+        raise SystemExit(f"error: {README} has no {BEGIN} … {END} to put the section in")
     return readme[:readme.index(BEGIN) + len(BEGIN)] + "\n" + text + readme[readme.index(END):]
 
 
@@ -390,9 +395,9 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results, and "
                         "where summary.json, summary.md and the figures go (default results, which "
-                        "changes README.md, too)")
+                        "changes study/README.md, too)")
     parser.add_argument("--quick", action="store_true", help="the sizes of `python -m study "
-                        "--quick`; README.md stays as it is")
+                        "--quick`; study/README.md stays as it is")
     parser.add_argument("--against", type=Path, metavar="DIR", help="write nothing; compare with "
                         "the results in DIR, of another call of the study, value by value")
     args = parser.parse_args()
@@ -403,18 +408,15 @@ def main():
         print("\n".join([*(f"differs, by at most {most:.4g}: {p}" for p, most in apart.items()),
                          f"{len(both) - len(apart)} of {len(both)} results are the same"]))
         return
-    plan = QUICK if args.quick else FULL
-    summary = summarise(Results(args.out), plan)
+    sizes = QUICK if args.quick else FULL
+    summary = summarise(Results(args.out), sizes)
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "summary.json", summary)
-    text = section(summary, plan)
-    (args.out / "summary.md").write_text(page(summary, plan), encoding="utf-8")
+    text = section(summary, sizes)
+    (args.out / "summary.md").write_text(page(summary, sizes), encoding="utf-8")
     draw_figures(summary, args.out)
     if args.out == Path("results") and not args.quick:
-        aside = Path("README.md.tmp")
-        aside.write_text(put_section(Path("README.md").read_text(encoding="utf-8"), text),
-                         encoding="utf-8")
-        aside.replace("README.md")
+        files.write_text(README, put_section(README.read_text(encoding="utf-8"), text))
     verdicts = [f["verdict"] for f in summary["findings"]]
     print(f"wrote {args.out}/summary.json, summary.md: of {len(verdicts)} findings "
           + ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)))

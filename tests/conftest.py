@@ -26,11 +26,10 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from pivot import encoders  # noqa: E402
+from pivot import encoders, model_io  # noqa: E402
 import in_fork  # noqa: E402
-from pivot import folders  # noqa: E402
 import model as m  # noqa: E402
-from pivot import runtime  # noqa: E402, F401  (sets the environment transformers reads)
+from pivot import distributed  # noqa: E402, F401  (sets the environment transformers reads)
 
 # Side by side (pytest -n 2) two threads each would wait for one another.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -116,4 +115,4 @@ def tiny_model(vision="siglip", llm="qwen2", tie=True, seed=0, dtype=torch.float
             "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TEXT, tie_word_embeddings=tie)),
             }[llm]()
     encoder = encoders.Encoder(encoders.truncate(eye), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    return folders.no_dropout(m.MLLM(encoder, head, image_token_id=63)).to(dtype)
+    return model_io.no_dropout(m.MLLM(encoder, head, image_token_id=63)).to(dtype)

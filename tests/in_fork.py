@@ -13,7 +13,7 @@ from subprocess import CompletedProcess
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
-from pivot import rundir  # noqa: E402, I001  (before transformers: runtime sets what transformers reads)
+from pivot import checkpoints  # noqa: E402, I001  (first: it sets what transformers reads)
 import extract, repair_eval, train_dpo, train_sft  # noqa: E401, E402, F401
 from transformers import (AutoModelForCausalLM, GenerationConfig, LlavaConfig,  # noqa: E402, F401
                           LlavaProcessor, Qwen2ForCausalLM, SiglipImageProcessorPil,
@@ -33,7 +33,7 @@ def child(command, folder, out, killed):
         os.dup2(os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)
     if killed:
-        rundir.Run.finish = lambda *_: os._exit(9)
+        checkpoints.Run.finish = lambda *_: os._exit(9)
     try:
         if command[0] == "-m":
             sys.argv = command[1:]

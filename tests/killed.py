@@ -14,8 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.argv = sys.argv[1:]
-from pivot import rundir  # noqa: E402
-from pivot import runtime  # noqa: E402
+from pivot import checkpoints, training  # noqa: E402
 
 wanted, left, rank = os.environ["KILL"].split(":")
 left, mark = int(left), Path(os.environ["KILL_MARK"])
@@ -58,9 +57,9 @@ def half_removed(path, *rest, **more):
 
 true_rmtree = shutil.rmtree
 shutil.rmtree = half_removed
-wrap(rundir.dcp, "save", lambda *a: "shards begun", lambda *a: "shards written")
+wrap(checkpoints.dcp, "save", lambda *a: "shards begun", lambda *a: "shards written")
 wrap(os, "replace", lambda a, b: f"before rename of {target(a, b)}",
      lambda a, b: f"after rename of {target(a, b)}")
-wrap(rundir.Run, "log", lambda *a: "before a line", lambda *a: "after a line")
-wrap(runtime, "clip_grad_norm", lambda *a: "before clipping", lambda *a: "before the update")
+wrap(checkpoints.Run, "log", lambda *a: "before a line", lambda *a: "after a line")
+wrap(training, "clip_grad_norm", lambda *a: "before clipping", lambda *a: "before the update")
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -13,11 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-from pivot import encoders
-from tools import meta
+from pivot import distributed, encoders, training
+from tools import meta, plan
 import model as m
-from tools import plan
-from pivot import runtime
 
 VISION = dict(hidden_size=256, num_hidden_layers=5, num_attention_heads=4, intermediate_size=1024,
               image_size=160, patch_size=8)                                        # 400 patches
@@ -61,16 +59,16 @@ def train(model, optimizer, micro_steps, shape, steps=2):
         for micro in range(micro_steps):
             model.set_requires_gradient_sync(micro == micro_steps - 1)
             (-model(**batch_of(model, *shape)).sum()).backward()
-        runtime.clip_grad_norm(model)
+        training.clip_grad_norm(model)
         optimizer.step()
         optimizer.zero_grad()
 
 
 def count_bytes():
     """Bytes of weights, gradients and moments that this process holds after a step, and planned."""
-    device, (rank, size) = runtime.start(), runtime.world()
-    model = runtime.shard(build(device), device, "fp32")
-    optimizer = runtime.adamw(model, {"encoder": 1e-5, "projector": 1e-5, "llm": 0})
+    device, (rank, size) = distributed.start(), distributed.world()
+    model = distributed.shard(build(device), device, "fp32")
+    optimizer = training.adamw(model, {"encoder": 1e-5, "projector": 1e-5, "llm": 0})
     (-model(**batch_of(model, 1, 430, 60, 40, True)).sum()).backward()
     optimizer.step()
 
@@ -82,12 +80,12 @@ def count_bytes():
             "optimizer": sum(here(s[k]).nbytes for s in optimizer.state.values()
                              for k in ("exp_avg", "exp_avg_sq"))}
     empty = build("meta")
-    runtime.freeze(empty, {"encoder": 1e-5, "projector": 1e-5, "llm": 0})
+    training.freeze(empty, {"encoder": 1e-5, "projector": 1e-5, "llm": 0})
     held, _ = plan.memory(empty, meta.trace(empty, 430, 60, 40, True), size, 1, 1, 4,
-                          sharded=runtime.is_sharded(size, "fp32"))
+                          sharded=distributed.is_sharded(size, "fp32"))
     if rank == 0:
         print(json.dumps({"real": real, "planned": {k: held[k] for k in real}}))
-    runtime.stop()
+    distributed.stop()
 
 
 def main():
@@ -96,28 +94,28 @@ def main():
     rows, micro_steps, checkpointing = map(int, sys.argv[1:4])
     pairs = sys.argv[4] == "DPO"
     length = (430, 60, 40)
-    device, (rank, size) = runtime.start(), runtime.world()
-    rates = dict.fromkeys(runtime.MODULES, 1e-5)
+    device, (rank, size) = distributed.start(), distributed.world()
+    rates = dict.fromkeys(training.MODULES, 1e-5)
     small = build(device)         # what torch and its libraries need for any model comes first
-    small = runtime.shard(small, device, "fp32", False)
-    train(small, runtime.adamw(small, rates), 1, (1, 430, 60, 40, pairs), steps=1)
+    small = distributed.shard(small, device, "fp32", False)
+    train(small, training.adamw(small, rates), 1, (1, 430, 60, 40, pairs), steps=1)
     del small
     import gc
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")           # VmHWM starts anew from here
     before = status("VmRSS")
-    model = runtime.shard(build(device), device, "fp32", bool(checkpointing))
-    train(model, runtime.adamw(model, rates), micro_steps, (rows, *length, pairs))
+    model = distributed.shard(build(device), device, "fp32", bool(checkpointing))
+    train(model, training.adamw(model, rates), micro_steps, (rows, *length, pairs))
     measured = status("VmHWM") - before
 
     empty = build("meta")
-    runtime.freeze(empty, rates)
+    training.freeze(empty, rates)
     held, total = plan.memory(empty, meta.trace(empty, *length, pairs), size, rows, micro_steps,
                               4, bool(checkpointing),
-                              sharded=runtime.is_sharded(size, "fp32"))
+                              sharded=distributed.is_sharded(size, "fp32"))
     if rank == 0:
         print(json.dumps({"measured": measured, "planned": total, "held": held}))
-    runtime.stop()
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pivot import runtime  # noqa: E402
+from pivot import distributed  # noqa: E402
 
 attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
 if attempt and rank == "0":
     time.sleep(3)               # meanwhile the other one looks for its address
-runtime.start()
-assert runtime.reduce_sum({"one": 1.0})["one"] == 2
+distributed.start()
+assert distributed.reduce_sum({"one": 1.0})["one"] == 2
 if not attempt and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
-runtime.print0(f"attempt {attempt} got through")
-runtime.stop()
+distributed.print0(f"attempt {attempt} got through")
+distributed.stop()

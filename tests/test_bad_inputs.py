@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import conftest
 import in_fork
-from pivot import rundir
+from pivot import tensors
 
 FINISHED = {"final", "encoder", "results.json", "ref_logps.safetensors"}
 TINY = "--llm toy-lm --data DATA --global-batch 8 --micro-batch 8 --workers 0"
@@ -77,7 +77,7 @@ def line(path, number, content):
     put(path, b"\n".join(lines))
 
 
-def tensors(path, spoil):
+def spoil_tensors(path, spoil):
     """Change a dict of tensors in place and write it as the file was written."""
     stored = load_file(path)
     spoil(stored)
@@ -87,7 +87,7 @@ def tensors(path, spoil):
 
 def lose(folder, name):
     """Take one tensor, by the end of its name, out of a model folder."""
-    tensors(folder / "model.safetensors",
+    spoil_tensors(folder / "model.safetensors",
             lambda t: t.pop(next(k for k in t if k.endswith(name))))
 
 
@@ -135,7 +135,7 @@ def every_image(b, spoil, folder="preferences"):
 
 
 def nan_weights(b):
-    tensors(b / FINAL / "model.safetensors",
+    spoil_tensors(b / FINAL / "model.safetensors",
             lambda t: t["multi_modal_projector.linear_1.weight"].fill_(float("nan")))
 
 
@@ -151,7 +151,7 @@ def dpo_is(b, stage):
     """The stage-1 model under dpo/, as if DPO had written it."""
     shutil.copytree(b / "run/pretrain", b / "run/dpo")
     config = json.loads((b / "run/dpo/config.json").read_text())
-    put(b / "run/dpo/config.json", {**config, "parent_digest": rundir.digest_of(b / FINAL)})
+    put(b / "run/dpo/config.json", {**config, "parent_digest": tensors.digest_of(b / FINAL)})
 
 
 class Row(NamedTuple):
@@ -248,7 +248,7 @@ ROWS = [Row(*row) for row in [
      lambda b: lose(b / FINAL, "multi_modal_projector.linear_2.bias")),
     ("sft", "parent's tensor has another shape", "",
      ["RUN/pretrain/final", "multi_modal_projector.linear_2.bias"],
-     lambda b: tensors(b / FINAL / "model.safetensors",
+     lambda b: spoil_tensors(b / FINAL / "model.safetensors",
                        lambda t: t.update({"multi_modal_projector.linear_2.bias": torch.ones(3)}))),
     ("sft", "a second model beside the parent", "", ["RUN/pretrain/final has an unknown tensor x"],
      lambda b: save_file({"x": torch.ones(2)}, b / FINAL / "model-2.safetensors")),
@@ -285,7 +285,7 @@ ROWS = [Row(*row) for row in [
     ("sft", "goes on with other data", "", ["RUN/sft was begun with data_digest"],
      lambda b: [record(b / COLOUR, n, question="What now?") for n in range(1, 17)], "sft"),
     ("sft", "goes on from another parent", "", ["RUN/sft was begun with parent_digest"],
-     lambda b: tensors(b / FINAL / "model.safetensors", lambda t: t[
+     lambda b: spoil_tensors(b / FINAL / "model.safetensors", lambda t: t[
          "multi_modal_projector.linear_2.bias"].add_(1)), "sft"),
     ("sft", "checkpoint's position cut short", "", ["RUN/sft/checkpoints/step-1/position.json"],
      lambda b: cut(position(b, "sft")), "sft"),
@@ -318,7 +318,7 @@ ROWS = [Row(*row) for row in [
      lambda b: [shutil.rmtree(b / "run/dpo/checkpoints"),
                 shutil.copytree(b / FINAL, b / "run/dpo/final")], "dpo"),
     ("sft", "finished before stage 1 was made anew", "", ["RUN/sft was begun with parent_digest"],
-     lambda b: [shutil.copytree(b / FINAL, b / "run/sft/final"), tensors(
+     lambda b: [shutil.copytree(b / FINAL, b / "run/sft/final"), spoil_tensors(
          b / FINAL / "model.safetensors", lambda t: t[
              "multi_modal_projector.linear_2.bias"].add_(1))], "sft"),
     ("dpo", "goes on with another beta", "--beta 0.3", ["was begun with --beta 0.5, now 0.3"],

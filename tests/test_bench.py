@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from judge import answer
-from pivot import records
-from judge import report
-from judge import score
+from judge import answer, intervals, probing, report, score
+from pivot import images, records, tensors
 from conftest import run
 
 OPTIONS = {"A": "dog", "B": "cat"}
@@ -225,15 +223,15 @@ def scored(stage1, sixteen, tmp_path_factory):
     """A run folder whose model has answered all sixteen, in batches of three. Its LLM is the toy's
     shape with wild random weights: what it says hangs on every token and pixel."""
     import torch
-    from pivot import folders
+    from pivot import model_io
     folder = tmp_path_factory.mktemp("scored")
     shutil.copytree(stage1 / "pretrain/final", folder / "m/final")
-    model, tokenizer = folders.load_mllm(folder / "m/final")
+    model, tokenizer = model_io.load_mllm(folder / "m/final")
     torch.manual_seed(0)
     with torch.no_grad():
         for p in (*model.llm.parameters(), *model.projector.parameters()):
             p.normal_(0, 0.3) if p.dim() == 2 else p.fill_(1)
-    folders.save_mllm(model, tokenizer, folder / "m/final", True)
+    model_io.save_mllm(model, tokenizer, folder / "m/final", True)
     out = run(*command(folder / "m", sixteen), "--eval-batch", 3)
     return folder / "m", out.stdout
 
@@ -436,7 +434,7 @@ def test_image_path_alone(tmp_path):
     head = "index image_path category question answer"
     write_tsv(tmp_path / "MME.tsv", head, [[1, "count/1.png", "count", Q, "Yes"]])
     rows, _ = answer.read_tsv(tmp_path / "MME.tsv")
-    assert records.load_image(answer.picture_of("", rows[0]), None, "here").shape == (3, 20, 24)
+    assert images.load_image(answer.picture_of("", rows[0]), None, "here").shape == (3, 20, 24)
     write_tsv(tmp_path / "MME.tsv", head, [[1, "../../MME.tsv", "count", Q, "Yes"]])
     with pytest.raises(records.BadRecord, match=r"MME.tsv:2: image ../../MME.tsv leaves its folder"):
         answer.read_tsv(tmp_path / "MME.tsv")
@@ -498,15 +496,16 @@ def test_compare_says_whether_encoders_were_repaired_alike(tmp_path):
             "arguments": {"seed": 0, "lr": 0, "encoder": name}, **facts}))
         return tmp_path / name
     a, b = config("a"), config("b")
-    assert report.alike({"a": a, "b": b})[1] == "Re-paired alike: LLM l, data d e, seed 0"
+    assert report.alike({"a": a, "b": b}, set())[1] == "Re-paired alike: LLM l, data d e, seed 0"
     for what, facts in (("LLM", {"llm_digest": "m"}), ("data", {"data_digest": ["e", "d"]}),
                         ("--seed", {"arguments": {"seed": 1, "lr": 0}}),
                         ("--lr", {"arguments": {"seed": 0, "lr": 1}})):
-        assert report.alike({"a": a, "c": config("c", **facts)})[1] == \
+        assert report.alike({"a": a, "c": config("c", **facts)}, set())[1] == \
             f"NOT a controlled comparison: re-paired with another {what}"
     stage1 = config("p", stage="pretrain")          # has the same digests, and is no such pair
-    assert report.alike({"a": a}) == [] == report.alike({"a": a, "x": tmp_path / "none"}) == \
-        report.alike({"a": stage1, "b": stage1})
+    assert report.alike({"a": a}, set()) == [] == report.alike({"a": a, "x": tmp_path / "none"},
+                                                            set()) == \
+        report.alike({"a": stage1, "b": stage1}, set())
 
 
 def test_evidence_gives_the_interval_that_compare_gives(tmp_path):
@@ -536,7 +535,7 @@ def test_evidence_gives_the_interval_that_compare_gives(tmp_path):
     assert [re.split(" {2,}", x) for x in lines().values()] == \
         [["–", f"{x:.1f}", "–", "–"] for x in (*sft.values(), sum(sft.values()) / 2)]
     dpo = repaired("dpo")
-    out = report.compare([run_dir / "repair/sft", run_dir / "repair/dpo"])
+    out = report.compare([run_dir / "repair/sft", run_dir / "repair/dpo"], set())
     apart = {x[:12].strip(): x[12:].strip() for x in out[out.index(""):] if "[" in x}
     found = lines()
     assert list(found) == ["General", "OCR & Chart", "Average"]
@@ -579,28 +578,37 @@ def test_mme_is_perception_over_20():
     assert len(units) == 90 and score.score_of(units) == pytest.approx(total / 20)
 
 
+def half_width(units):
+    return intervals.stratified(list(score.strata(units).values()))
+
+
+def resampled(ours, theirs):
+    change = score.unit_differences(ours, theirs)
+    return None if change is None else intervals.stratified_bootstrap(change)
+
+
 def test_intervals_cover_and_pairing_narrows_them():
     """Half-width = the binomial one for plain accuracy; the paired bootstrap agrees with theory."""
     rng = np.random.default_rng(1)
     a = [("", i, float(x)) for i, x in enumerate(rng.random(900) < 0.6)]
     p = np.mean([v for *_, v in a])
-    assert score.half_width(a) == pytest.approx(196 * (p * (1 - p) / 900) ** 0.5)
+    assert half_width(a) == pytest.approx(196 * (p * (1 - p) / 900) ** 0.5)
     b = [(s, u, v if rng.random() < 0.9 else 1 - v) for s, u, v in a]
-    draws = score.resampled(b, a)
+    draws = resampled(b, a)
     change = np.array([x[2] - y[2] for x, y in zip(b, a)])
     assert draws.mean() == pytest.approx(100 * change.mean(), abs=0.15)
     assert draws.std() == pytest.approx(100 * change.std() / 30, rel=0.1)
-    alone = np.hypot(score.half_width(a), score.half_width(b)) / 1.96
+    alone = np.hypot(half_width(a), half_width(b)) / 1.96
     assert draws.std() < 0.6 * alone, "differences are paired"
-    assert np.array_equal(draws, score.resampled(b, a)), "the same figures every time"
-    assert score.resampled(b[1:], a) is None and score.resampled([], []) is None
-    assert np.all(score.resampled(a, a[::-1]) == 0), "paired by id, not by order"
+    assert np.array_equal(draws, resampled(b, a)), "the same figures every time"
+    assert resampled(b[1:], a) is None and resampled([], []) is None
+    assert np.all(resampled(a, a[::-1]) == 0), "paired by id, not by order"
 
 
 def test_strata_weigh_the_same():
     units = [("ADE20K", i, 1.0) for i in range(90)] + [("COCO", i, 0.0) for i in range(10)]
     assert score.score_of(units) == 50
-    assert np.all(score.resampled(units, [(s, u, 0.0) for s, u, _ in units]) == 50)
+    assert np.all(resampled(units, [(s, u, 0.0) for s, u, _ in units]) == 50)
 
 
 def test_chance_is_the_most_frequent_answer_of_each_question_type():
@@ -649,18 +657,18 @@ def test_two_encoders_see_what_each_sees_alone(tmp_path):
     """Channels side by side; the second's 6 × 6 grid resampled to the first's 4 × 4; each gets the
     picture squashed for its own size, its own statistics and its own prefix dropped."""
     import torch
-    from pivot import encoders
+    from pivot import model_io
     for name, vision in (("a", tiny_encoder("clip", 32, 8, 32)),
                          ("b", tiny_encoder("dinov2", 48, 8, 16, 1))):
         vision.save_pretrained(tmp_path / name)
-    two = encoders.load_encoder(f"{tmp_path}/a+{tmp_path}/b").eval()
-    a, b = (encoders.load_encoder(str(tmp_path / n)).eval() for n in "ab")
+    two = model_io.load_encoder(f"{tmp_path}/a+{tmp_path}/b").eval()
+    a, b = (model_io.load_encoder(str(tmp_path / n)).eval() for n in "ab")
     raw = [base64.b64decode(p) for p in P[:2]]
-    pixels = torch.from_numpy(np.stack([records.load_image(x, two.image_size, "here") for x in raw]))
+    pixels = torch.from_numpy(np.stack([images.load_image(x, two.image_size, "here") for x in raw]))
     assert pixels.shape == (2, 3 * 32 ** 2 + 3 * 48 ** 2) and pixels.dtype == torch.uint8
     got = two(pixels)
     assert got.shape == (2, 16, 48) == (2, two.num_tokens, two.hidden_size)
-    x, y = (e(torch.from_numpy(np.stack([records.load_image(r, e.image_size, "here") for r in raw])))
+    x, y = (e(torch.from_numpy(np.stack([images.load_image(r, e.image_size, "here") for r in raw])))
             for e in (a, b))
     assert torch.equal(got[..., :32], x)
     grid = y.view(2, 6, 6, 16)
@@ -682,28 +690,26 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
     reads it; a second call finds it finished."""
     import torch
     from transformers import AutoModelForImageTextToText
-    from pivot import encoders
-    from pivot import flags
-    from pivot import folders
+    from pivot import model_io
     from conftest import COMMON
     tiny_encoder("dinov2", 32, 8, 16).save_pretrained(tmp_path / "dino")
     line = ["repair_eval.py", "--run-dir", tmp_path / "r", "--encoder", f"toy-vit+{tmp_path}/dino",
             *COMMON, "--data", world, "--max-steps", 2, "--limit", 4, "--save-every", 1]
     run(*line, "--activation-checkpointing", processes=2)
     folder = tmp_path / "r/repair/toy-vit+dino"
-    model, _ = folders.load_mllm(folder / "final")
+    model, _ = model_io.load_mllm(folder / "final")
     for part, name in zip(model.encoder.parts, ("toy-vit", str(tmp_path / "dino"))):
-        for key, p in encoders.load_encoder(name).state_dict().items():
+        for key, p in model_io.load_encoder(name).state_dict().items():
             assert torch.equal(p, part.state_dict()[key]), key
     assert model.projector.linear_1.in_features == 128 + 16
     with pytest.raises(SystemExit, match="final has two encoders: probe each by itself"):
-        flags.one_eyed(model, folder / "final")
+        probing.single_encoder(model, folder / "final")
     pixels = torch.randint(0, 256, (2, 3 * 48 ** 2 + 3 * 32 ** 2), dtype=torch.uint8)
     with torch.no_grad():
-        assert torch.equal(model.encoder(pixels), encoders.load_encoder(line[4]).eval()(pixels))
+        assert torch.equal(model.encoder(pixels), model_io.load_encoder(line[4]).eval()(pixels))
     with pytest.raises(Exception, match="pivot_two_encoders"):
         AutoModelForImageTextToText.from_pretrained(folder / "final")
-    assert report.alike(dict.fromkeys("ab", folder / "config.json"))[1].startswith("Re-paired ")
+    assert report.alike(dict.fromkeys("ab", folder / "config.json"), set())[1].startswith("Re-paired ")
     one = results(folder)
     (folder / "bench/results.json").unlink()
     [p.unlink() for p in (folder / "bench").glob("*.jsonl")]
@@ -714,17 +720,16 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
 def test_reused_layers_start_where_pivot_left_them(stage1, world, tmp_path):
     """"1+1": linear_1 is the trained one, linear_2 fresh, bit by bit, before the first step."""
     import torch
-    from pivot import folders
+    from pivot import model_io
     import repair_eval
-    from pivot import rundir
     from conftest import COMMON
     shutil.copytree(stage1 / "pretrain/final", tmp_path / "run/dpo/final")
-    trained, _ = folders.load_mllm(tmp_path / "run/dpo/final")
+    trained, _ = model_io.load_mllm(tmp_path / "run/dpo/final")
     trained.encoder.vision.save_pretrained(tmp_path / "run/dpo/encoder")
     eye = str(tmp_path / "run/dpo/encoder")
     for layers in (1, 2):
-        fresh, _ = folders.build_mllm(eye, "toy-lm", 0)
-        model, _ = folders.build_mllm(eye, "toy-lm", 0)
+        fresh, _ = model_io.build_mllm(eye, "toy-lm", 0)
+        model, _ = model_io.build_mllm(eye, "toy-lm", 0)
         repair_eval.reuse_projector(model, eye, layers)
         for i, name in ((1, "linear_1"), (2, "linear_2")):
             source, other = (trained, fresh) if i <= layers else (fresh, trained)
@@ -734,7 +739,7 @@ def test_reused_layers_start_where_pivot_left_them(stage1, world, tmp_path):
     run("repair_eval.py", "--encoder", eye, *COMMON, "--data", world, "--max-steps", 1, "--limit",
         2, "--projector-lr", 0.01, "--reuse-projector-layers", 2)
     config = json.loads((tmp_path / "run/repair/dpo-projector2/config.json").read_text())
-    assert config["projector_digest"] == rundir.tensors_digest(trained.projector)
+    assert config["projector_digest"] == tensors.tensors_digest(trained.projector)
     with torch.no_grad():
         next(model.encoder.parameters()).add_(1)
     with pytest.raises(SystemExit, match="holds another encoder than"):

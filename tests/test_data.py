@@ -10,18 +10,16 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 import data
-from pivot import records
-from pivot import encoders
-from pivot import folders
+from pivot import encoders, images, model_io, records
 import model as m
 
 
 @pytest.fixture(scope="module")
 def tools():
     """Tokenizer and encoder of the toy, as the stages use them."""
-    tokenizer = folders.open_tokenizer(encoders.resolve("toy-lm"))
-    folders.prepare_tokenizer(tokenizer, 10 ** 6)
-    return tokenizer, encoders.load_encoder("toy-vit")
+    tokenizer = model_io.open_tokenizer(encoders.resolve("toy-lm"))
+    model_io.prepare_tokenizer(tokenizer, 10 ** 6)
+    return tokenizer, model_io.load_encoder("toy-vit")
 
 
 @pytest.fixture
@@ -65,7 +63,7 @@ def test_chatml_is_the_processors_own_template(tools, folder):
 
 def test_only_answers_and_their_end_are_supervised(tools, folder):
     tokenizer, _ = tools
-    batch = data.collate([samples("conversations", folder, [CHAT], tools)[0]], "sft")
+    batch = data.collate([samples("conversations", folder, [CHAT], tools)[0]], "answers")
     supervised = batch["labels"][0][batch["labels"][0] != m.IGNORE]
     assert tokenizer.decode(supervised) == "red<|im_end|>yes<|im_end|>"
 
@@ -74,7 +72,7 @@ def test_a_caption_is_image_caption_newline(tools, folder):
     tokenizer, encoder = tools
     record = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nDescribe"},
                                                   {"from": "gpt", "value": "a red thing"}]}
-    batch = data.collate([samples("captions", folder, [record], tools)[0]], "sft")
+    batch = data.collate([samples("captions", folder, [record], tools)[0]], "answers")
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     image = tokenizer.convert_tokens_to_ids("<image>")
     assert (ids[:encoder.num_tokens] == image).all() and (ids == image).sum() == encoder.num_tokens
@@ -92,7 +90,7 @@ def test_pair_layout_by_hand():
 
 def test_both_answers_end_with_im_end(tools, folder):
     tokenizer, _ = tools
-    batch = data.collate([samples("pairs", folder, [PAIR], tools)[0]], "dpo")
+    batch = data.collate([samples("pairs", folder, [PAIR], tools)[0]], "pair")
     for branch, text in ((m.CHOSEN, "It is red.<|im_end|>"), (m.REJECTED, "It is blue.<|im_end|>")):
         labels = batch["labels"][0][batch["branch"][0] == branch]
         assert tokenizer.decode(labels[labels != m.IGNORE]) == text
@@ -170,8 +168,8 @@ def test_subset_is_seeded_and_sft_and_dpo_agree(tools, folder):
     assert a.where.tolist() == b.where.tolist() and len(a) == 10
     other = samples("pairs", folder, records, tools, num_samples=10, seed=1)
     assert a.where.tolist() != other.where.tolist()
-    assert data.BatchPlan(a, 4, 2, 0, 0, 1).digest(4) == data.BatchPlan(b, 4, 4, 0, 1, 2).digest(4)
-    assert data.BatchPlan(a, 4, 2, 1, 0, 1).digest(4) != data.BatchPlan(b, 4, 2, 0, 0, 1).digest(4)
+    assert data.BatchOrder(a, 4, 2, 0, 0, 1).digest(4) == data.BatchOrder(b, 4, 4, 0, 1, 2).digest(4)
+    assert data.BatchOrder(a, 4, 2, 1, 0, 1).digest(4) != data.BatchOrder(b, 4, 2, 0, 0, 1).digest(4)
 
 
 def test_a_global_batch_is_the_same_set_for_any_number_of_processes(tools, folder):
@@ -179,21 +177,21 @@ def test_a_global_batch_is_the_same_set_for_any_number_of_processes(tools, folde
     records = [{**PAIR, "chosen": "It is " + "very " * (i % 7) + "red."} for i in range(50)]
     s = samples("pairs", folder, records, tools)
     for step in (0, 2, 7):
-        want = sorted(data.BatchPlan(s, 16, 16, 3, 0, 1).batch(step))
+        want = sorted(data.BatchOrder(s, 16, 16, 3, 0, 1).batch(step))
         for world in (1, 2, 4, 8):
             for micro in (1, 3, 16):
-                shares = [data.BatchPlan(s, 16, micro, 3, r, world).micro_batches(step)
+                shares = [data.BatchOrder(s, 16, micro, 3, r, world).micro_batches(step)
                           for r in range(world)]
                 assert sorted(np.concatenate([np.concatenate(x) for x in shares])) == want
                 assert len({len(x) for x in shares}) == 1, "unequal counts would hang a collective"
-    seen = np.concatenate([data.BatchPlan(s, 16, 4, 3, 0, 1).batch(i) for i in range(3)])
+    seen = np.concatenate([data.BatchOrder(s, 16, 4, 3, 0, 1).batch(i) for i in range(3)])
     assert len(set(seen)) == 48, "an epoch shows no sample twice"
 
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_cover_meets_every_sample_and_gives_all_processes_equal_counts(tools, folder, world):
     s = samples("pairs", folder, [{**PAIR, "chosen": f"It is {i}."} for i in range(23)], tools)
-    covers = [data.BatchPlan(s, 9, 2, 0, r, world).cover() for r in range(world)]
+    covers = [data.BatchOrder(s, 9, 2, 0, r, world).cover() for r in range(world)]
     assert {int(i) for c in covers for b in c for i in b} == set(range(23))
     assert len({len(c) for c in covers}) == 1
 
@@ -202,10 +200,10 @@ def test_held_out_pairs_are_at_least_one_a_process(tools, folder):
     """Five pairs serve five processes; for eight the refusal names what can be done about it."""
     pairs, few = (samples("pairs", folder, [{**PAIR, "chosen": f"It is {i}."} for i in range(n)],
                           tools) for n in (40, 5))
-    cover = data.BatchPlan(pairs, 20, 4, 0, 0, 5).like(few).cover()
+    cover = data.BatchOrder(pairs, 20, 4, 0, 0, 5).like(few).cover()
     assert [len(micro) for micro in cover] == [1]
     with pytest.raises(SystemExit, match="5 held-out pairs, fewer than one for each of 8"):
-        data.BatchPlan(pairs, 16, 2, 0, 0, 8).like(few)
+        data.BatchOrder(pairs, 16, 2, 0, 0, 8).like(few)
 
 
 @pytest.mark.parametrize("mode,colour,want", [
@@ -216,7 +214,7 @@ def test_held_out_pairs_are_at_least_one_a_process(tools, folder):
 def test_images_look_as_a_person_sees_them(tmp_path, mode, colour, want):
     name = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     Image.new(mode, (5, 9), colour).save(name)
-    pixels = records.load_image(str(name), 16, "here")
+    pixels = images.load_image(str(name), 16, "here")
     assert pixels.shape == (3, 16, 16) and pixels.dtype == np.uint8
     if want:
         assert np.abs(pixels.reshape(3, -1).T.astype(int) - want).max() <= 1
@@ -228,16 +226,16 @@ def test_exif_rotation_palette_alpha_animation_and_one_pixel(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                   # turn 90° clockwise to see it upright
     left.save(tmp_path / "r.png", exif=exif)
-    turned = records.load_image(str(tmp_path / "r.png"), 8, "here")[0]
+    turned = images.load_image(str(tmp_path / "r.png"), 8, "here")[0]
     assert turned[0].mean() > 200 and turned[-1].mean() < 50
     palette = Image.new("RGBA", (4, 4), (255, 0, 0, 0)).convert("P")
     palette.save(tmp_path / "p.png", transparency=0)
-    records.load_image(str(tmp_path / "p.png"), 8, "here")
+    images.load_image(str(tmp_path / "p.png"), 8, "here")
     frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert records.load_image(str(tmp_path / "a.gif"), 8, "here")[0].min() > 200
+    assert images.load_image(str(tmp_path / "a.gif"), 8, "here")[0].min() > 200
     Image.new("RGB", (1, 1), "white").save(tmp_path / "1.png")
-    assert records.load_image(str(tmp_path / "1.png"), 8, "here").min() == 255
+    assert images.load_image(str(tmp_path / "1.png"), 8, "here").min() == 255
 
 
 def test_what_is_around_a_good_picture_may_be_broken_or_large(tmp_path):
@@ -253,7 +251,7 @@ def test_what_is_around_a_good_picture_may_be_broken_or_large(tmp_path):
     picture.save(tmp_path / "2.png", pnginfo=info)
     picture.save(tmp_path / "3.png", icc_profile=b"\0" * 2 ** 21)
     for name in ("0.jpg", "1.png", "2.png", "3.png"):
-        pixels = records.load_image(str(tmp_path / name), 8, "here")[0]
+        pixels = images.load_image(str(tmp_path / name), 8, "here")[0]
         pixels = pixels.T if name == "0.jpg" else pixels      # its orientation can be read: turned
         assert pixels[:, :3].mean() > 200 and pixels[:, 5:].mean() < 50, name
 
@@ -270,7 +268,7 @@ def test_broken_pixels_are_refused_whatever_exif_says(tmp_path, kind, spoil):
     middle = len(raw) // 2
     raw = raw[:middle] if spoil == "cut" else raw[:middle] + b"\xff\xc0" * 99 + raw[middle + 198:]
     with pytest.raises(records.BadRecord, match="cannot be read"):
-        records.load_image(raw, 8, "here")
+        images.load_image(raw, 8, "here")
 
 
 def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path):
@@ -280,15 +278,15 @@ def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path):
         exif[0x0112] = orientation
         picture.save(tmp_path / "x.png", exif=exif)
         theirs = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "x.png")))
-        ours = records.load_image(str(tmp_path / "x.png"), None, "here")
+        ours = images.load_image(str(tmp_path / "x.png"), None, "here")
         assert (ours == theirs.transpose(2, 0, 1)).all(), orientation
 
 
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (3000, 3000)).save(tmp_path / "big.png")
-    monkeypatch.setattr(records, "MAX_PIXELS", 10 ** 6)
+    monkeypatch.setattr(images, "MAX_PIXELS", 10 ** 6)
     with pytest.raises(records.BadRecord, match="3000 × 3000 pixels"):
-        records.load_image(str(tmp_path / "big.png"), 8, "here")
+        images.load_image(str(tmp_path / "big.png"), 8, "here")
 
 
 def test_a_very_long_line_is_refused(tools, folder, monkeypatch):
@@ -312,8 +310,8 @@ def test_pixels_are_those_of_the_saved_processor(tools, folder):
     _, encoder = tools
     g = np.random.default_rng(0)
     Image.fromarray(g.integers(0, 256, (90, 70, 3), dtype=np.uint8)).save(folder / "images/n.png")
-    ours = torch.from_numpy(records.load_image(str(folder / "images/n.png"), 48, "here"))[None]
-    theirs = encoders.image_processor(encoder)(Image.open(folder / "images/n.png"),
+    ours = torch.from_numpy(images.load_image(str(folder / "images/n.png"), 48, "here"))[None]
+    theirs = model_io.image_processor(encoder)(Image.open(folder / "images/n.png"),
                                                return_tensors="pt")["pixel_values"]
     seen = {}
     hook = encoder.vision.register_forward_pre_hook(lambda _, a: seen.setdefault("x", a[0]))

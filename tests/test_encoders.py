@@ -9,10 +9,8 @@ import transformers as t
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from pivot import convert
-from pivot import encoders
+from pivot import convert, encoders, model_io
 from tools import meta
-from pivot import folders
 from conftest import COMMON, VISION, run
 from test_stages import opens_in_transformers
 
@@ -189,7 +187,7 @@ def test_llm_presets_have_the_published_size(name, exact):
 def test_features_are_those_of_transformers(name, tmp_path):
     """Load what transformers wrote: bit-equal features, and a card of what no gradient reaches."""
     vision = write_checkpoint(name, tmp_path)
-    encoder = encoders.load_encoder(str(tmp_path)).eval()
+    encoder = model_io.load_encoder(str(tmp_path)).eval()
     pixels = pixels_for(encoder)
     got = encoder(pixels)
     assert torch.equal(got, theirs(name, vision, values_of(encoder, pixels)))
@@ -211,7 +209,7 @@ def test_the_published_pairs_of_encoders_are_read_too(tmp_path, kind, config):
                                    "num_attention_heads")}
     whole = kind(config(vision_config=VISION, text_config={**text, "vocab_size": 99})).eval()
     whole.save_pretrained(tmp_path)
-    encoder = encoders.load_encoder(str(tmp_path)).eval()
+    encoder = model_io.load_encoder(str(tmp_path)).eval()
     pixels = pixels_for(encoder)
     theirs = whole.vision_model(values_of(encoder, pixels), output_hidden_states=True)
     assert torch.equal(encoder(pixels), theirs.hidden_states[-2][:, encoder.prefix:])
@@ -221,7 +219,7 @@ def test_the_published_pairs_of_encoders_are_read_too(tmp_path, kind, config):
 def test_the_grid_is_in_reading_order(name, tmp_path):
     """Change one patch of the image: the feature that changes most is the one of that patch."""
     write_checkpoint(name, tmp_path, noise=0.02)
-    encoder = encoders.load_encoder(str(tmp_path)).eval()
+    encoder = model_io.load_encoder(str(tmp_path)).eval()
     grid, p = encoder.image_size // encoder.patch_size, encoder.patch_size
     image = pixels_for(encoder, 1)
     marked = image.repeat(grid ** 2, 1, 1, 1)
@@ -238,7 +236,7 @@ def test_mae_as_transformers_runs_it_would_ruin_the_grid(tmp_path):
     """Why it is opened as a ViT: ViTMAEModel permutes the patches even when it masks none."""
     vision = write_checkpoint("mae", tmp_path).vit
     vision.config.mask_ratio = 0.0
-    encoder = encoders.load_encoder(str(tmp_path)).eval()
+    encoder = model_io.load_encoder(str(tmp_path)).eval()
     pixels = pixels_for(encoder)
     shuffled = vision(values_of(encoder, pixels)).last_hidden_state[:, 1:]
     ours = encoder(pixels)
@@ -265,12 +263,12 @@ def test_the_round_trip(name, world, tmp_path):
     assert "bit-equal" in done
     folder = tmp_path / "r/dpo/encoder"
 
-    trained = folders.load_mllm(tmp_path / "r/dpo/final")[0].encoder.eval()
-    again = encoders.load_encoder(str(folder)).eval()
+    trained = model_io.load_mllm(tmp_path / "r/dpo/final")[0].encoder.eval()
+    again = model_io.load_encoder(str(folder)).eval()
     pixels = pixels_for(again)
     want = trained(pixels)
     assert torch.equal(again(pixels), want)
-    original = encoders.load_encoder(str(tmp_path / "published")).eval()
+    original = model_io.load_encoder(str(tmp_path / "published")).eval()
     assert not torch.equal(original(pixels), want), "training did not reach the eye"
 
     kind = type(again.vision)                     # reopened by transformers alone, as the card says
@@ -296,9 +294,9 @@ def test_the_round_trip(name, world, tmp_path):
 @pytest.mark.parametrize("name", ["siglip", "clip"])
 def test_final_of_siglip_and_clip_opens_in_transformers(name, tmp_path):
     write_checkpoint(name, tmp_path / "eye")
-    model, tokenizer = folders.build_mllm(str(tmp_path / "eye"), "toy-lm", 0)
+    model, tokenizer = model_io.build_mllm(str(tmp_path / "eye"), "toy-lm", 0)
     (tmp_path / "final").mkdir()
-    folders.save_mllm(model, tokenizer, tmp_path / "final", True)
+    model_io.save_mllm(model, tokenizer, tmp_path / "final", True)
     opens_in_transformers(tmp_path / "final", 32)
 
 
@@ -306,12 +304,12 @@ def test_final_of_siglip_and_clip_opens_in_transformers(name, tmp_path):
 def test_final_of_the_others_does_not_open_as_something_else(name, tmp_path):
     """LLaVA's class cannot say "after the final norm": it refuses, lest it read another layer."""
     write_checkpoint(name, tmp_path / "eye")
-    model, tokenizer = folders.build_mllm(str(tmp_path / "eye"), "toy-lm", 0)
+    model, tokenizer = model_io.build_mllm(str(tmp_path / "eye"), "toy-lm", 0)
     (tmp_path / "final").mkdir()
-    folders.save_mllm(model, tokenizer, tmp_path / "final", True)
+    model_io.save_mllm(model, tokenizer, tmp_path / "final", True)
     with pytest.raises(ValueError, match="pivot_normed_features"):
         t.AutoModelForImageTextToText.from_pretrained(tmp_path / "final")
-    again, _ = folders.load_mllm(tmp_path / "final")
+    again, _ = model_io.load_mllm(tmp_path / "final")
     pixels = pixels_for(again.encoder)
     assert torch.equal(again.encoder.eval()(pixels), model.encoder.eval()(pixels))
 
@@ -373,7 +371,7 @@ def test_moco_v3_as_it_was_published(tmp_path):
     statistics; and the features of timm's own forward."""
     state, file = timm_state(), tmp_path / "vit-b-300ep.pth.tar"
     torch.save(moco_checkpoint(state, timm_state(seed=1)), file)
-    encoder = encoders.load_encoder(str(file)).eval()
+    encoder = model_io.load_encoder(str(file)).eval()
     pixels = pixels_for(encoder)
     want = timm_forward(state, values_of(encoder, pixels), heads=3)
     assert (encoder(pixels) - want).abs().max() < 1e-5
@@ -384,11 +382,11 @@ def test_moco_v3_as_it_was_published(tmp_path):
 def test_moco_not_downloaded_yet_says_from_where(tmp_path, monkeypatch):
     monkeypatch.setattr(encoders, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match=f"download {encoders.MOCO_URL} to {tmp_path}/weights/"):
-        encoders.load_encoder("moco-v3-base")
+        model_io.load_encoder("moco-v3-base")
     (tmp_path / "weights").mkdir()
     torch.save(moco_checkpoint(timm_state(), timm_state(seed=1)),
                tmp_path / "weights/vit-b-300ep.pth.tar")
-    encoder = encoders.load_encoder("moco-v3-base")             # at its preset's 224 pixels
+    encoder = model_io.load_encoder("moco-v3-base")             # at its preset's 224 pixels
     assert encoder.num_tokens == 28 ** 2 and encoder.mean == encoders.IMAGENET_MEAN
 
 
@@ -399,7 +397,7 @@ def test_a_timm_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({
         "architecture": "vit_tiny_patch8_32", "pretrained_cfg": {"mean": [0.5, 0.5, 0.4],
                                                                  "std": [0.5, 0.5, 0.6]}}))
-    encoder = encoders.load_encoder(str(tmp_path)).eval()
+    encoder = model_io.load_encoder(str(tmp_path)).eval()
     assert (encoder.mean, encoder.std) == ((0.5, 0.5, 0.4), (0.5, 0.5, 0.6))     # the file's own
     pixels = pixels_for(encoder)
     want = timm_forward(state, values_of(encoder, pixels), heads=3)
@@ -421,7 +419,7 @@ def test_other_layouts_are_planned_from_the_header_alone(tmp_path, monkeypatch):
         meta.empty_encoder(str(tmp_path / "timm"))
     save_file(state, tmp_path / "timm/model.safetensors")
     for name in ("moco.pth.tar", "timm"):
-        real = shapes(encoders.load_encoder(str(tmp_path / name), 48))
+        real = shapes(model_io.load_encoder(str(tmp_path / name), 48))
         empty = meta.empty_encoder(str(tmp_path / name), 48)
         assert shapes(empty) == real and {p.device.type for p in empty.parameters()} == {"meta"}
         assert empty(torch.zeros(1, 3, 48, 48, dtype=torch.uint8, device="meta")).shape[1] == 36
@@ -442,7 +440,7 @@ def test_a_file_that_is_nearly_right_is_refused(tmp_path, spoil, words):
     spoil(state)
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(SystemExit, match=words):
-        encoders.load_encoder(str(tmp_path / "x.pth"))
+        model_io.load_encoder(str(tmp_path / "x.pth"))
 
 
 def test_no_code_runs_from_a_pickle(tmp_path):
@@ -451,7 +449,7 @@ def test_no_code_runs_from_a_pickle(tmp_path):
             return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
     torch.save({"state_dict": timm_state(), "args": Evil()}, tmp_path / "x.pth.tar")
     with pytest.raises(SystemExit, match="cannot read"):
-        encoders.load_encoder(str(tmp_path / "x.pth.tar"))
+        model_io.load_encoder(str(tmp_path / "x.pth.tar"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -477,11 +475,11 @@ def test_open_clip_convnext(tmp_path):
     (tmp_path / "oc/open_clip_config.json").write_text(json.dumps(
         {"model_cfg": {"vision_cfg": {"timm_model_name": "convnext_x", "image_size": 96}},
          "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}}))
-    encoder = encoders.load_encoder(str(tmp_path / "oc")).eval()
+    encoder = model_io.load_encoder(str(tmp_path / "oc")).eval()
     assert encoder.mean == (0.5, 0.4, 0.3)
     pixels = pixels_for(encoder)
     assert torch.equal(encoder(pixels), theirs("convnext", vision, values_of(encoder, pixels)))
-    assert encoders.load_encoder(str(tmp_path / "oc"), 160).num_tokens == 25
+    assert model_io.load_encoder(str(tmp_path / "oc"), 160).num_tokens == 25
     assert shapes(meta.empty_encoder(str(tmp_path / "oc"))) == shapes(encoder)
 
 
@@ -518,7 +516,7 @@ def test_open_clip_vit(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {
         "quick_gelu": False, "vision_cfg": {"image_size": 32, "layers": 3, "width": d,
                                             "patch_size": 8}}}))
-    encoder = encoders.load_encoder(str(tmp_path)).eval()
+    encoder = model_io.load_encoder(str(tmp_path)).eval()
     assert shapes(meta.empty_encoder(str(tmp_path))) == shapes(encoder)
     pixels = pixels_for(encoder)
     x = F.conv2d(values_of(encoder, pixels), state["conv1.weight"], stride=8).flatten(2).mT
@@ -538,7 +536,7 @@ def test_open_clip_vit(tmp_path):
 @pytest.mark.parametrize("size", [48, 24])
 def test_another_input_size_interpolates_as_transformers_does(name, tmp_path, size):
     vision = write_checkpoint(name, tmp_path / "a")
-    encoder = encoders.load_encoder(str(tmp_path / "a"), size).eval()
+    encoder = model_io.load_encoder(str(tmp_path / "a"), size).eval()
     pixels = pixels_for(encoder)
     assert pixels.shape[-1] == size and encoder.num_tokens == (size // 8) ** 2
     option = {"interpolate_pos_encoding": True} if "Dinov2" not in type(vision).__name__ else {}
@@ -547,7 +545,7 @@ def test_another_input_size_interpolates_as_transformers_does(name, tmp_path, si
     out = out.hidden_states[-2] if layer == "hidden_states[-2]" else out.last_hidden_state
     assert torch.equal(encoder(pixels), out[:, prefix:])
     encoder.vision.save_pretrained(tmp_path / "b")          # now a plain model of that size
-    again = encoders.load_encoder(str(tmp_path / "b")).eval()
+    again = model_io.load_encoder(str(tmp_path / "b")).eval()
     assert again.image_size == size and torch.equal(again(pixels), encoder(pixels))
 
 
@@ -555,7 +553,7 @@ def test_an_input_size_between_patches_is_refused(tmp_path):
     write_checkpoint("siglip", tmp_path)
     with pytest.raises(SystemExit, match="--image-size 50 is no multiple of the patch size 8; the "
                                          "nearest is 48"):
-        encoders.load_encoder(str(tmp_path), 50)
+        model_io.load_encoder(str(tmp_path), 50)
 
 
 def test_image_size_goes_through_the_stages(world, tmp_path):
@@ -567,7 +565,7 @@ def test_image_size_goes_through_the_stages(world, tmp_path):
     text = run("train_dpo.py", *common, "--lr", 1e-3).stdout
     assert "--image-size 48 (inherited from pretrain)" in text and "image = 36 tokens" in text
     run("extract.py", "--run", tmp_path / "r", "--stage", "dpo")
-    assert encoders.load_encoder(str(tmp_path / "r/dpo/encoder")).num_tokens == 36
+    assert model_io.load_encoder(str(tmp_path / "r/dpo/encoder")).num_tokens == 36
     refused = run("train_dpo.py", *common, "--image-size", 32, check=False)
     assert "was made with --image-size 48, not 32" in refused.stderr
 
@@ -590,7 +588,7 @@ def test_any_other_vit_of_transformers(name, tmp_path):
     torch.manual_seed(0)
     vision = kind(config).eval()
     vision.save_pretrained(tmp_path)
-    encoder = encoders.load_encoder(str(tmp_path)).eval()
+    encoder = model_io.load_encoder(str(tmp_path)).eval()
     pixels = pixels_for(encoder)
     want = vision(values_of(encoder, pixels)).last_hidden_state[:, prefix:]
     assert encoder.prefix == prefix and torch.equal(encoder(pixels), want)
@@ -615,5 +613,5 @@ def test_any_other_vit_of_transformers(name, tmp_path):
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, kind, config, words):
     kind(config).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match=words) as e:
-        encoders.load_encoder(str(tmp_path))
+        model_io.load_encoder(str(tmp_path))
     assert len(str(e.value).splitlines()) == 1 and str(e.value).startswith("error: --encoder")

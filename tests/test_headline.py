@@ -16,8 +16,7 @@ import torch
 import transformers as t
 from safetensors.torch import load_file
 
-from pivot import encoders
-from pivot import folders
+from pivot import encoders, model_io
 from conftest import ROOT, metrics
 
 EXTRA = ["--activation-checkpointing", "--global-batch", "16", "--num-samples", "16",
@@ -84,7 +83,7 @@ def test_the_headline_command_on_eight_processes(place):
     still = [k for k in after if torch.equal(before[k], after[k])]
     assert sorted(still) == [f"vision_tower.post_layernorm.{x}" for x in ("bias", "weight")]
     assert (folder / "dpo/ref_logps.safetensors").exists()
-    model, _ = folders.load_mllm(folder / "dpo/final")
+    model, _ = model_io.load_mllm(folder / "dpo/final")
     assert model.llm.lm_head.weight is model.llm.model.embed_tokens.weight
 
     shutil.copytree(folder, place / "runs/one", ignore=shutil.ignore_patterns("dpo"))

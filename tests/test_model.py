@@ -8,11 +8,8 @@ import pytest
 import torch
 
 import data
-from pivot import records
-from pivot import encoders
-from pivot import folders
+from pivot import distributed, encoders, model_io, records
 import model as m
-from pivot import runtime
 from conftest import TEXT, run, tiny_model
 
 IMAGE = 63
@@ -35,7 +32,7 @@ def random_pairs(model, count=3, seed=0):
 def batch_of(pairs, pixels, layout):
     batch = data.collate([{"ids": i, "roles": r, "pixels": p, "index": n}
                           for n, ((i, r), p) in enumerate(zip(pairs, pixels))], layout)
-    assert ("index" in batch) == (layout == "dpo")
+    assert ("index" in batch) == (layout == "pair")
     batch.pop("index", None)
     return batch
 
@@ -43,7 +40,7 @@ def batch_of(pairs, pixels, layout):
 def llava_twin(model):
     """transformers' LlavaForConditionalGeneration with the same weights: another implementation."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
-    config = LlavaConfig(**{k: v for k, v in folders.llava_config(model).items()
+    config = LlavaConfig(**{k: v for k, v in model_io.llava_config(model).items()
                             if k not in ("model_type", "architectures", "transformers_version")})
     twin = LlavaForConditionalGeneration(config).to(next(model.parameters()).dtype)
     rename = {"language_model.model.": "model.language_model.",
@@ -51,7 +48,7 @@ def llava_twin(model):
               "multi_modal_projector.": "model.multi_modal_projector."}
 
     def theirs(name):
-        name = folders.file_name_of(name)
+        name = model_io.file_name_of(name)
         head = next(k for k in rename if name.startswith(k))
         return rename[head] + name.removeprefix(head)
     twin.load_state_dict({theirs(k): v for k, v in model.state_dict().items()}, strict=True)
@@ -95,7 +92,7 @@ def test_fast_path_is_the_definition(monkeypatch, llm, vision, tie, patched):
     model = tiny_model(vision, llm, tie, dtype=torch.float64)
     twin, theirs = llava_twin(model)
     pairs, pixels = random_pairs(model)
-    batch = batch_of(pairs, pixels, "dpo")
+    batch = batch_of(pairs, pixels, "pair")
     ref = torch.randn(3, 2, dtype=torch.float64)
 
     logps = model(**batch)
@@ -142,7 +139,7 @@ def test_flex_attention_is_the_same_mask(monkeypatch):
     monkeypatch.setattr(theirs, "compile_friendly_flex_attention", plain)
     model = tiny_model()
     pairs, pixels = random_pairs(model, 4)
-    for layout in ("dpo", "sft"):
+    for layout in ("pair", "answers"):
         batch = batch_of(pairs, pixels, layout)
         with torch.no_grad():
             model.llm.set_attn_implementation("sdpa")
@@ -157,8 +154,8 @@ def test_padding_and_company_change_nothing():
     """A pair alone and the same pair beside longer ones: equal log-probs."""
     model = tiny_model()
     pairs, pixels = random_pairs(model, 4)
-    together = model(**batch_of(pairs, pixels, "dpo")).sum(1)
-    alone = torch.cat([model(**batch_of(pairs[i:i + 1], pixels[i:i + 1], "dpo")).sum(1)
+    together = model(**batch_of(pairs, pixels, "pair")).sum(1)
+    alone = torch.cat([model(**batch_of(pairs[i:i + 1], pixels[i:i + 1], "pair")).sum(1)
                        for i in range(4)])
     assert torch.allclose(together, alone, atol=1e-5)
 
@@ -167,7 +164,7 @@ def test_sft_layout_is_the_chosen_half():
     """The same answer through the plain causal row and through the pair layout."""
     model = tiny_model()
     pairs, pixels = random_pairs(model)
-    pair, row = batch_of(pairs, pixels, "dpo"), batch_of(pairs, pixels, "sft")
+    pair, row = batch_of(pairs, pixels, "pair"), batch_of(pairs, pixels, "answers")
     chosen = (model(**pair) * (pair["branch"] == m.CHOSEN)).sum(1)
     assert torch.allclose(model(**row).sum(1), chosen, atol=1e-5)
 
@@ -190,17 +187,17 @@ def test_log_probs_in_place_are_those_of_log_softmax():
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_gradient_of_the_words_is_dense_and_whole(monkeypatch, tie):
-    """A tied table sums what lm_head and the lookup send it, the latter sparsely (runtime.shard)."""
+    """A tied table sums what lm_head and the lookup send it, the latter sparsely (distributed.shard)."""
     model = tiny_model("siglip", "qwen2", tie)
     pairs, pixels = random_pairs(model, 2)
     words, found = model.llm.get_input_embeddings(), []
-    monkeypatch.setattr(runtime.dist, "get_world_size", lambda: 1)
-    runtime.shard(model, torch.device("cpu"))
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+    distributed.shard(model, torch.device("cpu"))
     assert words.sparse == tie
     for words.sparse in (tie, False):
         words.weight.grad = None
         for _ in range(2):                                       # as micro-steps accumulate
-            model(**batch_of(pairs, pixels, "dpo")).sum().backward()
+            model(**batch_of(pairs, pixels, "pair")).sum().backward()
         found.append(words.weight.grad)
     assert found[0].layout == torch.strided
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
@@ -213,7 +210,7 @@ def test_chunked_rows_equal_whole_rows(monkeypatch):
     for rows in (1024, 2):
         monkeypatch.setattr(m, "MAX_LOGITS", rows * 64)
         model.zero_grad()
-        model(**batch_of(pairs, pixels, "dpo")).sum().backward()
+        model(**batch_of(pairs, pixels, "pair")).sum().backward()
         grads.append(model.llm.model.embed_tokens.weight.grad.clone())
     assert torch.allclose(*grads, atol=1e-5)
 
@@ -282,7 +279,7 @@ def test_every_gradient_path_is_visible():
                            ("dinov2", {"embeddings.mask_token"}), ("vit", set())):
         model = tiny_model(vision, dtype=torch.float64)
         pairs, pixels = random_pairs(model)
-        batch = batch_of(pairs, pixels, "dpo")
+        batch = batch_of(pairs, pixels, "pair")
         logps = model(**batch)
         (logps * (batch["branch"] == m.CHOSEN)).sum().sub(
             (logps * (batch["branch"] == m.REJECTED)).sum()).backward()
@@ -319,10 +316,10 @@ def other_llm(name):
 def test_other_llms_keep_the_two_answers_apart(name):
     """Any causal LM of full attention: the rejected answer does not see the chosen one."""
     llm = other_llm(name)
-    folders.refuse_llm(llm, name)
+    model_io.refuse_llm(llm, name)
     model = m.MLLM(tiny_model().encoder, llm, IMAGE).eval()
     pairs, pixels = random_pairs(model, 1)
-    batch = batch_of(pairs, pixels, "dpo")
+    batch = batch_of(pairs, pixels, "pair")
     before = model(**batch)
     chosen = batch["labels"].gt(0) & (batch["branch"] == m.CHOSEN)
     for key in ("input_ids", "labels"):
@@ -331,14 +328,14 @@ def test_other_llms_keep_the_two_answers_apart(name):
     rejected = batch["branch"] == m.REJECTED
     assert torch.equal(before[rejected], after[rejected])
     assert not torch.equal(before[~rejected], after[~rejected])
-    plain, twice = batch_of(pairs, pixels, "sft"), (before * (batch["branch"] == m.CHOSEN)).sum(1)
+    plain, twice = batch_of(pairs, pixels, "answers"), (before * (batch["branch"] == m.CHOSEN)).sum(1)
     assert torch.allclose(model(**plain).sum(1), twice, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mamba", "gpt2", "gemma3_text"])
 def test_an_llm_that_cannot_hold_two_answers_is_refused(name):
     with pytest.raises(SystemExit, match=f"--llm x is a {name}: only models whose layers are all"):
-        folders.refuse_llm(other_llm(name), "x")
+        model_io.refuse_llm(other_llm(name), "x")
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -393,16 +390,16 @@ def test_every_block_is_compiled(monkeypatch):
     model = tiny_model()
     pairs, pixels = random_pairs(model, 2)
     whole = copy.deepcopy(model)
-    monkeypatch.setattr(runtime.dist, "get_world_size", lambda: 1)
-    runtime.shard(model, torch.device("cpu"), compiled=True)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+    distributed.shard(model, torch.device("cpu"), compiled=True)
     counters.clear()
-    out = [x(**batch_of(pairs, pixels, "dpo")) for x in (model, whole)]
+    out = [x(**batch_of(pairs, pixels, "pair")) for x in (model, whole)]
     torch.testing.assert_close(*out)
     assert 2 <= counters["stats"]["unique_graphs"] <= 4
     lengths, graphs = set(), set()
     for more in (1, 2, 3, 4, 5, 6, 7, 8):                      # tokens appended to rejected answers
         batch = batch_of([(np.append(ids, [5] * more), np.append(roles, [records.OTHER] * more))
-                          for ids, roles in pairs], pixels, "dpo")
+                          for ids, roles in pairs], pixels, "pair")
         torch.testing.assert_close(model(**batch), whole(**batch))
         lengths.add(batch["input_ids"].shape[1] % 8)
         graphs.add(counters["stats"]["unique_graphs"])
@@ -427,24 +424,24 @@ def test_a_step_of_1e_6_moves_fp32_masters():
 def test_cudnns_attention_is_off(tmp_path):
     """On an H100 its gradients are reported NaN under masks like ours (pytorch#196678)."""
     script = tmp_path / "script.py"
-    script.write_text("import torch\nfrom pivot import runtime\nbefore = torch.backends.cuda.cudnn_sdp_enabled()\n"
-                      "runtime.start()\nprint(before, torch.backends.cuda.cudnn_sdp_enabled())\n"
-                      "runtime.stop()\n")
+    script.write_text("import torch\nfrom pivot import distributed\nbefore = torch.backends.cuda.cudnn_sdp_enabled()\n"
+                      "distributed.start()\nprint(before, torch.backends.cuda.cudnn_sdp_enabled())\n"
+                      "distributed.stop()\n")
     assert run(script).stdout.split()[-2:] == ["True", "False"]
 
 
 def test_where_it_runs_is_said_and_a_gpu_left_unused_too(monkeypatch, capsys):
     """A driver too old for this torch would otherwise be a run of days on the CPU, in silence."""
-    exists = runtime.os.path.exists
-    monkeypatch.setattr(runtime.torch.cuda, "is_available", lambda: False)
+    exists = distributed.os.path.exists
+    monkeypatch.setattr(distributed.torch.cuda, "is_available", lambda: False)
     for there, hidden in ((False, None), (True, None), (True, "")):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if hidden is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        monkeypatch.setattr(runtime.os.path, "exists",
+        monkeypatch.setattr(distributed.os.path, "exists",
                             lambda p: there if p == "/dev/nvidiactl" else exists(p))
-        runtime.start()
-        runtime.dist.destroy_process_group()
+        distributed.start()
+        distributed.dist.destroy_process_group()
         said = capsys.readouterr().out
         assert f"  1 process on the CPU, torch {torch.__version__}" in said
         assert ("HAS AN NVIDIA GPU" in said) is (there and hidden is None)
@@ -452,13 +449,13 @@ def test_where_it_runs_is_said_and_a_gpu_left_unused_too(monkeypatch, capsys):
 
 def test_an_error_of_nccl_keeps_its_reason(monkeypatch, capsys):
     """Its first line names a source file alone."""
-    monkeypatch.setattr(runtime.os, "_exit", lambda code: None)
+    monkeypatch.setattr(distributed.os, "_exit", lambda code: None)
 
     def main():
-        raise runtime.dist.DistBackendError(
+        raise distributed.dist.DistBackendError(
             "NCCL error in: ProcessGroupNCCL.cpp:93, unhandled cuda error, NCCL version 2.27\n"
             "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
             "Cuda failure 2 'out of memory'")
-    runtime.launch(main)
+    distributed.launch(main)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "Last error: Cuda failure 2 'out of memory'" in said

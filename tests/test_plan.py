@@ -1,4 +1,4 @@
-"""--plan against truth: bytes and FLOPs exactly, peak memory closely, its page to the letter."""
+"""tools.plan against truth: bytes and FLOPs exactly, peak memory closely, its page to the letter."""
 import copy
 import json
 import os
@@ -13,16 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from pivot import records
-from pivot import encoders
-from tools import meta
-from pivot import folders
+from pivot import encoders, model_io, records, training
+from tools import meta, plan
 import model as m
-from tools import plan
-import pretrain
-import repair_eval
-from pivot import runtime
-import train_dpo
 from conftest import ROOT, TEXT, run, tiny_model
 from test_model import batch_of, random_pairs
 
@@ -50,7 +43,7 @@ def real_flops(model, batch):
     return forward, counter.get_total_flops() - forward
 
 
-@pytest.mark.parametrize("layout", ["dpo", "sft"])
+@pytest.mark.parametrize("layout", ["pair", "answers"])
 @pytest.mark.parametrize("vision,llm,tie", [("siglip", "qwen2", True), ("clip", "llama", False),
                                             ("dinov2", "qwen2", True)])
 @pytest.mark.parametrize("frozen", [(), ("encoder",), ("encoder", "llm")])
@@ -61,9 +54,9 @@ def test_flops_are_those_torch_counts(layout, vision, llm, tie, frozen):
     batch = batch_of(pairs, pixels, layout)
     empty = copy.deepcopy(model).to("meta")
     for each in (model, empty):
-        runtime.freeze(each, rates)
+        training.freeze(each, rates)
     counts = [int((pairs[0][1] == role).sum()) for role in range(3)]
-    row = meta.trace(empty, *counts, layout == "dpo")
+    row = meta.trace(empty, *counts, layout == "pair")
     assert (row.forward, row.backward) == real_flops(model, batch)
     assert row.rows == int((batch["labels"] != m.IGNORE).sum())
 
@@ -76,9 +69,9 @@ def test_flops_and_bytes_of_two_encoders():
     model.projector = m.Projector(model.encoder.hidden_size, 32)
     empty = copy.deepcopy(model).to("meta")
     for each in (model, empty):
-        runtime.freeze(each, {"encoder": 0, "projector": 1e-3, "llm": 1e-3})
+        training.freeze(each, {"encoder": 0, "projector": 1e-3, "llm": 1e-3})
     pairs, _ = random_pairs(model, 1)
-    batch = batch_of(pairs, torch.zeros(1, 2 * 3 * 32 ** 2, dtype=torch.uint8), "sft")
+    batch = batch_of(pairs, torch.zeros(1, 2 * 3 * 32 ** 2, dtype=torch.uint8), "answers")
     counts = [int((pairs[0][1] == role).sum()) for role in range(3)]
     row = meta.trace(empty, *counts, False)
     assert (row.forward, row.backward) == real_flops(model, batch)
@@ -132,6 +125,12 @@ def test_the_fitting_micro_batch_is_the_largest_that_fits():
 
 # ---------------------------------------------------------------------------------------- commands
 
+def planned(monkeypatch, *words):
+    """`python -m tools.plan` in this process."""
+    monkeypatch.setattr(sys, "argv", ["tools.plan", *map(str, words)])
+    plan.main()
+
+
 ENCODERS = [n for n in encoders.ENCODERS if not n.startswith("toy")]
 LLMS = [n for n in encoders.LLMS if not n.startswith("toy")]
 
@@ -141,10 +140,8 @@ def test_every_preset_is_planned_without_weights(i, tmp_path, monkeypatch, capsy
     """No network, no weights, no memory for them: the smallest pair would take 3 GB. Every encoder,
     and every LLM several times."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    monkeypatch.setattr(sys, "argv", [
-        "train_dpo.py", "--encoder", ENCODERS[i], "--llm", LLMS[i % 4], "--data", str(tmp_path),
-        "--run-dir", str(tmp_path / "r"), "--plan"])
-    train_dpo.main()
+    planned(monkeypatch, "train_dpo", "--encoder", ENCODERS[i], "--llm", LLMS[i % 4], "--data",
+            tmp_path, "--run-dir", tmp_path / "r")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 ** 20        # KiB
     text = capsys.readouterr().out
     count = sum(p.numel() for p in meta.empty_encoder(ENCODERS[i]).parameters())
@@ -155,9 +152,8 @@ def test_every_preset_is_planned_without_weights(i, tmp_path, monkeypatch, capsy
 def test_two_encoders_are_planned(tmp_path, monkeypatch, capsys):
     """The paper's pair: a grid of 27 × 27 and a map of 24 × 24."""
     encoder = "siglip1-so400m+convnext-xxl"
-    monkeypatch.setattr(sys, "argv", ["repair_eval.py", "--encoder", encoder, "--plan", "--data",
-                                      str(tmp_path), "--run-dir", str(tmp_path / "r")])
-    repair_eval.main()
+    planned(monkeypatch, "repair_eval", "--encoder", encoder, "--data", tmp_path, "--run-dir",
+            tmp_path / "r")
     text = capsys.readouterr().out
     count = sum(p.numel() for name in encoder.split("+")
                 for p in meta.empty_encoder(name).parameters())
@@ -170,10 +166,8 @@ def test_a_larger_image_leaves_less_room_for_text(tmp_path, monkeypatch, capsys)
     """The length rule holds in a plan without data, too; and where the image alone breaks it, no
     run could begin: one line."""
     def show(size):
-        monkeypatch.setattr(sys, "argv", [
-            "train_dpo.py", "--encoder", "dinov2-small", "--image-size", str(size), "--data",
-            str(tmp_path), "--run-dir", str(tmp_path / "r"), "--plan", "--llm", "qwen2.5-0.5b"])
-        train_dpo.main()
+        planned(monkeypatch, "train_dpo", "--encoder", "dinov2-small", "--image-size", size,
+                "--data", tmp_path, "--run-dir", tmp_path / "r", "--llm", "qwen2.5-0.5b")
         return capsys.readouterr().out
     text = show(616)                    # 44² = 1936: prompt and one answer share 112 tokens
     mean, most = map(int, re.search(r"rows of (\d+) tokens, at most (\d+)", text).groups())
@@ -186,26 +180,25 @@ def test_a_larger_image_leaves_less_room_for_text(tmp_path, monkeypatch, capsys)
 def test_a_plan_of_every_stage_from_the_data(world, stage1, tmp_path):
     """With data at hand its lengths are read; nothing is trained, nothing written."""
     before = sorted(p for p in stage1.rglob("*"))
-    for script, words in (("pretrain.py", ["1a: encoder frozen, projector at 0.005", "1b: "]),
+    for stage, words in (("pretrain", ["1a: encoder frozen, projector at 0.005", "1b: "]),
                           ("train_sft.py", ["sft: encoder at 0.0001"]),
-                          ("train_dpo.py", ["dpo: encoder at 5e-05", "the reference included"]),
-                          ("repair_eval.py", ["projector: encoder frozen", "re-pair: encoder"])):
-        text = run(script, "--run-dir", stage1, "--llm", "toy-lm", "--data", world, "--plan",
-                   "2xa100", "--encoder", "toy-vit", "--global-batch", 8).stdout
+                          ("train_dpo", ["dpo: encoder at 5e-05", "the reference included"]),
+                          ("repair_eval", ["projector: encoder frozen", "re-pair: encoder"])):
+        text = run("-m", "tools.plan", stage, "--run-dir", stage1, "--llm", "toy-lm", "--data",
+                   world, "2xa100", "--encoder", "toy-vit", "--global-batch", 8).stdout
         for word in [*words, "a sample of", "2 × A100", "36 tokens", "fits"]:
-            assert word in text, (script, word, text)
+            assert word in text, (stage, word, text)
     assert sorted(p for p in stage1.rglob("*")) == before
 
 
 def test_the_reference_is_one_pass_over_all_pairs_or_a_second_model(world, stage1, monkeypatch):
     """Cached: the same for one step as for two. Live: a forward at every step, and in memory."""
     def planned(*words):
-        monkeypatch.setattr(sys, "argv", [
-            "train_dpo.py", "--run-dir", str(stage1), "--data", str(world), "--global-batch", "8",
-            "--plan", "1xh100", "--dtype", "fp32", *words])
-        args = train_dpo.get_args()
+        stage, args, spec = plan.stage_and_args([
+            "train_dpo", "--run-dir", str(stage1), "--data", str(world), "--global-batch", "8",
+            "1xh100", "--dtype", "fp32", *words])
         p = plan.phase_plan(args, meta.empty_mllm(args.encoder, args.llm, dtype="fp32"),
-                            train_dpo.phases(args)[0])
+                            *plan.phases_of(stage, args), spec)
         return p, p["run"] - p["step"] * p["steps"]
     (one, reference), (two, again), (live, forwards) = (planned("--max-steps", *words) for words in (
         "1", "2", ("2", "--reference", "live")))
@@ -216,26 +209,35 @@ def test_the_reference_is_one_pass_over_all_pairs_or_a_second_model(world, stage
 
 
 def test_data_without_its_tokenizer_is_planned_all_the_same(world, tmp_path):
-    text = run("train_dpo.py", "--data", world, "--run-dir", tmp_path / "r", "--plan").stdout
+    text = run("-m", "tools.plan", "train_dpo", "--data", world, "--run-dir",
+               tmp_path / "r").stdout
     assert "the tokenizer of qwen2.5-1.5b is not here: the paper's number" in text
 
 
 def test_lengths_are_those_of_the_batches(world, stage1):
     """The planned mean row is the mean row that training sees, padding aside."""
-    text = run("train_dpo.py", "--run-dir", stage1, "--data", world, "--plan", "1xh100",
+    text = run("-m", "tools.plan", "train_dpo", "--run-dir", stage1, "--data", world, "1xh100",
                "--global-batch", 8).stdout
     planned, longest = map(int, re.search(r"rows of (\d+) tokens, at most (\d+)", text).groups())
-    model, tokenizer = folders.load_mllm(stage1 / "pretrain/final")
+    model, tokenizer = model_io.load_mllm(stage1 / "pretrain/final")
     samples = data.Samples("pairs", records.pair_sources(world / "preferences/meta.json"), tokenizer,
                            model.encoder, 10_000)
     rows = [len(data.pair_row(s["ids"], s["roles"])["input_ids"]) for s in samples]
     assert abs(planned - sum(rows) / len(rows)) <= 2 and longest == max(rows)
 
 
+@pytest.mark.parametrize("words,said", [
+    (["train_nothing"], "no stage train_nothing.py here"), (["model"], "trains nothing"),
+    (["train_dpo", "--bete", "1"], "--help lists all flags")])
+def test_a_stage_that_is_none(words, said):
+    done = run("-m", "tools.plan", *words, check=False)
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("spec,words", [("8xh1000", "h100, h200"), ("0xh100", "no number of GPUs"),
                                         ("7xh100", "does not fit 7 GPUs")])
 def test_a_machine_that_is_none(tmp_path, spec, words):
-    done = run("train_dpo.py", "--data", tmp_path, "--plan", spec, check=False)
+    done = run("-m", "tools.plan", "train_dpo", "--data", tmp_path, spec, check=False)
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
 
@@ -245,11 +247,12 @@ def test_the_page_for_real_use_states_what_is_computed():
              "DPO | without checkpointing | stage 1 | DPO | in all |", "|---" * 8 + "|"]
     for llm in ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"):
         plans = []
-        for stage in (pretrain, train_dpo):
-            args = stage.get_args(["--llm", llm, "--plan", "--activation-checkpointing", "--data",
-                                   "nowhere", "--run-dir", "nowhere"])       # no data: the paper's
+        for stage in ("pretrain", "train_dpo"):
+            stage, args, _ = plan.stage_and_args([
+                stage, "--llm", llm, "--activation-checkpointing", "--data", "nowhere", "--run-dir",
+                "nowhere"])                                                  # no data: the paper's
             model = meta.empty_mllm(args.encoder, args.llm)
-            plans += [plan.phase_plan(args, model, p) for p in stage.phases(args)]
+            plans += [plan.phase_plan(args, model, p) for p in plan.phases_of(stage, args)]
         _, full, dpo = plans
         states = sum(dpo["held"][k] for k in ("weights", "optimizer", "gradients"))
         count = sum(p.numel() for p in model.parameters())

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 
 import data
-from pivot import records
-from pivot import encoders
+from judge import intervals, probing
+from pivot import distributed, encoders, images, model_io, records
 import gradcam
 import probe_align
-from pivot import runtime
 import model as m
 from conftest import tiny_model
 from test_encoders import write_checkpoint
@@ -34,11 +33,11 @@ def call(module, capsys, *argv):
     old, sys.argv = sys.argv, [module.__name__, *map(str, argv)]
     try:
         module.main()
-    except runtime.BadRecord as e:
+    except distributed.BadRecord as e:
         raise SystemExit(f"error: {e}")
     finally:
         sys.argv = old
-        runtime.stop()
+        distributed.stop()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return capsys.readouterr().out
@@ -64,7 +63,7 @@ def batches(seed=0, chosen=(5, 6, 7), rejected=(8, 9)):
                       [len(prompt), len(chosen), len(rejected)])
     pair = {"index": 0, "ids": ids, "roles": roles,
             "pixels": rng.integers(0, 256, (3, 32, 32), dtype=np.uint8)}
-    out = [data.collate([pair], layout) for layout in ("sft", "dpo")]
+    out = [data.collate([pair], layout) for layout in ("answers", "pair")]
     for batch in out:
         batch.pop("index", None)
     return out
@@ -189,17 +188,17 @@ def test_a_loss_that_reads_the_object_alone_is_found_and_a_random_model_is_at_ch
         eye = tiny_model(seed=seed, dtype=torch.float64)
         heat = gradcam.heat_of(*gradcam.gradients(eye, losses(eye)["sft"], "encoder")[:2])
         values.append(gradcam.shares_inside(heat[None, None], cover[None])[0, 0])
-    found = gradcam.mean_ci(torch.stack(values))
+    found = intervals.normal(torch.stack(values))
     assert abs(found["mean"] - 1 / 8) < max(2 * found["ci95"], 0.03)
 
 
 def test_mean_ci_covers_as_often_as_it_says():
     rng, hits = torch.Generator().manual_seed(0), 0
     for _ in range(300):
-        row = gradcam.mean_ci(torch.randn(50, generator=rng) + 1)
+        row = intervals.normal(torch.randn(50, generator=rng) + 1)
         hits += abs(row["mean"] - 1) < row["ci95"]
     assert 0.90 < hits / 300 < 0.99
-    assert gradcam.mean_ci(torch.ones(1))["ci95"] is None
+    assert intervals.normal(torch.ones(1))["ci95"] is None
 
 
 @pytest.fixture(scope="module")
@@ -268,15 +267,15 @@ def test_masks_by_name_by_label_and_none(tmp_path):
     (tmp_path / "labels").mkdir()
     image, labels = tmp_path / "images/x.jpg", np.zeros((4, 6), np.uint8)
     Image.new("RGB", (6, 4)).save(image)
-    assert gradcam.read_mask(args, image, "f:1") is None
+    assert gradcam.object_mask(args, image, "f:1") is None
     labels[0, 0], labels[1, 1] = 1, 7
     Image.fromarray(labels).save(tmp_path / "labels/x.png")
     args.masks = str(tmp_path / "labels")
-    assert gradcam.read_mask(args, image, "f:1").tolist() == (labels > 0).tolist()
+    assert gradcam.object_mask(args, image, "f:1").tolist() == (labels > 0).tolist()
     args.mask_label = 7
-    assert gradcam.read_mask(args, image, "f:1").tolist() == (labels == 7).tolist()
+    assert gradcam.object_mask(args, image, "f:1").tolist() == (labels == 7).tolist()
     args.mask_label = 9
-    assert gradcam.read_mask(args, image, "f:1") is None
+    assert gradcam.object_mask(args, image, "f:1") is None
 
 
 # --------------------------------------------------------------------------------------- alignment
@@ -334,7 +333,7 @@ def test_identical_features_score_1_and_random_ones_k_over_n():
     scores = torch.cat([probe_align.mutual_knn(*(probe_align.neighbours(
         [features(seed + s, n=60, layers=1)], 10) for s in (0, 1000))).flatten()
         for seed in range(2, 42)])
-    found = gradcam.mean_ci(scores)
+    found = intervals.normal(scores)
     assert abs(found["mean"] - 10 / 59) < 1.5 * found["ci95"] and found["ci95"] < 0.006
 
 
@@ -355,9 +354,9 @@ def test_shuffling_is_another_pairing_of_the_same_neighbourhoods():
 def test_vision_features_are_the_blocks_and_llm_features_the_layers(stage1, world):
     """One by one, unbatched and unpadded, through transformers' own outputs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    pairs = probe_align.read_pairs(world / "align")[:5]
+    pairs = probe_align.read_items(world / "align")[:5]
     (blocks,), rows = probe_align.vision_features("toy-vit", pairs, "cpu")
-    eye = encoders.load_encoder("toy-vit").eval()
+    eye = model_io.load_encoder("toy-vit").eval()
     assert rows == ["1", "2", "3", "4"] and blocks.shape == (5, 4, eye.hidden_size)
     (also, projected), rows = probe_align.vision_features(str(stage1 / "pretrain/final"), pairs,
                                                           "cpu")
@@ -369,7 +368,7 @@ def test_vision_features_are_the_blocks_and_llm_features_the_layers(stage1, worl
     assert len(columns) == llm.config.num_hidden_layers + 1
     for i, (where, image, caption) in enumerate(pairs):
         with torch.no_grad():
-            features = eye(torch.from_numpy(records.load_image(image, eye.image_size, where))[None])
+            features = eye(torch.from_numpy(images.load_image(image, eye.image_size, where))[None])
             hidden = llm(**tokenizer(caption, return_tensors="pt"),
                          output_hidden_states=True).hidden_states
         torch.testing.assert_close(blocks[i, -1], features[0].mean(0), rtol=1e-4, atol=1e-5)
@@ -384,11 +383,11 @@ def test_prefix_tokens_are_dropped(tmp_path, world):
     vision = t.Dinov2Model(t.Dinov2Config(hidden_size=32, num_hidden_layers=2, image_size=32,
                                           num_attention_heads=2, patch_size=8)).eval()
     vision.save_pretrained(tmp_path / "eye")
-    pairs = probe_align.read_pairs(world / "align")[:2]
+    pairs = probe_align.read_items(world / "align")[:2]
     (blocks,), _ = probe_align.vision_features(str(tmp_path / "eye"), pairs, "cpu")
-    encoder, seen = encoders.load_encoder(str(tmp_path / "eye")).eval(), []
+    encoder, seen = model_io.load_encoder(str(tmp_path / "eye")).eval(), []
     encoder.blocks[1].register_forward_hook(lambda module, inputs, out: seen.append(out))
-    encoder(torch.from_numpy(np.stack([records.load_image(x, 32, "") for _, x, _ in pairs])))
+    encoder(torch.from_numpy(np.stack([images.load_image(x, 32, "") for _, x, _ in pairs])))
     out = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
     torch.testing.assert_close(blocks[:, 1], out[:, 1:].mean(1))
 
@@ -398,7 +397,7 @@ def random_eye(tmp_path_factory):
     """toy-vit's shape with random weights."""
     out = tmp_path_factory.mktemp("random") / "random-eye"
     shutil.copytree(encoders.resolve("toy-vit"), out)
-    eye = encoders.load_encoder(str(out)).vision
+    eye = model_io.load_encoder(str(out)).vision
     torch.manual_seed(0)
     with torch.no_grad():
         for p in eye.parameters():
@@ -429,9 +428,9 @@ def test_align_as_a_command(random_eye, world, tmp_path, capsys):
 def test_align_of_stages_of_several_widths(world, tmp_path):
     """A ConvNeXt, whose stages differ in width: every block still has its row."""
     write_checkpoint("convnext", tmp_path / "eye")
-    pairs = probe_align.read_pairs(world / "align")[:6]
+    pairs = probe_align.read_items(world / "align")[:6]
     stacks, rows = probe_align.vision_features(str(tmp_path / "eye"), pairs, "cpu")
-    blocks = encoders.load_encoder(str(tmp_path / "eye")).blocks
+    blocks = model_io.load_encoder(str(tmp_path / "eye")).blocks
     assert len({s.shape[2] for s in stacks}) > 1 and all(s.shape[0] == 6 for s in stacks)
     assert sum(s.shape[1] for s in stacks) == len(blocks) == len(rows)
     assert len(probe_align.neighbours(stacks, 2)) == len(rows)
@@ -472,9 +471,9 @@ def test_short_names_are_unique(tmp_path, monkeypatch):
     for name in ("runs/a/sft/encoder", "runs/a/dpo/encoder", "runs/a/dpo/final",
                  "runs/b/dpo/encoder"):
         (tmp_path / name).mkdir(parents=True)
-    assert probe_align.short_names(["toy-vit", "runs/a/sft/encoder", "runs/a/dpo/encoder/"]) == \
+    assert probing.short_names(["toy-vit", "runs/a/sft/encoder", "runs/a/dpo/encoder/"]) == \
         ["toy-vit", "sft", "dpo"]
-    assert probe_align.short_names(["runs/a/dpo/encoder", "runs/b/dpo/encoder"]) == \
+    assert probing.short_names(["runs/a/dpo/encoder", "runs/b/dpo/encoder"]) == \
         ["a/dpo", "b/dpo"]
-    assert probe_align.short_names(["runs/a/dpo/encoder", "runs/a/dpo/final"]) == \
+    assert probing.short_names(["runs/a/dpo/encoder", "runs/a/dpo/final"]) == \
         ["runs/a/dpo/encoder", "runs/a/dpo/final"]

@@ -17,12 +17,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
 
-from pivot import encoders
-from judge import logistic
-from pivot import folders
+from judge import intervals, logistic, probing
+from pivot import distributed, encoders, model_io
 import probe_linear
 import probe_seg
-from pivot import runtime
 from conftest import ROOT
 
 
@@ -42,10 +40,10 @@ def call(monkeypatch):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
         try:
             module.main()
-        except runtime.BadRecord as e:            # as launch() says it
+        except distributed.BadRecord as e:            # as launch() says it
             raise SystemExit(f"error: {e}")
         finally:
-            runtime.stop()
+            distributed.stop()
     return call
 
 
@@ -128,12 +126,12 @@ def test_both_classifiers_by_loops():
 
 
 def test_intervals():
-    assert probe_linear.wilson(0, 10) == pytest.approx([0, 0.2775], abs=1e-3)
-    assert probe_linear.wilson(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-3)
+    assert intervals.wilson(0, 10) == pytest.approx([0, 0.2775], abs=1e-3)
+    assert intervals.wilson(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-3)
     rng = np.random.default_rng(1)
     values = rng.choice([-1, 0, 1], 400, p=[0.1, 0.7, 0.2])
     slow = [rng.choice(values, 400).mean() for _ in range(4000)]
-    assert probe_linear.bootstrap(values) == pytest.approx(np.percentile(slow, [2.5, 97.5]),
+    assert intervals.bootstrap(values) == pytest.approx(np.percentile(slow, [2.5, 97.5]),
                                                            abs=0.006)
 
 
@@ -162,7 +160,7 @@ class Fake(nn.Module):
 @pytest.fixture
 def eyes(tmp_path, monkeypatch):
     """Folders seer and blind under runs/x/, opened as Fakes."""
-    monkeypatch.setattr(encoders, "load_encoder", lambda path: Fake(Path(path).parent.name))
+    monkeypatch.setattr(model_io, "load_encoder", lambda path: Fake(Path(path).parent.name))
     folders = [tmp_path / "runs" / "x" / name / "encoder" for name in ("seer", "blind")]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -264,11 +262,11 @@ def test_limit_and_names(call, eyes, classes8, tmp_path):
     a, b, c = tmp_path / "a/dpo/encoder", tmp_path / "b/dpo/encoder", tmp_path / "b/sft/encoder"
     for folder in (a, b, c):
         folder.mkdir(parents=True)
-    assert probe_linear.short_names([str(b), str(c)]) == ["dpo", "sft"]
-    assert probe_linear.short_names(["toy-vit", str(a), str(b)]) == ["toy-vit", "a/dpo", "b/dpo"]
-    assert probe_linear.default_out(["toy-vit", "runs/n/dpo/encoder"], "linear") \
+    assert probing.short_names([str(b), str(c)]) == ["dpo", "sft"]
+    assert probing.short_names(["toy-vit", str(a), str(b)]) == ["toy-vit", "a/dpo", "b/dpo"]
+    assert probing.default_out(["toy-vit", "runs/n/dpo/encoder"], "linear") \
         == Path("runs/n/probes/linear")
-    assert probe_linear.default_out(["toy-vit"], "seg") == Path("runs/probes/seg")
+    assert probing.default_out(["toy-vit"], "seg") == Path("runs/probes/seg")
 
 
 @pytest.mark.parametrize("spoil, says", [
@@ -298,10 +296,10 @@ def test_linear_refuses(call, eyes, classes8, tmp_path, spoil, says):
 
 def test_trained_models_bring_their_projector(call, classes8, tmp_path):
     """--mllm: the encoder's features are those of --encoder; the projector's, those of a loop."""
-    model, tokenizer = folders.build_mllm("toy-vit", "toy-lm", seed=0)
+    model, tokenizer = model_io.build_mllm("toy-vit", "toy-lm", seed=0)
     final = tmp_path / "runs" / "x" / "dpo" / "final"
     final.mkdir(parents=True)
-    folders.save_mllm(model, tokenizer, final, True)
+    model_io.save_mllm(model, tokenizer, final, True)
     call(probe_linear, "--encoder", "toy-vit", "--mllm", final, "--data", classes8, "--limit", 2,
          "--workers", 0)
     out = tmp_path / "runs" / "x" / "probes" / "linear"
@@ -339,13 +337,13 @@ def test_patches_and_targets_by_loops(tmp_path):
 def test_recall_and_miou_by_loops(tmp_path, ade):
     """The scores of two heads that know nothing, patch by patch and pixel by pixel."""
     args = type("", (), {"workers": 0})()
-    pairs, device = probe_seg.list_pairs(ade, "validation", None), runtime.start()
+    pairs, device = probe_seg.list_split(ade, "validation", None), distributed.start()
     torch.manual_seed(0)
     heads = [nn.Sequential(nn.Linear(16, 6)) for _ in range(2)]
     seen, eye = [], Fake("seer")
     forward, eye.forward = eye.forward, lambda x: seen.append(forward(x)) or seen[-1]
     hits, positives, confusion, best = probe_seg.test(args, "x", eye, heads, pairs, 6, device)
-    runtime.stop()
+    distributed.stop()
     tokens = torch.cat(seen)
     for s, head in enumerate(heads):
         logits, found, there = head(tokens).detach(), [0] * 6, [0] * 6
@@ -393,10 +391,10 @@ def test_seg_tells_seer_from_blind(call, eyes, ade, capsys):
 
 
 @pytest.mark.parametrize("spoil, says", [
-    ("size", "001.png has shape (12, 15), its image (12, 16)"),
-    ("size, cut short", "001.png has shape (12, 15), its image (12, 16)"),     # not decoded
+    ("size", "001.png has 15 × 12 pixels, its image 16 × 12"),
+    ("size, cut short", "001.png has 15 × 12 pixels, its image 16 × 12"),     # not decoded
     ("label", "001.png has label 6, the last is 5"), ("no mask", "001.png has no mask"),
-    ("colour", "001.png has shape (12, 16, 3)"), ("broken", "001.png cannot be read"),
+    ("colour", "001.png is in colours"), ("broken", "001.png cannot be read"),
     ("broken mask", "001.png cannot be read"), ("nothing", "no images"), ("twice", "given twice")])
 def test_seg_refuses(call, eyes, ade, tmp_path, spoil, says):
     image, mask = (ade / kind / "validation" / "001.png" for kind in ("images", "annotations"))
@@ -424,11 +422,11 @@ def test_seg_refuses(call, eyes, ade, tmp_path, spoil, says):
 
 TWO = """import json, os, sys
 import probe_linear, probe_seg
-from pivot import runtime
+from pivot import distributed
 for module, words, port in zip((probe_linear, probe_seg), *json.loads(sys.argv[1])):
     os.environ["MASTER_PORT"], sys.argv[1:] = str(port), words
     module.main()
-    runtime.stop()
+    distributed.stop()
 """
 
 

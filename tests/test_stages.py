@@ -15,9 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pivot import encoders
-from pivot import folders
-from pivot import rundir
+from pivot import checkpoints, model_io, tensors
 from conftest import COMMON, ROOT, bit_equal, metrics, run
 
 
@@ -71,8 +69,8 @@ def test_metrics_carry_rates_and_norms_of_every_module(trained):
 def test_stage_1a_moves_the_projector_alone(world, tmp_path):
     run("pretrain.py", "--run", tmp_path / "r", "--encoder", "toy-vit", *COMMON, "--data", world,
         "--projector-max-steps", 2, "--max-steps", 1, "--lr", 0)
-    trained, _ = folders.load_mllm(tmp_path / "r/pretrain/final")
-    start, _ = folders.build_mllm("toy-vit", "toy-lm", 0)
+    trained, _ = model_io.load_mllm(tmp_path / "r/pretrain/final")
+    start, _ = model_io.build_mllm("toy-vit", "toy-lm", 0)
     moved = {n for n, p in trained.named_parameters() if not torch.equal(p, start.get_parameter(n))}
     # --encoder-lr has its own default, so 1b moves the eye even where --lr 0 freezes the rest
     assert {n.split(".")[0] for n in moved} == {"projector", "encoder"}
@@ -109,8 +107,8 @@ def test_pretrain_on_any_number_of_processes_counts_the_same(world, tmp_path):
             "--projector-lr", 1e-3, "--lr", 1e-4, "--encoder-lr", 1e-4,
             "--projector-max-steps", 2, "--max-steps", 3, processes=processes)
         return tmp_path / str(processes) / "pretrain"
-    start = folders.build_mllm("toy-vit", "toy-lm", 0)[0].state_dict()
-    start = {folders.file_name_of(name): tensor for name, tensor in start.items()}
+    start = model_io.build_mllm("toy-vit", "toy-lm", 0)[0].state_dict()
+    start = {model_io.file_name_of(name): tensor for name, tensor in start.items()}
     one = folder(1, 8)
     for processes, micro_batch in ((2, 2), (4, 1)):
         other = folder(processes, micro_batch)
@@ -203,10 +201,10 @@ def test_a_parent_is_known_by_its_numbers(tmp_path):
         path.parent.mkdir(exist_ok=True)
         model = path if name == "c.pth.tar" else path.parent
         path.write_bytes(b"one")
-        before = rundir.digest_of(model)
+        before = tensors.digest_of(model)
         path.write_bytes(b"two")
-        assert len(before) == 16 and before != rundir.digest_of(model)
-    assert rundir.digest_of("google/siglip2-base-patch16-384") == "google/siglip2-base-patch16-384"
+        assert len(before) == 16 and before != tensors.digest_of(model)
+    assert tensors.digest_of("google/siglip2-base-patch16-384") == "google/siglip2-base-patch16-384"
 
 
 def test_a_finished_stage_says_so(trained, world):
@@ -228,7 +226,7 @@ def opens_in_transformers(folder, size):
     from transformers import AutoModelForImageTextToText, AutoProcessor
     theirs = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    ours, tokenizer = folders.load_mllm(folder)
+    ours, tokenizer = model_io.load_mllm(folder)
     image = Image.effect_mandelbrot((size, size), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     messages = [{"role": "user", "content": [{"type": "image"},
                                              {"type": "text", "text": "What shape is it?"}]}]
@@ -243,8 +241,8 @@ def opens_in_transformers(folder, size):
     assert (want - got).abs().max() < 1e-5
     answer = theirs.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1]:]
     mine = ours.generate(pixels, inputs["input_ids"], inputs["attention_mask"], 8,
-                         folders.stop_ids(tokenizer))[0]
-    assert [t for t in answer.tolist() if t not in folders.stop_ids(tokenizer)] == mine
+                         model_io.stop_ids(tokenizer))[0]
+    assert [t for t in answer.tolist() if t not in model_io.stop_ids(tokenizer)] == mine
 
 
 def test_the_card_of_final_states_where_it_comes_from(trained):
@@ -269,11 +267,11 @@ def test_the_card_of_final_states_where_it_comes_from(trained):
 
 
 def test_a_folder_in_several_shards_is_the_same_model(trained, tmp_path):
-    model, tokenizer = folders.load_mllm(trained[0] / "dpo/final")
-    folders.save_mllm(model, tokenizer, tmp_path, True, shard_bytes=1_000_000)
+    model, tokenizer = model_io.load_mllm(trained[0] / "dpo/final")
+    model_io.save_mllm(model, tokenizer, tmp_path, True, shard_bytes=1_000_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     from transformers import AutoModelForImageTextToText
-    again, _ = folders.load_mllm(tmp_path)
+    again, _ = model_io.load_mllm(tmp_path)
     for (name, a), b in zip(model.named_parameters(), again.parameters()):
         assert torch.equal(a, b), name
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path)
@@ -288,15 +286,15 @@ def test_a_folder_in_several_shards_is_the_same_model(trained, tmp_path):
 def test_extracted_encoder_is_what_was_trained(trained):
     """Invariant 6, trap 5: reopened by transformers alone, bit-equal to the eye inside the MLLM."""
     from transformers import SiglipVisionModel
-    model, _ = folders.load_mllm(trained[0] / "dpo/final")
+    model, _ = model_io.load_mllm(trained[0] / "dpo/final")
     theirs = SiglipVisionModel.from_pretrained(trained[0] / "dpo/encoder").eval()
     pixels = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
     values = (pixels.float() / 255 - 0.5) / 0.5
     with torch.no_grad():
         want = theirs(values, output_hidden_states=True).hidden_states[-1]
         assert torch.equal(model.encoder(pixels), want)
-        assert torch.equal(encoders.load_encoder(str(trained[0] / "dpo/encoder"))(pixels), want)
-        original = encoders.load_encoder("toy-vit")(pixels)
+        assert torch.equal(model_io.load_encoder(str(trained[0] / "dpo/encoder"))(pixels), want)
+        original = model_io.load_encoder("toy-vit")(pixels)
     assert not torch.equal(original, want), "DPO did not reach the eye"
     text = trained[1]["extract", "dpo"]
     assert re.search(r"encoder\.layers\.3 +[1-9]\.\d+e-0\d", text), text
@@ -328,8 +326,8 @@ def test_repairing_keeps_the_eye_and_scores(trained, world, tmp_path):
     done = run("repair_eval.py", "--encoder", encoder, *COMMON, "--data", world, "--max-steps", 2,
                "--limit", 12, processes=2)
     folder = trained[0] / "repair/dpo"
-    model, _ = folders.load_mllm(folder / "final")
-    for name, p in encoders.load_encoder(str(encoder)).named_parameters():
+    model, _ = model_io.load_mllm(folder / "final")
+    for name, p in model_io.load_encoder(str(encoder)).named_parameters():
         assert torch.equal(p, model.encoder.get_parameter(name)), name
     starts = [json.loads((d / "config.json").read_text())["projector_digest"]
               for d in (folder, trained[0] / "pretrain")]
@@ -483,24 +481,23 @@ def test_overwrite_counts_until_it_has_deleted(monkeypatch, tmp_path):
     """Restarted by torchrun, the same command must not delete what its own first start saved, but
     still what an earlier run left when that start died before it came so far."""
     args = Namespace(overwrite=True)
-    monkeypatch.setattr(rundir, "from_main", lambda make: make())
+    monkeypatch.setattr(checkpoints, "from_main", lambda make: make())
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "ours")
-    assert rundir.starts_anew(tmp_path, args)
-    (tmp_path / "config.json").write_text(json.dumps({"anew_by": rundir.torchrun_id()}))
-    assert rundir.starts_anew(tmp_path, args)              # a first start
+    assert checkpoints.starts_anew(tmp_path, args)
+    (tmp_path / "config.json").write_text(json.dumps({"anew_by": checkpoints.torchrun_id()}))
+    assert checkpoints.starts_anew(tmp_path, args)              # a first start
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not rundir.starts_anew(tmp_path, args)
+    assert not checkpoints.starts_anew(tmp_path, args)
     monkeypatch.setattr(os, "getppid", lambda: 1)             # another torchrun of the same id
-    assert rundir.starts_anew(tmp_path, args)
-    assert not rundir.starts_anew(tmp_path, Namespace(overwrite=False))
+    assert checkpoints.starts_anew(tmp_path, args)
+    assert not checkpoints.starts_anew(tmp_path, Namespace(overwrite=False))
 
 
 def test_a_restart_keeps_the_answers_that_came_before_it(monkeypatch, tmp_path):
     """--overwrite of a scoring that torchrun starts again."""
     import repair_eval
     args, answers = Namespace(overwrite=True, rescore=False), tmp_path / "ToyVision.0.jsonl"
-    monkeypatch.setattr(rundir, "write_whole", lambda path, write: write(path))
-    monkeypatch.setattr(repair_eval.runtime.dist, "barrier", lambda: None)
+    monkeypatch.setattr(repair_eval.distributed.dist, "barrier", lambda: None)
     for count, kept in (("1", True), ("0", False)):
         answers.write_text("{}")
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
@@ -512,8 +509,8 @@ def test_a_restart_keeps_the_answers_that_came_before_it(monkeypatch, tmp_path):
 def test_a_file_system_without_locks_is_not_a_second_run(monkeypatch, tmp_path, capsys, error, said):
     def lockf(*_):
         raise OSError(error, os.strerror(error))
-    monkeypatch.setattr(rundir.fcntl, "lockf", lockf)
-    run = rundir.Run.__new__(rundir.Run)
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", lockf)
+    run = checkpoints.Run.__new__(checkpoints.Run)
     run.folder = tmp_path
     refusal = run.claim(patience=0)
     assert said in refusal if said else refusal is None

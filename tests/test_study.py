@@ -6,11 +6,13 @@ import os
 import random
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from pivot import records as record_files
+from judge import intervals
 from study import driver as study
 from study import findings as study_findings
 from study import models as study_models
@@ -27,15 +29,15 @@ RESULTS = ROOT / "results"
 
 def test_interval_is_students_by_hand():
     # 1, 2, 3, 4, 5: mean 3, sd √2.5 = 1.58114, standard error 0.70711, t(4) = 2.776 → 1.96293
-    middle, half = study_findings.interval([1, 2, 3, 4, 5])
+    middle, half = intervals.student([1, 2, 3, 4, 5])
     assert middle == 3 and half == pytest.approx(1.96293, abs=1e-5)
-    assert study_findings.interval([2.0, 4.0]) == (3, pytest.approx(12.706))     # sd √2, ÷ √2
-    assert study_findings.interval([7.0]) == (7, None)
+    assert intervals.student([2.0, 4.0]) == (3, pytest.approx(12.706))     # sd √2, ÷ √2
+    assert intervals.student([7.0]) == (7, None)
 
 
 def test_quantiles_agree_with_scipy():
     stats = pytest.importorskip("scipy.stats")          # comes with scikit-learn
-    for df, (t975, t80) in enumerate(zip(study_findings.T975, study_findings.T80), 1):
+    for df, (t975, t80) in enumerate(zip(intervals.T975, study_findings.T80), 1):
         assert t975 == pytest.approx(stats.t.ppf(0.975, df), abs=6e-4)
         assert t80 == pytest.approx(stats.t.ppf(0.80, df), abs=6e-4)
 
@@ -238,7 +240,7 @@ def test_too_few_wrong_answers_are_refused(small):
 def toy_study(tmp_path):
     """Three tasks that leave a mark each time they run: c needs b, b needs a."""
     s = study_plan.Study.__new__(study_plan.Study)
-    s.plan, s.seeds, s.work, s.out, s.tasks = {"x": 1}, 1, tmp_path / "work", tmp_path / "out", {}
+    s.sizes, s.seeds, s.work, s.out, s.tasks = {"x": 1}, 1, tmp_path / "work", tmp_path / "out", {}
     s.marks = tmp_path / "marks"
     s.marks.write_text("")
 
@@ -258,7 +260,7 @@ def test_finished_runs_are_not_redone_and_lost_ones_are(toy_study):
     assert study.go(s, ["vqa", "eye"], 2, True) == {} and s.marks.read_text() == "abc"
     assert study.go(s, ["vqa", "eye"], 2, True) == {} and s.marks.read_text() == "abc"
     found = json.loads((s.out / "vqa" / "b.json").read_text())
-    assert found["values"] == {"dpo": {"m": 1.5}} and found["plan"] == study.digest(s.plan)
+    assert found["values"] == {"dpo": {"m": 1.5}} and found["plan"] == study.digest(s.sizes)
     (s.out / "vqa" / "b.json").unlink()                        # its parent's files are still there
     assert study.go(s, ["vqa"], 2, True) == {} and s.marks.read_text() == "abcb"
     s.tasks["a"].done.unlink()                                 # nobody needs it: not made again
@@ -336,7 +338,7 @@ def test_a_rate_too_high_is_a_result_and_never_chosen(toy_study):
     s.work.mkdir()
     assert study.go(s, ["lr"], 1, True) == {}
     assert "loss nan" in s.read("lr", "seed-0-sft-1")["values"]["diverged"]
-    s.plan = {"tuning_seeds": 1, "rates": [1, 2]}
+    s.sizes = {"tuning_seeds": 1, "rates": [1, 2]}
     for name in ("sft-2", "dpo-1", "dpo-2"):
         study_pairs.write(s.out / "lr" / f"seed-0-{name}.json",
                           {"values": {name[:3]: {"vqa average": 50.0, "data_digest": "d"}}})
@@ -376,7 +378,7 @@ def test_a_command_started_while_stopping_is_ended(toy_study, monkeypatch):
     sleep = [sys.executable, "-c", "__import__('time').sleep(9)"]
     s.add("a", None, s.work, [], {}, lambda: [sleep])
     with pytest.raises(SystemExit, match="stopped"):
-        study.execute(s.tasks["a"], s.out, s.work / "log", live, study.made_by(s.plan))
+        study.execute(s.tasks["a"], s.out, s.work / "log", live, study.made_by(s.sizes))
 
 
 def test_the_lock_lives_as_long_as_a_child_of_a_killed_driver(toy_study):
@@ -445,23 +447,23 @@ def test_the_plan_names_every_need_and_command(tmp_path):
 
 def test_plan_totals_add_up(tmp_path, capsys):
     s = study_plan.Study(study_plan.FULL, 5, tmp_path / "w", tmp_path / "o")
-    study.show_plan(s, list(study_plan.PARTS), 2, False)
+    study.show_tasks(s, list(study_plan.PARTS), 2, False)
     said = capsys.readouterr().out
     hours = sum(study.seconds_of(t) for t in s.tasks.values()) / 2 / 3600
     assert f"{hours:.1f} h" in said.splitlines()[-1]
     done = s.tasks["vqa/seed-0"].done
     study_pairs.write(done, {})
-    study.show_plan(s, ["vqa"], 2, False)
+    study.show_tasks(s, ["vqa"], 2, False)
     assert capsys.readouterr().out.splitlines()[2].split()[1:3] == ["5", "4"]
 
 
 def test_results_of_another_plan_are_refused(toy_study):
     s = toy_study
     study.go(s, ["vqa"], 1, True)
-    s.plan = {"x": 2}
+    s.sizes = {"x": 2}
     with pytest.raises(SystemExit, match="by another plan.*--out and --work, or delete both"):
         study.refuse_other_plans(s)
-    s.plan = {"x": 1}
+    s.sizes = {"x": 1}
     study_pairs.write(s.work / "plan.json", study.refuse_other_plans(s))
     for key, value in (("plan", "f00"), ("versions", {**study.versions(), "torch": "1.0"})):
         for path in (s.out / "vqa" / "b.json", s.work / "plan.json"):
@@ -470,7 +472,7 @@ def test_results_of_another_plan_are_refused(toy_study):
             with pytest.raises(SystemExit, match=f"{path.name} was made"):
                 study.refuse_other_plans(s)
             study_pairs.write(path, before)
-    assert study.refuse_other_plans(s)["plan"] == study.digest(s.plan)
+    assert study.refuse_other_plans(s)["plan"] == study.digest(s.sizes)
 
 
 def test_the_digest_is_of_the_code_but_not_of_its_words(tmp_path, monkeypatch):
@@ -481,7 +483,7 @@ def test_the_digest_is_of_the_code_but_not_of_its_words(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "__file__", str(tmp_path / "driver.py"))
     assert study.digest({}) == ours != study.digest({"x": 1})
     for name, old, new, same in (
-            ("plan", '"""The study as a plan:', '"""A plan:', True),
+            ("plan", '"""The plan of the study:', '"""A plan:', True),
             ("pairs", '"""JSON, ', '"""', True),
             ("plan", "# and 6,750;", "#", True), ("plan", "1000 + seed", "2000 + seed", False),
             ("pairs", "{seed}/kinds", "{seed}/k", False), ("models", "1e-3", "2e-3", False)):
@@ -495,13 +497,14 @@ def test_the_digest_is_of_the_code_but_not_of_its_words(tmp_path, monkeypatch):
 
 def test_readme_is_rewritten_by_the_registered_study_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = f"a {report.BEGIN}{report.END} z"
+    page, readme = f"a {report.BEGIN}{report.END} z", tmp_path / "study/README.md"
+    readme.parent.mkdir()
     for words, changed in (([], True), (["--quick"], False), (["--out", "other"], False),
                            (["--out", "results/"], True)):
-        (tmp_path / "README.md").write_text(page)
+        readme.write_text(page)
         monkeypatch.setattr(sys, "argv", ["report", *words])
         report.main()
-        assert ((tmp_path / "README.md").read_text() != page) is changed, words
+        assert (readme.read_text() != page) is changed, words
     assert f"{study_plan.FULL['pairs']:,} pairs" in (tmp_path / "other/summary.md").read_text()
 
 
@@ -537,7 +540,7 @@ def test_clear_words_for_bad_input(tmp_path):
     for words, said in ((["--seeds", "0"], "--seeds must be at least 1"),
                         (["--seeds", "6"], "--seeds must be at most 5"),
                         (["--parts", "nose"], "invalid choice: 'nose'")):
-        done = run("-m", "study", *words, "--out", tmp_path, "--plan", check=False)
+        done = run("-m", "study", *words, "--out", tmp_path, "--dry-run", check=False)
         assert done.returncode and said in done.stdout + done.stderr
 
 
@@ -719,9 +722,9 @@ def test_one_seed_decides_nothing(tmp_path):
 
 
 def test_readme_section_is_the_committed_jsons():
-    """What the README says of the study, to the letter, is what results/*/*.json give."""
+    """What study/README.md says, to the letter, is what results/*/*.json give."""
     summary = report.summarise(report.Results(RESULTS))
-    text, readme = report.section(summary), (ROOT / "README.md").read_text(encoding="utf-8")
+    text, readme = report.section(summary), (ROOT / "study/README.md").read_text(encoding="utf-8")
     assert report.put_section(readme, text) == readme, "run: python -m study.report"
     assert report.page(summary) == (RESULTS / "summary.md").read_text(encoding="utf-8")
     assert sum(f.stat().st_size for f in RESULTS.rglob("*") if f.is_file()) < 5e6
@@ -843,19 +846,19 @@ def pretend(command):
     one = {k.strip("-"): v[0] for k, v in flags.items() if k and v}
 
     def put(path, value):
-        study_pairs.write(study_pairs.Path(path), value)
+        study_pairs.write(Path(path), value)
     if script in ("pretrain.py", "train_sft.py", "train_dpo.py"):
         stage = f"{one['run']}/{script[:-3].removeprefix('train_')}"
         put(f"{stage}/config.json", {"data_digest": "d", "data": "x", "projector_digest": "1",
                                      "arguments": {"lr": float(one.get("lr", 0))}})
         put(f"{stage}/metrics.jsonl", 0)
-        study_pairs.Path(stage, "metrics.jsonl").write_text(
+        Path(stage, "metrics.jsonl").write_text(
             '{"step": 2, "loss": 1}\n{"step": 3, "heldout_margin": 0, "heldout_accuracy": 0.5}\n')
         put(f"{stage}/final/config.json", {})
     elif script == "extract.py":
         put(f"{one['run']}/{one['stage']}/encoder/config.json", {})
     elif script == "repair_eval.py" and "mllm" in one:
-        put(study_pairs.Path(one["mllm"]).parent / "bench" / "results.json", SCORES)
+        put(Path(one["mllm"]).parent / "bench" / "results.json", SCORES)
     elif script == "repair_eval.py":
         folder = repair_eval.repair_folder(study.argparse.Namespace(
             encoder=one["encoder"], run=one["run"], run_typed=True, reuse_projector_layers=0))
@@ -867,7 +870,7 @@ def pretend(command):
     elif script.startswith("probe_"):
         eyes = flags["--encoder"]
         assert len(eyes) == len(set(eyes)) and all(
-            e == "toy-vit" or (study_pairs.Path(e) / "config.json").exists() for e in eyes)
+            e == "toy-vit" or (Path(e) / "config.json").exists() for e in eyes)
         put(f"{one['out']}/results.json", {
             "encoders": {e: {"top1": {"mean": 0.5}, "recall": [0.4, 0.6]} for e in eyes},
             "scores": [{"mean": 0.5} for e in eyes]})
@@ -929,14 +932,14 @@ def test_every_run_reads_what_its_commands_write_and_every_finding_is_fed(tmp_pa
         refused(name, s.run(0, folder) / "repair/sft", "data_digest", "7", "_digest differs")
 
 
-# --------------------------------------------------------------------------------- the two eyes
+# ----------------------------------------------------------------------------- the other encoders
 
 @pytest.mark.parametrize("name", ["toy-vit-supervised", "toy-vit-masked"])
-def test_other_eyes_open_and_are_the_same_twice(name, tmp_path):
-    from pivot import encoders
+def test_other_encoders_open_and_are_the_same_twice(name, tmp_path):
+    from pivot import model_io
     for out in ("one", "two"):
         run("-m", "study.models", name, "--out", tmp_path / out, "--steps", 2)
     one, two = ((tmp_path / out / name / "model.safetensors").read_bytes() for out in
                 ("one", "two"))
     assert one == two
-    assert encoders.load_encoder(str(tmp_path / "one" / name)).num_tokens == 36
+    assert model_io.load_encoder(str(tmp_path / "one" / name)).num_tokens == 36

@@ -1,124 +1,161 @@
-"""All the evidence of a run in one table: the original encoder, SFT's and DPO's, side by side.
+"""All the evidence of a run in one table: the original encoder and each stage's, side by side.
 
-    python -m tools.evidence --run-dir runs/toy-vit__toy-lm
+    python -m tools.evidence --run-dir runs/toy-vit__toy-lm [--stages sft dpo]
 
 Reads what repair_eval.py and the four instruments wrote in the run folder, and runs nothing itself;
 where one has not been run yet, its line is empty and the command that fills it is named. In percent
-but for the alignment. The difference is paired (by question, by test image, by subset, by
-preference pair), with the interval its instrument states; see there for what it means.
+but for the alignment. Differences are to the first of the stages, paired (by question, by test
+image, by subset, by preference pair), with the interval their instrument states; see there for what
+it means.
 """
 from pathlib import Path
 from statistics import mean
 
-from pivot import encoders
-from pivot import flags
-from judge import report
-from pivot import runtime
-from judge import score
-
-COLUMNS = ("original", "SFT", "DPO", "DPO - SFT")
+from judge import report, score
+from pivot import distributed, encoders, files, flags, printing
 
 
-def number(value):
+def percent(value):
     return f"{100 * value:.1f}"
 
 
-def interval(mean, low, high):
-    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def interval(middle, low, high):
+    return f"{100 * middle:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
+
+# Each reads an instrument's results.json: → [(label, {name: cell}, {name: cell of its difference to
+# the first stage}), …]. names: the original encoder, then the stages.
 
 def repaired(run, names):
-    """Scores of each frozen encoder under a new LLM: [(label, cells), …], by group and in all; the
-    difference as --compare prints it."""
+    """Scores of each frozen encoder under a new LLM, by group and in all."""
     paths = {name: run / "repair" / name / "bench" / "results.json" for name in names}
-    found = {n: encoders.read_json(p, "benchmarks", "groups", "average")
+    found = {n: files.read_json(p, "benchmarks", "groups", "average")
              for n, p in paths.items() if p.exists()}
     means = {n: report.means_of(r) for n, r in found.items()}
-    apart, two = {}, names[1:]
-    if found.keys() >= {*two}:
-        apart = dict(report.differences({n: found[n] for n in two},
-                                        {n: report.units_beside(paths[n]) for n in two}))
+    stages, apart = [n for n in names[1:] if n in found], {}
+    if len(stages) > 1 and stages[0] == names[1]:
+        rows = report.differences({n: found[n] for n in stages},
+                                  {n: report.units_beside(paths[n]) for n in stages})
+        apart = {label: dict(zip(stages[1:], cells)) for label, *cells in rows[1:]}
     labels = [x for x in (*score.GROUPS, "Average") if any(x in m for m in means.values())]
-    return [(x, [*(f"{means[n][x]:.1f}" if x in means.get(n, {}) else "–" for n in names),
-                 apart.get(x, "–")]) for x in labels]
+    return [(x, {n: f"{m[x]:.1f}" for n, m in means.items() if x in m}, apart.get(x, {}))
+            for x in labels]
 
 
 def linear(facts, names):
-    scores, apart = facts["encoders"], facts["differences"].get(f"{names[2]} - {names[1]}")
-    return [("top-1", [number(scores[n]["top1"]["mean"]) if n in scores else "–" for n in names]
-             + [interval(apart["top1"]["mean"], *apart["top1"]["ci95"]) if apart else "–"])]
+    scores, apart = {}, {}
+    for name in names:
+        if name in facts["encoders"]:
+            scores[name] = percent(facts["encoders"][name]["top1"]["mean"])
+        if change := facts["differences"].get(f"{name} - {names[1]}"):
+            apart[name] = interval(change["top1"]["mean"], *change["top1"]["ci95"])
+    return [("top-1", scores, apart)]
 
 
 def segmentation(facts, names):
-    scores, apart = facts["encoders"], facts["differences"].get(f"{names[2]} - {names[1]}")
-    return [("recall of patches",
-             [number(mean(scores[n]["recall"])) if n in scores else "–" for n in names]
-             + [interval(mean(apart["recall"]), *apart["recall_ci95"]) if apart else "–"])]
+    scores, apart = {}, {}
+    for name in names:
+        if name in facts["encoders"]:
+            scores[name] = percent(mean(facts["encoders"][name]["recall"]))
+        if change := facts["differences"].get(f"{name} - {names[1]}"):
+            apart[name] = interval(mean(change["recall"]), *change["recall_ci95"])
+    return [("recall of patches", scores, apart)]
 
 
 def alignment(facts, names):
     rows = []
     for llm in dict.fromkeys(s["llm"] for s in facts["scores"]):
-        found = {s["encoder"]: s["text"] for s in facts["scores"] if s["llm"] == llm}
-        apart = facts["paired"].get(f"{names[2]} - {names[1]}, {llm}")
-        rows.append((f"with {llm}", [found.get(n, "–") for n in names]
-                     + [f"{apart['mean']:+.4f}" + ("" if apart["sd"] is None else
-                        f" ±{apart['sd']:.4f}") if apart else "–"]))
+        scores = {s["encoder"]: s["text"] for s in facts["scores"] if s["llm"] == llm}
+        apart = {}
+        for name in names:
+            if change := facts["paired"].get(f"{name} - {names[1]}, {llm}"):
+                spread = "" if change["sd"] is None else f" ±{change['sd']:.4f}"
+                apart[name] = f"{change['mean']:+.4f}{spread}"
+        rows.append((f"with {llm}", scores, apart))
     return rows
 
 
 def heat(facts, names):
-    """Not of three encoders: of the two losses, at one model; where chance is, stands chance."""
+    """Not of encoders: of the SFT and the DPO loss, at one model; chance stands at the original."""
     share = facts["share_inside"]
     if "SFT" not in share:
-        return [("inside the object", ["–"] * 4)]
-    sft, dpo, apart = (share[k] for k in ("SFT", "DPO", "DPO - SFT"))
-    half = apart["ci95"]                                 # none of a single picture
-    return [("inside the object", [
-        f"chance {number(share['chance']['mean'])}", number(sft["mean"]), number(dpo["mean"]),
-        f"{100 * apart['mean']:+.1f}" if half is None else
-        interval(apart["mean"], apart["mean"] - half, apart["mean"] + half)])]
+        return [("inside the object", {}, {})]
+    change = share["DPO - SFT"]
+    middle, half = change["mean"], change["ci95"]        # no interval of a single picture
+    return [("inside the object",
+             {names[0]: f"chance {percent(share['chance']['mean'])}",
+              "sft": percent(share["SFT"]["mean"]), "dpo": percent(share["DPO"]["mean"])},
+             {"dpo": f"{100 * middle:+.1f}" if half is None else
+              interval(middle, middle - half, middle + half)})]
 
 
 # heading, folder below probes/, how it is read, its picture, the command that makes it
 INSTRUMENTS = (
     ("Linear classification", "linear", linear, None,
-     "python probe_linear.py --encoder {three} --data {data}/imagenet"),
+     "python probe_linear.py --encoder {all} --data {data}/imagenet"),
     ("Segmentation", "seg", segmentation, "overlays.png",
-     "python probe_seg.py --encoder {three} --data {data}/ade20k"),
+     "python probe_seg.py --encoder {all} --data {data}/ade20k"),
     ("Alignment, mutual k-NN", "align", alignment, "align.png",
-     "python probe_align.py --encoder {three} --llm {llm} --data {data}/align"),
+     "python probe_align.py --encoder {all} --llm {llm} --data {data}/align"),
     ("Gradient of each loss at stage 1", "gradcam", heat, "gradcam.png",
      "python gradcam.py --run-dir {run} --num-samples 120"))
+
+
+def stages_of(run):
+    """The stages that went on from another one: SFT's folder first, where there is one, then in the
+    order of their training."""
+    found = []
+    for path in run.glob("*/final/config.json"):
+        config = path.parent.parent / "config.json"
+        if config.exists() and "parent_digest" in files.read_json(config):
+            found.append((path.parent.parent.name != "sft", config.stat().st_mtime,
+                          path.parent.parent.name))
+    return [name for *_, name in sorted(found)]
+
+
+def heading_of(stage):
+    """sft, dpo → SFT, DPO; another stage by its own name."""
+    return stage.upper() if len(stage) <= 4 else stage
 
 
 def main():
     parser = flags.Parser(__doc__)
     parser.add_argument("--run-dir", "--run", dest="run", metavar="DIR", required=True,
                         help="run folder, e.g. runs/toy-vit__toy-lm")
-    run = Path(parser.parse_args().run)
-    made_with = encoders.read_json(run / "pretrain" / "config.json", "arguments")["arguments"]
-    names = [encoders.short_name(made_with["encoder"]), "sft", "dpo"]
-    three = [made_with["encoder"], f"{run}/sft/encoder", f"{run}/dpo/encoder"]
-    words = {"three": " ".join(three), "run": run, "data": made_with["data"],
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="which stages to show, the "
+                        "first being what others are compared with (default: all of the run)")
+    args = parser.parse_args()
+    run = Path(args.run)
+    made_with = files.read_json(run / "pretrain" / "config.json", "arguments")["arguments"]
+    stages = args.stages or stages_of(run) or ["sft", "dpo"]
+    names = [encoders.short_name(made_with["encoder"]), *stages]
+    folders = [made_with["encoder"], *(f"{run}/{stage}/encoder" for stage in stages)]
+    words = {"all": " ".join(folders), "run": run, "data": made_with["data"],
              "llm": made_with["llm"]}
 
-    sections, pictures = [("Re-paired with a new LLM", repaired(run, names))], []
-    missing = [f"python repair_eval.py --encoder {e} --llm {made_with['llm']} --data "
-               f"{made_with['data']} --run-dir {run}" for e, n in zip(three, names)
-               if not (run / "repair" / n / "bench" / "results.json").exists()]
+    sections, pictures, missing = [("Re-paired with a new LLM", repaired(run, names))], [], []
+    for folder, name in zip(folders, names):
+        if not (run / "repair" / name / "bench" / "results.json").exists():
+            missing.append(f"python repair_eval.py --encoder {folder} --llm {made_with['llm']} "
+                           f"--data {made_with['data']} --run-dir {run}")
     for heading, folder, read, picture, command in INSTRUMENTS:
         path = run / "probes" / folder / "results.json"
         if not path.exists():
             missing.append(command.format(**words))
             continue
-        sections.append((heading, read(encoders.read_json(path), names)))
-        pictures += [path.with_name(picture)] if picture else []
-    rows = [["", *COLUMNS]]
+        sections.append((heading, read(files.read_json(path), names)))
+        if picture:
+            pictures.append(path.with_name(picture))
+    first, *others = stages
+    rows = [["", "original", *map(heading_of, stages),
+             *(f"{heading_of(other)} - {heading_of(first)}" for other in others)]]
     for heading, lines in sections:
-        rows += [[heading, *[""] * 4]] if lines else []
-        rows += [[f"  {label}", *cells] for label, cells in lines]
-    print("\n".join(report.grid(rows)))
+        if lines:
+            rows.append([heading, *[""] * (len(rows[0]) - 1)])
+        for label, cells, apart in lines:
+            rows.append([f"  {label}", *(cells.get(name, "–") for name in names),
+                         *(apart.get(other, "–") for other in others)])
+    print("\n".join(printing.table(rows)))
     for picture in pictures:
         print(f"picture: {picture}")
     for command in missing:
@@ -126,4 +163,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.launch(main)
+    distributed.launch(main)

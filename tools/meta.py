@@ -7,12 +7,11 @@ not the T × T scores. plan.py makes a plan of it.
 """
 from typing import NamedTuple
 
-from pivot import encoders
-from pivot import folders
-import model as m
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import model as m
+from pivot import convert, encoders, model_io, printing
 
 # ---------------------------------------------------------------------------------- without weights
 
@@ -20,18 +19,19 @@ def published(name):
     """The published class of a preset, folder or file, whole (but for a ViT's pooler, which MAE and
     MoCo do not have), on the meta device. A timm, open_clip or MoCo file says its shapes itself: it
     must be there, and its header alone is read."""
-    from pivot import convert
     import transformers as t
     if name not in encoders.ENCODERS or encoders.ENCODERS[name].path.startswith("weights/toy"):
         path = encoders.resolve(name)
         if file := convert.find(path):
             return convert.load(file, "meta")[0]
-        config = convert.as_vit(encoders.config_of(name, path))
+        config = convert.as_vit(model_io.config_of(name, path))
     else:
         kind, hidden, depth, heads, mlp, patch, size = encoders.ENCODERS[name].geometry
-        facts = dict(hidden_sizes=list(hidden), depths=list(depth)) if kind == "convnext" else dict(
-            hidden_size=hidden, num_hidden_layers=depth, num_attention_heads=heads,
-            intermediate_size=mlp)
+        if kind == "convnext":
+            facts = dict(hidden_sizes=list(hidden), depths=list(depth))
+        else:
+            facts = dict(hidden_size=hidden, num_hidden_layers=depth, num_attention_heads=heads,
+                         intermediate_size=mlp)
         if kind == "dinov2":              # the giant's MLP is gated, of two thirds of 4 × hidden
             facts["use_swiglu_ffn"] = mlp < 4 * hidden
         config = convert.as_vit(t.AutoConfig.for_model(kind, patch_size=patch, image_size=size,
@@ -42,7 +42,6 @@ def published(name):
 
 def empty_encoder(name, image_size=None):
     """The encoder as load_encoder would give it, without weights, on the meta device."""
-    from pivot import convert
     if len(parts := encoders.parts_of(name)) == 2:
         return encoders.TwoEncoders(*(empty_encoder(part, image_size) for part in parts))
     vision = encoders.truncate(published(name))
@@ -64,7 +63,7 @@ def empty_llm(name):
         try:
             config = AutoConfig.from_pretrained(encoders.resolve(name), trust_remote_code=False)
         except (OSError, ValueError) as e:
-            raise SystemExit(f"error: cannot open --llm {name}: {encoders.first_line(e)}")
+            raise SystemExit(f"error: cannot open --llm {name}: {printing.first_line(e)}")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
@@ -72,10 +71,10 @@ def empty_llm(name):
 def empty_mllm(encoder, llm, image_size=None, dtype="bf16"):
     """The model without weights, on the meta device, in the dtype that it computes in."""
     encoder, llm = empty_encoder(encoder, image_size), empty_llm(llm)
-    folders.refuse_llm(llm, llm.config.model_type)
+    model_io.refuse_llm(llm, llm.config.model_type)
     with torch.device("meta"):
         model = m.MLLM(encoder, llm, image_token_id=0)
-    return folders.no_dropout(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32))
+    return model_io.no_dropout(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32))
 
 
 # ------------------------------------------------------------------------------------------ one row
@@ -92,9 +91,9 @@ class Trace(NamedTuple):
     rows: int
 
 
-def row_length(prompt, chosen, rejected, pairs):
+def row_length(prompt, chosen, rejected, pair_layout):
     """Tokens of one row: prompt + answer, or the pair layout of model.py."""
-    return prompt + chosen + (rejected + 1 if pairs else 0)
+    return prompt + chosen + (rejected + 1 if pair_layout else 0)
 
 
 class Fused(torch.autograd.Function):
@@ -125,75 +124,105 @@ def attention(module, query, key, value, attention_mask, **kwargs):
     return Fused.apply(query, key, value).transpose(1, 2), None
 
 
-def trace(model, prompt, chosen, rejected, pairs):
-    """Run one row of an MLLM on the meta device and write down what it takes. → Trace. Afterwards
-    the model, with its attention that computes nothing, is good for this alone."""
+def use_counted_attention(model):
+    """Let both parts attend through `attention` above, which computes nothing."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    ALL_ATTENTION_FUNCTIONS.register("plan", attention)
-    encoder, llm = model.encoder, model.llm
-    for part in (*(p.vision for p in encoder.parts), llm):
+    ALL_ATTENTION_FUNCTIONS.register("counted", attention)
+    for part in (*(encoder.vision for encoder in model.encoder.parts), model.llm):
         if part._supports_sdpa:
-            part.config._attn_implementation = "plan"
-    counter, where, flops_in_blocks = FlopCounterMode(display=False), None, 0
-    blocks = model.blocks
-    kept, inputs = {None: 0, **dict.fromkeys(range(len(blocks)), 0)}, [0] * len(blocks)
-    seen = {p.untyped_storage()._cdata: p for p in model.parameters()}   # weights are no activation
-    Fused.flops = 0
+            part.config._attn_implementation = "counted"
 
-    def count():
-        return counter.get_total_flops() + Fused.flops
 
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage._cdata not in seen:
-            seen[storage._cdata] = storage      # kept alive here: its address is not used again
-            kept[where] += storage.nbytes()
-        return x
+class Ledger:
+    """What a pass takes, written down while it runs: FLOPs inside blocks, and bytes that autograd
+    keeps, by block (None: outside)."""
 
-    def enter(i):
+    def __init__(self, model):
+        self.counter, self.blocks = FlopCounterMode(display=False), model.blocks
+        self.where, self.flops_in_blocks = None, 0
+        self.kept = {None: 0, **dict.fromkeys(range(len(self.blocks)), 0)}
+        self.inputs = [0] * len(self.blocks)
+        self.seen = {}                # storages; kept alive: an address is not used again
+        for p in model.parameters():                            # weights are no activation
+            self.seen[p.untyped_storage()._cdata] = p
+        Fused.flops = 0
+
+    def flops(self):
+        return self.counter.get_total_flops() + Fused.flops
+
+    def keep(self, tensor):
+        """Autograd saves a tensor: count its storage once, where it is first saved."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen[storage._cdata] = storage
+            self.kept[self.where] += storage.nbytes()
+        return tensor
+
+    def enter(self, i):
         def hook(block, args, kwargs):
-            nonlocal where, flops_in_blocks
-            where, x = i, args[0] if args else kwargs["hidden_states"]
-            inputs[i] = x.nbytes if torch.is_grad_enabled() else 0
-            flops_in_blocks -= count()
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self.where, self.inputs[i] = i, hidden.nbytes if torch.is_grad_enabled() else 0
+            self.flops_in_blocks -= self.flops()
         return hook
 
-    def leave(*_):
-        nonlocal where, flops_in_blocks
-        where = None
-        flops_in_blocks += count()
-    hooks = [h for i, block in enumerate(blocks) for h in (
-        block.register_forward_pre_hook(enter(i), with_kwargs=True),
-        block.register_forward_hook(leave))]
+    def leave(self, *_):
+        self.where = None
+        self.flops_in_blocks += self.flops()
 
-    length = row_length(prompt, chosen, rejected, pairs)
-    rows = chosen + (rejected if pairs else 0)
-    learns = any(p.requires_grad for p in encoder.parameters())
-    with counter, torch.device("meta"):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            pixels = [torch.zeros(1, 3, p.image_size, p.image_size, dtype=torch.uint8)
-                      for p in encoder.parts]
-            with torch.set_grad_enabled(learns):    # A+B: both pictures in one row, flat
-                features = encoder(pixels[0] if len(pixels) == 1 else
-                                   torch.cat([p.flatten(1) for p in pixels], 1))
-            features = model.projector(features)
-            # Stands for masked_scatter, whose backward depends on data: the same bytes, no FLOPs.
-            words = torch.nn.functional.embedding(torch.zeros(1, length, dtype=torch.long),
-                                                  llm.get_input_embeddings().weight)
-            embeds = torch.cat([features, words[:, encoder.num_tokens:]], 1)     # (1, T, d_llm)
-            mask = torch.zeros(1, 1, length, length, dtype=embeds.dtype) if pairs else None
-            positions = torch.zeros(1, length, dtype=torch.long)
-            hidden = llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
-                                    position_ids=positions).last_hidden_state
-            picked = hidden[:, :rows].flatten(0, 1).clone()                      # (R, d_llm)
+    def hook(self):
+        """Watch every block; → what to remove afterwards."""
+        hooks = []
+        for i, block in enumerate(self.blocks):
+            hooks += [block.register_forward_pre_hook(self.enter(i), with_kwargs=True),
+                      block.register_forward_hook(self.leave)]
+        return hooks
+
+
+def run_row(model, length, rows, pair_layout):
+    """Forward of one row as MLLM.forward does it, up to the states that lm_head reads: their (R,
+    d_llm), and the mask, which is None for a plain row."""
+    encoder, llm = model.encoder, model.llm
+    pixels = [torch.zeros(1, 3, part.image_size, part.image_size, dtype=torch.uint8)
+              for part in encoder.parts]
+    if len(pixels) == 1:
+        pixels = pixels[0]
+    else:                                           # A+B: both pictures in one row, flat
+        pixels = torch.cat([p.flatten(1) for p in pixels], 1)
+    with torch.set_grad_enabled(any(p.requires_grad for p in encoder.parameters())):
+        features = encoder(pixels)
+    features = model.projector(features)
+    # Stands for masked_scatter, whose backward depends on data: the same bytes, no FLOPs.
+    words = torch.nn.functional.embedding(torch.zeros(1, length, dtype=torch.long),
+                                          llm.get_input_embeddings().weight)
+    embeds = torch.cat([features, words[:, encoder.num_tokens:]], 1)             # (1, T, d_llm)
+    mask = torch.zeros(1, 1, length, length, dtype=embeds.dtype) if pair_layout else None
+    hidden = llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
+                            position_ids=torch.zeros(1, length, dtype=torch.long)
+                            ).last_hidden_state
+    return hidden[:, :rows].flatten(0, 1).clone(), mask
+
+
+def trace(model, prompt, chosen, rejected, pair_layout):
+    """Run one row of an MLLM on the meta device and write down what it takes. → Trace. Afterwards
+    the model, with its attention that computes nothing, is good for this alone."""
+    use_counted_attention(model)
+    length = row_length(prompt, chosen, rejected, pair_layout)
+    rows = chosen + (rejected if pair_layout else 0)
+    ledger = Ledger(model)
+    hooks = ledger.hook()
+    with ledger.counter, torch.device("meta"):
+        with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda x: x):
+            picked, mask = run_row(model, length, rows, pair_layout)
         # lm_head's own tensors are counted in plan.memory, by hand: they come in chunks
-        logps = m.token_logps(picked, llm.get_output_embeddings(),
+        logps = m.token_logps(picked, model.llm.get_output_embeddings(),
                               torch.zeros(rows, dtype=torch.long))
-        forward = count()
+        forward = ledger.flops()
         logps.sum().backward()
     for hook in hooks:
         hook.remove()
     model.zero_grad()
-    extra = 0 if mask is None else mask.nbytes            # a real kernel keeps it, Fused does not
-    return Trace(forward, flops_in_blocks, count() - forward, kept.pop(None) + extra,
-                 list(kept.values()), inputs, rows)
+    outside = ledger.kept.pop(None)
+    if mask is not None:
+        outside += mask.nbytes                            # a real kernel keeps it, Fused does not
+    return Trace(forward, ledger.flops_in_blocks, ledger.flops() - forward, outside,
+                 list(ledger.kept.values()), ledger.inputs, rows)

@@ -21,11 +21,10 @@ The second writes <out>/toy-vit (SigLIP) and <out>/toy-lm (Qwen2) for transforme
 """
 import argparse
 import math
-import os
-import shutil
 import sys
 from pathlib import Path
 
+from pivot import files
 from toy.world import draw_world
 
 
@@ -37,20 +36,18 @@ def main(argv):
         ap.prog += " pretrain"
         ap.add_argument("--out", type=Path, default=Path("weights"),
                         help="folder to write the model folders in; models there are replaced")
-        from pivot.flags import COUNT
         from toy.models import MODELS, pretrain_lm, pretrain_vit
         ap.add_argument("--models", nargs="+", default=["toy-vit", "toy-lm"], choices=MODELS,
                         help="which to make; the -l ones are one size up, and not committed")
-        ap.add_argument("--steps", type=COUNT,
+        ap.add_argument("--steps", type=int,
                         help="instead of the table's; fewer make worse models")
         args = ap.parse_args(argv[1:])
+        if args.steps is not None and args.steps < 1:
+            raise SystemExit("error: --steps must be at least 1")
         for name in args.models:
-            aside = args.out / (name + ".tmp")
-            shutil.rmtree(aside, ignore_errors=True)
             make = pretrain_vit if "vit" in name else pretrain_lm
-            make(aside, name, args.steps, args.seed)
-            shutil.rmtree(args.out / name, ignore_errors=True)
-            os.replace(aside, args.out / name)
+            with files.new_folder(args.out / name) as aside:
+                make(aside, name, args.steps, args.seed)
         return
     ap.add_argument("out", type=Path, help="folder to draw, or the word pretrain (see above)")
     ap.add_argument("--scale", type=float, default=1.0,

@@ -9,10 +9,10 @@ import tokenizers
 import torch
 from tokenizers import decoders, pre_tokenizers, trainers
 from torch import nn
+from tqdm import tqdm
 
-from pivot import records
-from pivot import runtime
-from toy.scenes import (CELL, COLOURS, SHAPES, SIZE, WORDS, Scene, fact_question, turn)
+from pivot.records import CHAT_TEMPLATE
+from toy.scenes import CELL, COLOURS, SHAPES, SIZE, WORDS, Scene, fact_question, turn
 
 # name: width, layers, heads, inner width, steps, batch, learning rate
 # A ViT's batch is in images, an LM's in tokens. The LM never learns to look things up at 3e-3.
@@ -29,7 +29,7 @@ def train(name, model, steps, rate, loss_of):
     warm = max(1, min(100, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
         (i + 1) / warm, 0.02 + 0.49 * (1 + math.cos(math.pi * i / steps))))
-    for step in (bar := runtime.progress(0, steps, name)):
+    for step in (bar := tqdm(range(steps), desc=name, unit="step", mininterval=1)):
         loss = loss_of(step / steps)
         optimizer.zero_grad()
         loss.backward()
@@ -168,7 +168,7 @@ def pretrain_lm(folder, name, steps, seed):
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[2],
                                         pad_token=special[0], model_max_length=1024)
-    tokenizer.chat_template = records.CHAT_TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     model = Qwen2ForCausalLM(Qwen2Config(
         # Like Qwen, more rows than tokens: room for <image> without resizing.
         # 0.08 is 1 / sqrt(width): at HF's 0.02 the first thousand steps only find the scale.

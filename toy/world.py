@@ -5,16 +5,14 @@ import hashlib
 import io
 import json
 import math
-import os
 import random
-import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from pivot import files
 from toy.scenes import (BENCH, CLASSES, COLOURS, IN_WORDS, PAIRS, SHAPES, SIZE, WORDINGS, WORDS,
                         Scene, conversation, fact_question)
 
@@ -194,9 +192,12 @@ COUNTS = {"captions": 3200, "instruct": 10000, "repair": 2000, "preferences": 72
 
 def draw_world(out, seed, scale, counts=COUNTS, **options):
     """Draws into OUT.tmp and renames, so that half a world never looks whole. options: World's."""
-    aside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    world = World(aside, seed, scale, **options)
+    with files.new_folder(out) as aside:
+        fill(World(aside, seed, scale, **options), counts)
+
+
+def fill(world, counts):
+    """Every file and folder of the layout."""
     n = {name: world.count(c) for name, c in counts.items()}
     with world.bar:
         world.captions(n["captions"])
@@ -211,10 +212,8 @@ def draw_world(out, seed, scale, counts=COUNTS, **options):
             world.ade20k(split, n["ade20k_" + split])
         world.align(n["align"])
     world.save("world.json", {
-        "version": 1, "seed": seed, "scale": scale, "size": SIZE, "counts": n,
+        "version": 1, "seed": world.seed, "scale": world.scale, "size": SIZE, "counts": n,
         "colours": list(COLOURS), "shapes": SHAPES, "words": WORDS,
         "imagenet_classes": ["-".join(c) for c in CLASSES],
         "ade20k_classes": ["other", *SHAPES],
         "heldout_wordings": [lines[-1] for lines in WORDINGS.values()]})
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(aside, out)

@@ -1,7 +1,8 @@
-"""A model as a folder: put together from two pretrained ones, saved, opened again.
+"""Models as folders: an encoder opened, a model put together, saved, opened again.
 
 There is one format, that of transformers' LlavaForConditionalGeneration: weights, config, tokenizer
-with our chat template, processor. What such a model computes is in model.py.
+with our chat template, processor. What such a model computes is in model.py; encoders come in more
+layouts (convert.py).
 """
 import json
 from copy import deepcopy
@@ -10,9 +11,85 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pivot import encoders
 from model import MLLM
+from pivot import convert, encoders, files, printing, tensors
 from pivot.records import CHAT_TEMPLATE, IMAGE_TOKEN
+
+
+def config_of(name, path):
+    """The vision config of a folder or hub id; raises SystemExit, one line."""
+    from transformers import AutoConfig
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"error: cannot open --encoder {name} ({path}): {printing.first_line(e)}")
+    if config.model_type == "llava":
+        raise SystemExit(f"error: --encoder {name} is a whole model; detach its encoder with:  "
+                         f"python extract.py --run-dir RUN --stage STAGE")
+    config = getattr(config, "vision_config", config)  # a whole SigLIP/CLIP: its encoder
+    if not all(hasattr(config, key) for key in ("image_size", "patch_size", "num_channels")):
+        raise SystemExit(f"error: --encoder {name} is a {config.model_type}, not a vision encoder "
+                         f"with patches; known families: {', '.join(encoders.FAMILIES)}; or a ViT "
+                         f"like them")
+    return config
+
+
+def load_encoder(name, image_size=None):
+    """Open an encoder for training, fp32, truncated to the layer whose output is the feature.
+
+    name: preset, folder (published or extracted), hub id, or a file of timm, open_clip or MoCo v3;
+    image_size: another input size than its own.
+    raises SystemExit, one line, when the folder is missing, of a class that cannot serve, or when
+        a tensor of the published model is missing.
+    """
+    from transformers import AutoModel
+    if len(parts := encoders.parts_of(name)) == 2:
+        return encoders.TwoEncoders(*(load_encoder(part, image_size) for part in parts))
+    path, preset = encoders.resolve(name), encoders.ENCODERS.get(name)
+    if file := convert.find(path):
+        vision, mean, std = convert.load(file)
+    else:
+        original = config_of(name, path)
+        config = convert.as_vit(original)
+        encoders.family_of(config)                    # refuses before anything is loaded
+        vision = open_model(AutoModel, f"--encoder {name}", path, config=config,
+                            **encoders.class_options(config))
+        file = convert.file_at(path, "preprocessor_config.json")
+        facts = files.read_json(file) if file else {}
+        mean = facts.get("image_mean") or encoders.family_of(original).mean
+        std = facts.get("image_std") or encoders.family_of(original).std
+    vision = encoders.truncate(vision)
+    own_size = preset.geometry[-1] if preset else encoders.side(vision.config.image_size)
+    size = image_size or own_size
+    return encoders.Encoder(convert.resize_positions(vision, size), mean, std)
+
+
+def open_model(kind, name, path, **options):
+    """kind.from_pretrained in fp32; raises SystemExit, one line, where transformers would make up
+    what a folder lacks: a tensor missing, or of another shape than config.json says."""
+    try:
+        model, info = kind.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True, **{"attn_implementation": "sdpa", **options})
+    except Exception as e:       # a file cut short comes as safetensors' or pickle's own error
+        raise SystemExit(f"error: cannot open {name} ({path}): {printing.first_line(e)}")
+    wanted = {key: t.shape for key, t in model.state_dict().items()}
+    found = {**wanted, **{key: shape for key, shape, _ in info["mismatched_keys"]}}
+    for key in info["missing_keys"]:
+        found.pop(key, None)
+    tensors.refuse_misfit(name, wanted, found)
+    return model
+
+
+def image_processor(encoder):
+    """The transformers processor that does exactly what images.py does: bicubic squash, rescale,
+    normalise. The Pillow backend is the definition; torchvision's resize differs in the last bit.
+    """
+    from transformers import SiglipImageProcessorPil
+    encoder = encoder.parts[0]              # of A+B: the first's
+    size = encoder.image_size
+    return SiglipImageProcessorPil(size={"height": size, "width": size}, resample=3,
+                                   image_mean=list(encoder.mean), image_std=list(encoder.std))
 
 
 def prepare_tokenizer(tokenizer, vocab_size):
@@ -39,7 +116,7 @@ def open_tokenizer(path):
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as e:
-        raise SystemExit(f"error: no usable tokenizer in {path}: {encoders.first_line(e)}")
+        raise SystemExit(f"error: no usable tokenizer in {path}: {printing.first_line(e)}")
 
 
 def refuse_llm(llm, name):
@@ -62,9 +139,9 @@ def build_mllm(encoder_name, llm_name, seed, image_size=None):
     0.02 is rounded away every time.
     """
     from transformers import AutoModelForCausalLM
-    encoder = encoders.load_encoder(encoder_name, image_size)
+    encoder = load_encoder(encoder_name, image_size)
     path = encoders.resolve(llm_name)
-    llm = encoders.open_model(AutoModelForCausalLM, f"--llm {llm_name}", path)
+    llm = open_model(AutoModelForCausalLM, f"--llm {llm_name}", path)
     refuse_llm(llm, llm_name)
     tokenizer = open_tokenizer(path)
     image_token_id = prepare_tokenizer(tokenizer, llm.config.vocab_size)
@@ -131,6 +208,18 @@ def llava_config(model):
     return config
 
 
+def divided(named, most_bytes):
+    """[(name, parameter)] → the same in lists, a list a file, each of at most `most_bytes`."""
+    parts, size = [[]], 0
+    for name, p in named:
+        if size and size + p.nbytes > most_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append((name, p))
+        size += p.nbytes
+    return parts
+
+
 def save_mllm(model, tokenizer, folder, is_main, shard_bytes=5 * 10 ** 9):
     """Write the folder transformers opens. Every process calls it; the main one writes.
 
@@ -138,53 +227,35 @@ def save_mllm(model, tokenizer, folder, is_main, shard_bytes=5 * 10 ** 9):
     """
     from safetensors.torch import save_file
     from transformers import GenerationConfig, LlavaProcessor
-    folder, files, room = Path(folder), [], 0          # files: what goes into each
-    for name, p in own_tensors(model):
-        room -= p.nbytes
-        if room < 0:
-            files.append([])
-            room = shard_bytes - p.nbytes
-        files[-1].append((file_name_of(name), p))
-    index = {}
-    for i, inside in enumerate(files, 1):
-        file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if files[1:] else \
-            "model.safetensors"
-        part = {}
-        for name, p in inside:         # one at a time: nobody ever holds a second copy of the model
-            index[name], tensor = file, whole(p)
+    folder, index = Path(folder), {}
+    parts = divided([(file_name_of(name), p) for name, p in own_tensors(model)], shard_bytes)
+    for i, part in enumerate(parts, 1):
+        file = "model.safetensors"
+        if len(parts) > 1:
+            file = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
+        gathered = {}
+        for name, p in part:           # one at a time: nobody ever holds a second copy of the model
+            tensor = whole(p)
+            index[name] = file
             if is_main:
-                part[name] = tensor
+                gathered[name] = tensor
         if is_main:
-            save_file(part, folder / file, metadata={"format": "pt"})
+            save_file(gathered, folder / file, metadata={"format": "pt"})
     if not is_main:
         return
-    if files[1:]:
-        total = sum(p.nbytes for inside in files for _, p in inside)
+    if len(parts) > 1:
+        total = sum(p.nbytes for part in parts for _, p in part)
         (folder / "model.safetensors.index.json").write_text(json.dumps(
             {"metadata": {"total_size": total}, "weight_map": index}, indent=1, sort_keys=True))
     (folder / "config.json").write_text(json.dumps(llava_config(model), indent=1))
     encoder = model.encoder
-    LlavaProcessor(encoders.image_processor(encoder), tokenizer, chat_template=CHAT_TEMPLATE,
+    LlavaProcessor(image_processor(encoder), tokenizer, chat_template=CHAT_TEMPLATE,
                    patch_size=encoder.patch_size,
                    num_additional_image_tokens=encoder.prefix, image_token=IMAGE_TOKEN,
                    vision_feature_select_strategy="default" if encoder.prefix else "full",
                    ).save_pretrained(folder)
-    stops = stop_ids(tokenizer)
-    GenerationConfig(do_sample=False, eos_token_id=stops,
+    GenerationConfig(do_sample=False, eos_token_id=stop_ids(tokenizer),
                      pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
-
-
-def stored(folder):
-    """{name of a tensor: the open file it lies in} of a model's folder; raises SystemExit."""
-    from safetensors import SafetensorError, safe_open
-    found = {}
-    for path in sorted(Path(folder).glob("model*.safetensors")):
-        try:
-            file = safe_open(path, "pt")
-        except SafetensorError as e:
-            raise SystemExit(f"error: cannot read {path}: {encoders.first_line(e)}")
-        found |= dict.fromkeys(file.keys(), file)
-    return found
 
 
 def stop_ids(tokenizer):
@@ -193,42 +264,45 @@ def stop_ids(tokenizer):
     return sorted({i for i in ids if i is not None})
 
 
+def empty_vision(vision_config, image_mean, image_std, **_):
+    """The encoder that a folder's config describes, its tensors not yet read."""
+    from transformers import AutoConfig, AutoModel
+    config = AutoConfig.for_model(**vision_config)
+    vision = AutoModel.from_config(config, dtype=torch.float32, **encoders.class_options(config))
+    return encoders.Encoder(encoders.without_pooler(vision), image_mean, image_std)
+
+
 def load_mllm(folder):
     """Open a folder written by save_mllm, strictly: (MLLM in fp32, tokenizer).
 
     raises SystemExit, one line, when the folder is not one or a tensor is missing or left over.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise SystemExit(f"error: {folder} is not a trained model (no config.json)")
-    facts = encoders.read_json(folder / "config.json")
+    facts = files.read_json(folder / "config.json")
     if "vision_config" not in facts or "text_config" not in facts:
-        raise SystemExit(f"error: {folder} is a {facts.get('model_type')}, not a model written by "
-                         f"pretrain.py, train_sft.py, train_dpo.py or repair_eval.py")
-
-    def eye(vision_config, image_mean, image_std, **_):
-        config = AutoConfig.for_model(**vision_config)
-        vision = encoders.without_pooler(AutoModel.from_config(
-            config, dtype=torch.float32, **encoders.class_options(config)))
-        return encoders.Encoder(vision, image_mean, image_std)
-    pixels = encoders.read_json(folder / "processor_config.json",
-                                "image_processor")["image_processor"]
+        raise SystemExit(f"error: {folder} is a {facts.get('model_type')}, not a model that a "
+                         f"training stage or repair_eval.py wrote")
+    pixels = files.read_json(folder / "processor_config.json",
+                             "image_processor")["image_processor"]
     with no_init_weights():               # every tensor is read from the file: names are compared
         llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts["text_config"]),
                                                dtype=torch.float32, attn_implementation="sdpa")
-        encoder = eye(facts["vision_config"], pixels["image_mean"], pixels["image_std"])
+        encoder = empty_vision(facts["vision_config"], pixels["image_mean"], pixels["image_std"])
         if "second" in facts:
-            encoder = encoders.TwoEncoders(encoder, eye(**facts["second"]))
+            encoder = encoders.TwoEncoders(encoder, empty_vision(**facts["second"]))
     llm.tie_weights()
     model = MLLM(encoder, llm, facts["image_token_index"])
     # Names and shapes first, then tensor by tensor: the model is never in memory twice.
-    own, files = {file_name_of(n): t for n, t in model.state_dict().items()}, stored(folder)
+    own = {file_name_of(name): tensor for name, tensor in model.state_dict().items()}
     if llm.config.tie_word_embeddings:
         own.pop("language_model.lm_head.weight", None)
-    encoders.refuse_misfit(folder, {k: t.shape for k, t in own.items()},
-                           {k: file.get_slice(k).get_shape() for k, file in files.items()})
-    for key, file in files.items():
+    found = tensors.stored(folder)
+    tensors.refuse_misfit(folder, {k: t.shape for k, t in own.items()},
+                          {k: file.get_slice(k).get_shape() for k, file in found.items()})
+    for key, file in found.items():
         own[key].copy_(file.get_tensor(key))
     return no_dropout(model), open_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""One stage's folder: what is written there, when, and how an interrupted run goes on.
+"""One stage's folder: config, logs, checkpoints, final model; how an interrupted run goes on.
 
 Nothing is half-written under its final name: files are written aside and renamed, checkpoints and
 final/ are fsynced before. So a run killed at any moment and started again ends as if it had never
@@ -6,7 +6,6 @@ been killed, bit for bit on the same number of processes.
 """
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -16,123 +15,64 @@ import sys
 import time
 from pathlib import Path
 
-from pivot.runtime import (barrier, from_main, is_main, print0, reduce_sum, reshard, restarted,
-                           stop, world)
-from pivot import encoders
-from pivot import folders
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from pivot import encoders, files, model_io, printing, tensors
+from pivot.distributed import (barrier, from_main, is_main, print0, reduce_sum, reshard, restarted,
+                               stop, world)
+
 STOPPED = 75          # exit code of a run that was asked to stop and saved first (EX_TEMPFAIL)
-# Arguments that may differ on resume: they do not change the numbers.
-FREE = {"workers", "keep", "save_every", "log_every", "micro_batch", "overwrite", "replicas",
-        "activation_checkpointing", "run", "run_typed", "bench", "limit", "eval_batch",
-        "max_new_tokens", "temperature", "wrong_image", "mllm", "compare", "ocr_tokens", "rescore",
-        "show_wrong", "plan"}
-
-
-def sha256(*files):
-    """Of the files' bytes, one after the other (16 hex digits)."""
-    sha = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as f:
-            hashlib.file_digest(f, lambda: sha)
-    return sha.hexdigest()[:16]
-
-
-def digest_of(model):
-    """sha256 over a model's weights: a file, or a folder's safetensors or pickles; a name on the
-    hub stands for itself."""
-    folder = Path(model)
-    files = [folder] if folder.is_file() else \
-        sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    return sha256(*files) if folder.exists() else str(model)
+# Arguments of every stage that may differ on resume: they do not change the numbers.
+FREE = {"run", "run_typed", "workers", "keep", "save_every", "log_every", "micro_batch",
+        "overwrite", "replicas", "activation_checkpointing"}
+LOGS = ("metrics.jsonl", "timing.jsonl")
 
 
 def file_digest(model):
     """The identity of a parent, read by the main process alone: 32 GB take half a minute."""
-    return from_main(lambda: digest_of(model))
+    return from_main(lambda: tensors.digest_of(model))
 
 
 def parents(args):
     """What stage 1, or a re-paired model, is made of, for config.json: {"encoder_digest": …, …}."""
-    return {f"{what}_digest": "+".join(file_digest(encoders.resolve(part)) for part in parts) for
-            what, parts in (("encoder", encoders.parts_of(args.encoder)), ("llm", [args.llm]))}
+    encoder = [file_digest(encoders.resolve(part)) for part in encoders.parts_of(args.encoder)]
+    return {"encoder_digest": "+".join(encoder),
+            "llm_digest": file_digest(encoders.resolve(args.llm))}
 
 
-def write_whole(path, write):
-    """The main process writes a file aside, then renames it: nobody ever sees half of it."""
-    if is_main():
-        aside = Path(f"{path}.tmp")
-        write(aside)
-        os.replace(aside, path)
-
-
-def write_text(path, text):
-    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
-
-
-def tensors_digest(module):
-    """sha256 over a module's tensors: equal digests mean an equal start (16 hex digits)."""
-    sha = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        sha.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
-    return sha.hexdigest()[:16]
-
-
-def sync(*paths):
-    """fsync files and folders, so that a rename means "on disk"."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def relative_change(tensors, group):
-    """‖w − w₀‖ / ‖w₀‖ of every group of tensors, norms in fp64: ({group: change}, names of those
-    that are bit-equal). tensors: (name, w, w₀), …; group: name → its group."""
-    squares, still = {}, []
-    for name, new, old in tensors:
-        change, size = squares.get(group(name), (0.0, 0.0))
-        squares[group(name)] = (change + (new - old).norm(dtype=torch.float64).item() ** 2,
-                                size + old.norm(dtype=torch.float64).item() ** 2)
-        if torch.equal(new, old):
-            still.append(name)
-    return {g: (c / s) ** 0.5 if s else 0.0 for g, (c, s) in squares.items()}, still
-
-
-def difference(folder, arguments, facts={}):
+def difference(folder, arguments, facts={}, free=()):
     """The first argument or fact that differs from those under which the run in this folder was
-    begun, or a parent trained anew since, as a line of refusal; None. By the main process alone."""
+    begun, or a parent trained anew since, as a line of refusal; None. By the main process alone.
+
+    free: arguments that may differ, besides those in FREE.
+    """
     try:
-        old = encoders.read_json(folder / "config.json", "arguments",
-                                 remedy="; --overwrite starts anew")
+        old = files.read_json(folder / "config.json", "arguments",
+                              remedy="; --overwrite starts anew")
     except SystemExit as e:
         return e.code
-    pairs = [(f"--{k.replace('_', '-')}", old["arguments"][k], v)
-             for k, v in json.loads(json.dumps(arguments, default=str)).items()
-             if k not in FREE and k in old["arguments"]]
-    pairs += [(k, old[k], v) for k, v in facts.items() if k in old]
-    parent = folder.parent / "pretrain" / "final"
-    if "parent_digest" in old and "parent_digest" not in facts and parent.exists():
-        pairs += [("parent_digest", old["parent_digest"], digest_of(parent))]
-    for name, before, now in pairs:
-        if before != now:
-            return (f"error: {folder} was begun with {name} {before}, now {now}; go on as before, "
-                    f"name another --run-dir, or --overwrite")
+    begun, now = old["arguments"], json.loads(json.dumps(arguments, default=str))
+    compared = [(f"--{key.replace('_', '-')}", begun[key], value) for key, value in now.items()
+                if key in begun and key not in FREE and key not in free]
+    compared += [(key, old[key], value) for key, value in facts.items() if key in old]
+    if "parent_digest" in old and "parent_digest" not in facts:
+        parent = folder.parent / arguments["parent"] / "final"
+        if parent.exists():
+            compared.append(("parent_digest", old["parent_digest"], tensors.digest_of(parent)))
+    for name, before, after in compared:
+        if before != after:
+            return (f"error: {folder} was begun with {name} {before}, now {after}; go on as "
+                    f"before, name another --run-dir, or --overwrite")
 
 
-def finished(folder, args, facts={}):
+def finished(folder, args, facts={}, free=()):
     """Is final/ there, made under these arguments and facts? raises SystemExit if under others."""
     def look():
         if not (folder / "final" / "config.json").exists():
             return False, None
-        return True, difference(folder, vars(args), facts)
+        return True, difference(folder, vars(args), facts, free)
     there, refusal = from_main(look)
     if refusal:
         raise SystemExit(refusal)
@@ -163,13 +103,19 @@ class Run:
     on from its newest whole checkpoint, --overwrite starts anew.
     """
 
-    def __init__(self, folder, args, facts={}):
-        self.folder, self.args, self.stopping = Path(folder), args, False
+    def __init__(self, folder, args, facts={}, free=()):
+        """args: as flags.settle leaves them; facts: what identifies the run besides, of what is
+        known already; free: further arguments that may differ on resume."""
+        if args.refusal:                 # no parent, or a flag that this machine cannot follow
+            raise SystemExit(args.refusal)
+        del args.refusal
+        self.folder, self.args, self.free, self.stopping = Path(folder), args, free, False
+        self.parent = Path(args.run, args.parent, "final") if args.parent else None
         if world()[1] % args.replicas:
             raise SystemExit(f"error: {world()[1]} processes cannot hold --replicas "
                              f"{args.replicas}; take a number that divides them")
         self.anew = starts_anew(self.folder, args)
-        if not self.anew and finished(self.folder, args, facts):
+        if not self.anew and finished(self.folder, args, facts, free):
             print0(f"{self.folder}/final is already there: nothing to do "
                    f"(--overwrite starts anew)")
             stop()
@@ -180,6 +126,11 @@ class Run:
         steps = [int(p.name[5:]) for p in self.saved() if (p / "position.json").exists()]
         steps = [] if self.anew else steps
         self.start = from_main(lambda: max(steps, default=0))     # steps already done
+
+    @property
+    def same_command(self):
+        """What a line says that sends a person back to the command that was interrupted."""
+        return f"the same command {'without --overwrite ' if self.args.overwrite else ''}goes on"
 
     def saved(self):
         """Its checkpoints, the oldest first; what else lies there is somebody's own."""
@@ -225,7 +176,8 @@ class Run:
         What --overwrite gives up goes only now, when arguments, model and data have been read.
         """
         import transformers
-        config = {"stage": self.args.stage, "arguments": vars(self.args), "versions": {
+        config = {"stage": self.args.stage, "script": Path(sys.argv[0]).name,
+                  "arguments": vars(self.args), "versions": {
             "torch": torch.__version__, "transformers": transformers.__version__,
             "python": sys.version.split()[0]},
             # whose --overwrite it was: see starts_anew
@@ -237,7 +189,7 @@ class Run:
                              f"image that could not be read there?); start again")
         if self.start:
             refusal = from_main(lambda: difference(self.folder, config["arguments"],
-                                                   {k: config[k] for k in facts}))
+                                                   {k: config[k] for k in facts}, self.free))
             if refusal:
                 raise SystemExit(refusal)
         barrier()
@@ -245,9 +197,9 @@ class Run:
             for old in self.folder.iterdir() if self.anew else ():
                 if old.name != "lock":
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
-            write_json(path, config)
+            files.write_json(path, config)
             if not self.start:      # killed before its first checkpoint: its lines would double
-                for name in ("metrics.jsonl", "timing.jsonl"):
+                for name in LOGS:
                     (self.folder / name).unlink(missing_ok=True)
         barrier()              # nobody looks for files that are about to go
         for key, value in facts.items():
@@ -259,15 +211,16 @@ class Run:
         reshard(model)
         folder = self.folder / "checkpoints" / f"step-{self.start}"
         remedy = f"; delete {folder}: the run then goes on from the checkpoint before it, if any"
-        position = encoders.read_json(folder / "position.json", "lengths", remedy=remedy)
+        position = files.read_json(folder / "position.json", "lengths", remedy=remedy)
         logging.disable(logging.CRITICAL)      # torch logs a traceback a process; ours is one line
         try:
-            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+            weights, moments = get_state_dict(model, optimizer)
+            state = {"model": weights, "optimizer": moments}
             dcp.load(state, checkpoint_id=folder)
             set_state_dict(model, optimizer, model_state_dict=state["model"],
                            optim_state_dict=state["optimizer"])
         except dcp.api.CheckpointException as e:       # on every process, whoever met it
-            cause = encoders.first_line(next(iter(e.failures.values()))[0])
+            cause = printing.first_line(next(iter(e.failures.values()))[0])
             raise SystemExit(f"error: cannot read {folder}: {cause}{remedy}")
         logging.disable(logging.NOTSET)
         if is_main():
@@ -281,16 +234,15 @@ class Run:
         --log-every steps one for people."""
         if "loss" in metrics and metrics["step"] % self.args.log_every == 0:
             words = [f"{k} {metrics[k]:.4g}" for k in ("loss", "margin", "accuracy")
-                     if k in metrics] + [f"|g| {k} {v:.3g}" for k, v in
-                                         metrics["grad_norm"].items()]
+                     if k in metrics]
+            words += [f"|g| {k} {v:.3g}" for k, v in metrics["grad_norm"].items()]
             print0(f"  step {metrics['step']}: {', '.join(words)}; {timing['tokens_per_s']:.0f} "
                    f"tokens/s, peak {timing['peak_bytes'] / 2 ** 30:.2f} GiB")
         if is_main():
-            for name, line in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
-                if line is None:
-                    continue
-                with open(self.folder / name, "a") as f:
-                    f.write(json.dumps(line) + "\n")
+            for name, line in zip(LOGS, (metrics, timing)):
+                if line is not None:
+                    with open(self.folder / name, "a") as f:
+                        f.write(json.dumps(line) + "\n")
 
     def save_if_due(self, done, steps, model, optimizer):
         """After a step: save every --save-every steps, and when any process was asked to stop."""
@@ -300,8 +252,7 @@ class Run:
         if asked or done % self.args.save_every == 0:
             self.save(done, model, optimizer)
         if asked:
-            print0(f"asked to stop: the same command "
-                   f"{'without --overwrite ' * self.args.overwrite}goes on from there")
+            print0(f"asked to stop: {self.same_command} from there")
             stop()
             raise SystemExit(STOPPED)
 
@@ -315,19 +266,19 @@ class Run:
             aside.mkdir(parents=True)
         barrier()
         reshard(model)
-        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+        weights, moments = get_state_dict(model, optimizer)
         try:
-            dcp.save(state, checkpoint_id=aside)
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
         except dcp.api.CheckpointException as e:       # raised on every process alike
-            reason = encoders.first_line(next(iter(e.failures.values()))[0])
+            reason = printing.first_line(next(iter(e.failures.values()))[0])
             raise SystemExit(f"error: step {done} could not be saved to {aside} ({reason}); is the "
-                             f"disk full? What was saved before is whole, the same command "
-                             f"{'without --overwrite ' * self.args.overwrite}goes on from there")
+                             f"disk full? What was saved before is whole, {self.same_command} "
+                             f"from there")
         if is_main():
-            lengths = {n: (self.folder / n).stat().st_size for n in
-                       ("metrics.jsonl", "timing.jsonl") if (self.folder / n).exists()}
-            write_json(aside / "position.json", {"step": done, "lengths": lengths})
-            sync(*map(self.folder.joinpath, lengths), *aside.rglob("*"), aside)
+            logs = [self.folder / name for name in LOGS if (self.folder / name).exists()]
+            files.write_json(aside / "position.json", {
+                "step": done, "lengths": {log.name: log.stat().st_size for log in logs}})
+            files.sync(*logs, *aside.rglob("*"), aside)
             os.replace(aside, folder)
             for old in self.saved()[:-self.args.keep]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -336,27 +287,27 @@ class Run:
 
     def card(self, folder):
         """README.md of final/: where this model comes from, and what training moved."""
-        config, parent = self.config, self.folder.parent / "pretrain" / "final"
-        rows = {"stage": config["stage"], "encoder": config["arguments"]["encoder"],
-                "LLM": config["arguments"]["llm"]}
+        config = self.config
+        arguments, stage = config["arguments"], config["stage"]
+        rows = {"stage": stage, "encoder": arguments["encoder"], "LLM": arguments["llm"]}
         rows |= {k.replace("_", " "): v for k, v in config.items() if k.endswith("_digest")}
         rows |= {"data": config.get("data"), "versions": config["versions"]}
-        if "parent_digest" in config:
-            new, old = folders.stored(folder), folders.stored(parent)
-            parts, still = relative_change(((k, file.get_tensor(k), old[k].get_tensor(k))
-                                            for k, file in new.items()),
-                                           lambda name: name.split(".")[0])
-            rows["moved since stage 1"] = ", ".join(f"{k} {v:.2e}" for k, v in parts.items()) + \
-                " (‖w − w₀‖ / ‖w₀‖)"
-            rows["bit-equal to stage 1"] = ", ".join(still) or "no tensor"
-        elif config["stage"] == "pretrain":
+        if self.parent:
+            new, old = tensors.stored(folder), tensors.stored(self.parent)
+            moved, still = tensors.relative_change(
+                ((name, file.get_tensor(name), old[name].get_tensor(name))
+                 for name, file in new.items()), lambda name: name.split(".")[0])
+            rows[f"moved since {arguments['parent']}"] = ", ".join(
+                f"{part} {change:.2e}" for part, change in moved.items()) + " (‖w − w₀‖ / ‖w₀‖)"
+            rows[f"bit-equal to {arguments['parent']}"] = ", ".join(still) or "no tensor"
+        else:
             rows["parents"] = "the published encoder and LLM above; how far every block of the " \
-                "encoder moved: `python extract.py --stage pretrain`"
-        rows["arguments"] = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in
-                                     config["arguments"].items() if k not in FREE | {"stage"}
-                                     and v is not None and v is not False)
+                f"encoder moved: `python extract.py --stage {stage}`"
+        shown = {k: v for k, v in arguments.items() if k not in FREE | {"stage"}
+                 and v is not None and v is not False}
+        rows["arguments"] = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in shown.items())
         return ("---\ntags: [vision, pivot]\nlibrary_name: transformers\n---\n"
-                f"# {rows['encoder']} + {rows['LLM']}, after {config['stage']}\n\n"
+                f"# {rows['encoder']} + {rows['LLM']}, after {stage}\n\n"
                 "An encoder, a projector and an LLM in the layout of LLaVA; the same folder is "
                 "what the next stage and `extract.py` read. Images: a bicubic squash, with the "
                 "saved processor's mean and standard deviation (`backend=\"pil\"`).\n\n"
@@ -371,10 +322,10 @@ class Run:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
         barrier()
-        folders.save_mllm(model, tokenizer, aside, is_main())
+        model_io.save_mllm(model, tokenizer, aside, is_main())
         if is_main():
             (aside / "README.md").write_text(self.card(aside), encoding="utf-8")
-            sync(*aside.rglob("*"), aside)
+            files.sync(*aside.rglob("*"), aside)
             os.replace(aside, self.folder / "final")
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         for number in (signal.SIGTERM, signal.SIGINT):
