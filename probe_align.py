@@ -103,7 +103,9 @@ def vision_features(name, items, device):
         return seen if projector is None else [*seen, projector(features).mean(1, keepdim=True)]
     for block in encoder.blocks:
         block.register_forward_hook(keep)
-    rows = [*map(str, range(1, len(encoder.blocks) + 1)), *["proj"] * (projector is not None)]
+    rows = [str(i) for i in range(1, len(encoder.blocks) + 1)]
+    if projector is not None:
+        rows.append("proj")
     return pooled(name, items, step), rows
 
 

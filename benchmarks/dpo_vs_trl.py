@@ -25,7 +25,7 @@ from pathlib import Path
 import common as c
 from pivot import model_io, records
 import torch
-from turns import Side, alternate, ratio, watched
+from turns import Side, alternate, fitting_block, ratio, watched
 
 SIDES = {"TRL": (False, False), "TRL, precomputed": (True, False), "TRL, answer rows": (True, True)}
 
@@ -112,6 +112,7 @@ def main():
     parser.add_argument("--tolerance", type=float, default=1e-3)
     args = parser.parse_args()
     args.shapes = args.shapes or (["A"] if args.quick else sorted(c.SHAPES))
+    args.block = fitting_block(args.block, c.EPOCHS * args.num_batches)
     rows, result, worst = [], [], 0.0
     for letter in args.shapes:
         shape = (c.QUICK if args.quick else c.SHAPES)[letter]
@@ -127,11 +128,11 @@ def main():
                 apart = max(abs(a - b) for a, b in zip(ours.values, trl.values))
                 worst, times = max(worst, apart), ratio(trl, ours, args.block)
                 for side in (ours, trl):
-                    rows.append([
-                        letter, side.name,
-                        f"{shape.batch / statistics.median(side.costs(args.block)):.3f}",
-                        f"{side.state['peak']:.2f}", *(("", "") if side is ours else (
-                            "{:.2f} ({:.2f}–{:.2f})".format(*times), f"{apart:.1e}"))])
+                    pairs_per_s = shape.batch / statistics.median(side.costs(args.block))
+                    row = [letter, side.name, f"{pairs_per_s:.3f}", f"{side.state['peak']:.2f}"]
+                    row += ["", ""] if side is ours else \
+                        ["{:.2f} ({:.2f}–{:.2f})".format(*times), f"{apart:.1e}"]
+                    rows.append(row)
                 result.append({"shape": letter, **shape._asdict(), "opponent": name,
                                "times_as_fast": times, "losses_apart": apart, **{
                                    who: {"costs": side.costs(args.block), **side.took,
@@ -140,7 +141,7 @@ def main():
     print()
     c.table(["shape", "side", "pairs/s", "peak GiB", "we are × as fast", "losses apart"], rows,
             left=2)
-    c.write("dpo_vs_trl" + "-compiled" * args.compile, args, {"measurements": result})
+    c.write("dpo_vs_trl-compiled" if args.compile else "dpo_vs_trl", args, {"measurements": result})
     if worst > args.tolerance:
         sys.exit(f"error: the losses differ by {worst:.1e}, more than {args.tolerance:g}")
 

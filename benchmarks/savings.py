@@ -27,7 +27,7 @@ import model as m
 import numpy as np
 import torch
 from dpo_vs_trl import our_side
-from turns import Side, alternate, ratio
+from turns import Side, alternate, fitting_block, ratio
 
 VARIANTS = {"plain": (), "encoding alone": ("encoding",),
             "prefix alone": ("encoding", "prefix"), "cached alone": ("cached",),
@@ -114,6 +114,7 @@ def main():
     parser.add_argument("--block", type=int, default=1, help="steps of one side in a row")
     parser.add_argument("--tolerance", type=float, default=1e-3)
     args = parser.parse_args()
+    args.block = fitting_block(args.block, c.EPOCHS * args.num_batches)
     shape, runs, worst = (c.QUICK if args.quick else c.SHAPES)[args.shape], {}, 0.0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "model")

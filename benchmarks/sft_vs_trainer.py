@@ -17,7 +17,7 @@ import common as c
 from pivot import model_io
 import torch
 from dpo_vs_trl import trainer_arguments
-from turns import Side, alternate, ratio, watched
+from turns import Side, alternate, fitting_block, ratio, watched
 
 
 def our_side(turns, folder, shape, num_batches):
@@ -59,6 +59,7 @@ def main():
     parser.add_argument("--tolerance", type=float, default=1e-3)
     args = parser.parse_args()
     args.shapes = args.shapes or (["A"] if args.quick else ["A", "B"])
+    args.block = fitting_block(args.block, c.EPOCHS * args.num_batches)
     rows, result, worst = [], [], 0.0
     for letter in args.shapes:
         shape = (c.QUICK if args.quick else c.SHAPES)[letter]
@@ -73,10 +74,11 @@ def main():
         apart = max(abs(a - b) for a, b in zip(ours.values, trainer.values))
         worst, times = max(worst, apart), ratio(trainer, ours, args.block)
         for side in sides:
-            rows.append([letter, side.name,
-                         f"{shape.batch / statistics.median(side.costs(args.block)):.3f}",
-                         f"{side.state['peak']:.2f}", *(("", "") if side is ours else (
-                             "{:.2f} ({:.2f}–{:.2f})".format(*times), f"{apart:.1e}"))])
+            samples_per_s = shape.batch / statistics.median(side.costs(args.block))
+            row = [letter, side.name, f"{samples_per_s:.3f}", f"{side.state['peak']:.2f}"]
+            row += ["", ""] if side is ours else \
+                ["{:.2f} ({:.2f}–{:.2f})".format(*times), f"{apart:.1e}"]
+            rows.append(row)
         result.append({"shape": letter, **shape._asdict(), "times_as_fast": times,
                        "losses_apart": apart, **{
                            side.name: {"costs": side.costs(args.block), **side.took,

@@ -132,6 +132,13 @@ def alternate(sides, block, label):
                 sides = sides[1:] + sides[:1]
 
 
+def fitting_block(block, steps):
+    """Steps of one side in a row: the first round is warm-up, so that two rounds must fit."""
+    if steps < 2:
+        raise SystemExit(f"error: {steps} step a side: the first is warm-up, take two or more")
+    return min(block, steps // 2)
+
+
 def ratio(side, other, block):
     """How many times as long side takes, round by round: (median, smallest, largest)."""
     rounds = [a / b for a, b in zip(side.costs(block), other.costs(block))]

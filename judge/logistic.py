@@ -30,6 +30,54 @@ def loss_and_gradient(theta, x, y):
     return total / len(x), gradient / len(x)
 
 
+class Rotated:
+    """Features centred and turned into their principal axes, and the ways there and back.
+
+    x (n, D) fp32; self.x the same rows in the new axes; variances (D,) along them.
+    """
+
+    def __init__(self, x):
+        mean = x.mean(0, dtype=torch.float64)
+        second = sum((c := rows.double() - mean).T @ c for rows in x.split(ROWS)) / len(x)
+        variances, self.axes = (t.to(x.dtype) for t in torch.linalg.eigh(second))
+        self.mean, self.variances = mean.to(x.dtype), variances.clamp_min(0)
+        self.x = torch.cat([(rows - self.mean) @ self.axes for rows in x.split(ROWS)])
+
+    def inside(self, weight, bias):
+        """W (D, K), b (K,) of the axes that x came in → theta (D + 1, K)."""
+        return torch.cat([self.axes.T @ weight, (bias + self.mean @ weight)[None]])
+
+    def outside(self, theta):
+        """theta → W, b of the axes that x came in."""
+        weight = self.axes @ theta[:-1]
+        return weight, theta[-1] - self.mean @ weight
+
+    def largest(self, gradient):
+        """The largest entry of a gradient, in the axes that x came in."""
+        own = self.axes @ gradient[:-1] + self.mean[:, None] * gradient[-1]
+        return torch.maximum(own.abs().max(), gradient[-1].abs().max())
+
+
+def direction(gradient, history, inverse):
+    """L-BFGS, its two loops: inverse Hessian × gradient.
+
+    history: [(step, change of the gradient, their product), …], the newest last; inverse: the
+    diagonal that stands for the inverse Hessian without it.
+    """
+    step, kept = gradient.clone(), []
+    for s, d, curve in reversed(history):
+        kept.append(dot(s, step) / curve)
+        step -= kept[-1] * d
+    if history:
+        s, d, curve = history[-1]
+        step *= inverse * (curve / dot(d, inverse * d))
+    else:
+        step *= inverse
+    for s, d, curve in history:
+        step += (kept.pop() - dot(d, step) / curve) * s
+    return step
+
+
 def fit(x, y, classes, grid, start=None, gap=1e-6, gtol=0.0, memory=10, most=1000):
     """Yield (C, W (D, K), b (K,), facts) for each C of the grid, ascending.
 
@@ -38,40 +86,24 @@ def fit(x, y, classes, grid, start=None, gap=1e-6, gtol=0.0, memory=10, most=100
     for strong convexity says f − f* ≤ ‖g‖²/2λ; or when no entry of the gradient is over gtol, which
     is scikit-learn's `tol` in the same scaling.
     """
-    mean = x.mean(0, dtype=torch.float64)
-    second = sum((c := rows.double() - mean).T @ c for rows in x.split(ROWS)) / len(x)
-    variances, axes = (t.to(x.dtype) for t in torch.linalg.eigh(second))
-    mean, variances = mean.to(x.dtype), variances.clamp_min(0)
-    x = torch.cat([(rows - mean) @ axes for rows in x.split(ROWS)])
-
-    def largest(gradient):                               # entry, in the axes that x came in
-        own = axes @ gradient[:-1] + mean[:, None] * gradient[-1]
-        return torch.maximum(own.abs().max(), gradient[-1].abs().max())
-
-    theta = x.new_zeros(x.shape[1] + 1, classes)
-    if start:
-        theta[:-1], theta[-1] = axes.T @ start[0], start[1] + mean @ start[0]
+    rotated = Rotated(x)
+    x = rotated.x
+    theta = rotated.inside(*start) if start else x.new_zeros(x.shape[1] + 1, classes)
     loss, pull = loss_and_gradient(theta, x, y)
     calls = 1
     for C in grid:
         lam = torch.full_like(theta[:, :1], 1 / (C * len(x)))
         lam[-1] = 0                                                       # intercepts are free
         # Hessian at W = 0: (I − 11ᵀ/K)/K ⊗ covariance + λ; no gradient has a part along 1
-        inverse = 1 / (lam + torch.cat([variances, x.new_ones(1)])[:, None] / classes)
+        curvature = torch.cat([rotated.variances, x.new_ones(1)])[:, None] / classes
+        inverse = 1 / (lam + curvature)
         least = lam + (lam == 0) / classes               # curvature below which there is none
-        value, gradient, pairs = loss + dot(lam * theta, theta) / 2, pull + lam * theta, []
+        value, gradient, history = loss + dot(lam * theta, theta) / 2, pull + lam * theta, []
         for _ in range(most):
             bound = dot(gradient / least, gradient) / 2 / value
-            if bound <= gap or gtol and largest(gradient) <= gtol:
+            if bound <= gap or gtol and rotated.largest(gradient) <= gtol:
                 break
-            step, kept = gradient.clone(), []                             # L-BFGS, two loops
-            for s, d, curve in reversed(pairs):
-                kept.append(dot(s, step) / curve)
-                step -= kept[-1] * d
-            s, d, curve = pairs[-1] if pairs else (step, step, 1)
-            step *= inverse * (curve / dot(d, inverse * d) if pairs else 1)
-            for s, d, curve in pairs:
-                step += (kept.pop() - dot(d, step) / curve) * s
+            step = direction(gradient, history, inverse)
             fall = dot(gradient, step)
             for length in (1, 0.5, 0.2, 0.05, 0.01):                      # nearly always 1
                 new = theta - length * step
@@ -86,9 +118,9 @@ def fit(x, y, classes, grid, start=None, gap=1e-6, gtol=0.0, memory=10, most=100
                 break
             s, d = new - theta, pull + lam * new - gradient
             if (curve := dot(s, d)) > 0:
-                pairs = [*pairs, (s, d, curve)][-memory:]
+                history = [*history, (s, d, curve)][-memory:]
             theta, value, gradient = new, new_value, gradient + d
-        weight = axes @ theta[:-1]
-        yield C, weight, theta[-1] - mean @ weight, {
+        weight, bias = rotated.outside(theta)
+        yield C, weight, bias, {
             "objective": C * len(x) * value, "gap": bound, "evaluations": calls,
-            "max_gradient": largest(gradient).item()}
+            "max_gradient": rotated.largest(gradient).item()}

@@ -348,23 +348,29 @@ def notes(name, rows, dropped={}, ocr_tokens=False):
     left_out = sizes.pop(None, 0)
     odd = sum(n != 2 for n in sizes.values())
     if name == "MME":
-        missing = [c for c in PERCEPTION if c not in {c for c, _ in sizes}]
-        said += [f"{left_out} questions on cognition answered, left out"] * bool(left_out)
-        said += [f"no questions on {', '.join(missing)}"] * bool(missing)
-        said += [f"{odd} images without exactly two questions"] * bool(odd)
-    if name == "MMBench_DEV_EN":
-        said.append("circular: all rotations of a question right" if max(sizes.values()) > 1 else
-                    "no rotations in the file: plain accuracy, not circular")
-    if name == "MMVP":
-        said += [f"{odd} of {len(sizes)} pairs incomplete"] * bool(odd)
+        found = {category for category, _ in sizes}
+        missing = [category for category in PERCEPTION if category not in found]
+        if left_out:
+            said.append(f"{left_out} questions on cognition answered, left out")
+        if missing:
+            said.append(f"no questions on {', '.join(missing)}")
+        if odd:
+            said.append(f"{odd} images without exactly two questions")
+    if name == "MMBench_DEV_EN" and max(sizes.values()) > 1:
+        said.append("circular: all rotations of a question right")
+    elif name == "MMBench_DEV_EN":
+        said.append("no rotations in the file: plain accuracy, not circular")
+    if name == "MMVP" and odd:
+        said.append(f"{odd} of {len(sizes)} pairs incomplete")
     if name == "CV-Bench-2D":
-        said.append("sources: " + (", ".join(sorted({s for s, _ in sizes} - {""})) or "none named"))
+        sources = sorted({source for source, _ in sizes} - {""})
+        said.append(f"sources: {', '.join(sources) or 'none named'}")
     said += [f"{n} rows {why} left out" for why, n in dropped.items()]
     if several := sum(bool(r.get("more_images")) for r in rows):
         said.append(f"{several} questions have several images, the first was shown")
     if name == "TextVQA_VAL":
         said.append(f"{'with' if ocr_tokens else 'no'} OCR tokens")
-    return "; ".join(x for x in said if x)
+    return "; ".join(note for note in said if note)
 
 
 def summarise(scores):

@@ -5,8 +5,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from pivot import encoders, files, records
 import torch
+
+from pivot import encoders, files, records
 from pivot.distributed import print0
 
 

@@ -179,47 +179,62 @@ def pictures(summary, figures):
     return [*lines, ""] if lines else []
 
 
+def made_otherwise(summary):
+    """The findings of the runs in BESIDE, next to the registered ones: lines."""
+    again = [f for f in summary["findings"] if f.keys() & BESIDE]
+    if not again:
+        return []
+    names = [name for name in BESIDE if any(name in f for f in again)]
+    header, rows = ["the paper's finding", "registered", "verdict"], []
+    for name in names:
+        header += [NAMES[name], "verdict"]
+    for f in again:
+        row = [f["finding"], show(f), f["verdict"]]
+        for name in names:
+            other = f.get(name)
+            row += [show(other), other["verdict"] if other else ""]
+        rows.append(row)
+    return ["The same findings of runs made otherwise, under the same rule; they do not replace "
+            f"the registered verdicts. {' '.join(BESIDE[name] for name in names)}", "",
+            *table(" | ".join(header), rows)]
+
+
+def gains(summary, base, text):
+    """Every condition minus the condition `base`, measure by measure: lines."""
+    rows = [e for e in summary[f"each_minus_{base}"] if e["dpo"]]
+    if not rows:
+        return []
+    shown = [c for c in NAMES if any(e.get(c) for e in rows)]
+    cells = [[e["measure"], *(show(e[c], "" if c == base else "+") for c in shown)] for e in rows]
+    return [text, "", *table(" | ".join(["", *(NAMES[c] for c in shown)]), cells)]
+
+
 def details(summary, sizes=FULL):
     """What summary.md has besides the section. Markdown."""
-    s, out = summary, []
-    if again := [f for f in s["findings"] if f.keys() & BESIDE]:
-        names = [n for n in BESIDE if any(n in f for f in again)]
-        out += ["The same findings of runs made otherwise, under the same rule; they do not "
-                f"replace the registered verdicts. {' '.join(BESIDE[n] for n in names)}", "",
-                *table(" | ".join(["the paper's finding", "registered | verdict",
-                                   *(f"{NAMES[n]} | verdict" for n in names)]),
-                       [[f["finding"], *(x for one in (f, *(f.get(n) for n in names)) for x in
-                                         (show(one), one["verdict"] if one else ""))]
-                        for f in again])]
+    s, out = summary, made_otherwise(summary)
     if any(s["untuned"].values()):
         untuned = ", ".join(f"{name} {show(c)}" for name, c in s["untuned"].items())
         out += [f"DPO minus SFT on seeds {sizes['tuning_seeds']} to {sizes['seeds'] - 1}, which "
                 f"were not used for tuning: {untuned}.", ""]
-    for base, text in (
-            ("stage1", "Each minus stage 1 (re-paired: minus stage 1's encoder re-paired):"),
-            ("original", "The encoder against the one it began as, before stage 1:")):
-        if rows := [e for e in s[f"each_minus_{base}"] if e["dpo"]]:
-            shown = [c for c in NAMES if any(e.get(c) for e in rows)]
-            out += [text, "", *table(" | ".join(["", *(NAMES[c] for c in shown)]), [
-                [e["measure"], *(show(e[c], "+" if c != base else "") for c in shown)]
-                for e in rows])]
+    out += gains(s, "stage1", "Each minus stage 1 (re-paired: minus stage 1's encoder re-paired):")
+    out += gains(s, "original", "The encoder against the one it began as, before stage 1:")
 
     def named(text, row):
         n = min((row[m]["n"] for m in FOUR if row[m]), default=0)
-        return text + f" ({n} of {sizes['seeds']} seeds)" * (n < sizes["seeds"])
+        return text if n == sizes["seeds"] else f"{text} ({n} of {sizes['seeds']} seeds)"
     if rows := [v for v in s["variants"] if v["linear"]]:
+        cells = [[named(v["variant"], v), NAMES[v["minus"]], *(show(v[m]) for m in FOUR)]
+                 for v in rows]
         out += ["The variants, of which few comparisons are registered: DPO's model and encoder, "
                 "minus SFT's, and its encoder minus the one it began as:", "",
-                *table(f"variant | minus | {' | '.join(FOUR.values())}", [
-                    [named(v["variant"], v), NAMES[v["minus"]], *(show(v[m]) for m in FOUR)]
-                    for v in rows])]
+                *table(f"variant | minus | {' | '.join(FOUR.values())}", cells)]
     if any(c["linear"] for c in s["controls"][2:]):
-        rows = [[named(c["trained"], c), *(show(c[m]) for m in FOUR), show(c["held-out"], "")]
-                for c in s["controls"]]
+        cells = [[named(c["trained"], c), *(show(c[m]) for m in FOUR), show(c["held-out"], "")]
+                 for c in s["controls"]]
         out += ["Is it the contrast, or the rejected text? In all rows but the easy ones the items "
                 "are the same; points above stage 1 and, last, the reward accuracy on 600 pairs "
                 "never trained on (one attribute swapped, chance 50):", "",
-                *table(f"trained with | {' | '.join(FOUR.values())} | held-out pairs", rows)]
+                *table(f"trained with | {' | '.join(FOUR.values())} | held-out pairs", cells)]
     return "\n".join(out + pictures(s, FIGURES[1:]))
 
 
