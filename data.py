@@ -9,9 +9,8 @@ import hashlib
 import itertools
 import math
 import os
-import signal
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import CHOSEN, IGNORE, PADDING, REJECTED, SHARED
-from pivot import distributed, images, records
+from pivot import distributed, images, records, training
 from pivot.records import ANSWER, IMAGE_TOKEN, OTHER, PROMPT, BadRecord
 
 MAX_TEXT = 1500             # text tokens of prompt + answer, for either answer of a pair (MMPR)
@@ -199,6 +198,11 @@ class Samples(torch.utils.data.Dataset):
                             f"(or start over without it: --skip-bad --overwrite)")
         return {"index": i, "ids": ids, "roles": roles, "pixels": pixels}
 
+    def names(self, indices, most=8):
+        """Where the records of these samples stand, for a message: "file:line, …"."""
+        more = f" and {len(indices) - most} more" if len(indices) > most else ""
+        return ", ".join(self.where[i] for i in indices[:most]) + more
+
     def fingerprint(self):
         """Hash over all samples in order: what cached reference log-probs depend on."""
         return hashlib.sha256(self.keys.tobytes()).hexdigest()[:16]
@@ -343,16 +347,29 @@ class BatchOrder:
         return sha.hexdigest()[:16]
 
 
+class Underway:
+    """Micro-batches for a loader, which remembers what it was asked for and has not given back."""
+
+    def __init__(self, micro_batches):
+        self.micro_batches, self.asked = micro_batches, deque()
+
+    def __iter__(self):
+        for indices in self.micro_batches:
+            self.asked.append(indices)
+            yield indices
+
+    def arrived(self):
+        self.asked.popleft()
+
+    def awaited(self, samples):
+        """The records of the micro-batch that comes next, for a message."""
+        return samples.names(self.asked[0])
+
+
 def loader(samples, micro_batches, layout, workers):
-    """Micro-batches from worker processes: decoded, resized, uint8; in the order given."""
+    """Micro-batches from worker processes: decoded, resized, uint8; in the order given. One that is
+    waited for raises RuntimeError ("timed out") every few seconds: training.Clock tries again."""
     return torch.utils.data.DataLoader(
-        samples, batch_sampler=micro_batches, num_workers=workers,
-        collate_fn=functools.partial(collate, layout=layout), worker_init_fn=ignore_signals,
-        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
-        multiprocessing_context="fork" if workers else None)   # the samples are shared, not sent
-
-
-def ignore_signals(worker):
-    """A stop signal sent to the whole process group is for the trainer, which saves first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        samples, batch_sampler=Underway(micro_batches), **distributed.workers(workers),
+        collate_fn=functools.partial(collate, layout=layout), pin_memory=torch.cuda.is_available(),
+        timeout=training.POLL if workers else 0, prefetch_factor=4 if workers else None)

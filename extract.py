@@ -120,7 +120,7 @@ def measure(args, stage, config, encoder, original):
         unused = "  (never trained: unused)" if f"{name}.".startswith(encoder.family.frozen) else ""
         print(f"  {name:<32} {change:9.2e}{unused}")
     if "parent_digest" in config:     # the parent stage moved it already: what did this one add?
-        name = config["arguments"].get("parent", "pretrain")
+        name = config["arguments"].get("parent") or "pretrain"
         parent = Path(args.run, name, "final")
         if config["parent_digest"] != tensors.digest_of(parent):
             raise SystemExit(f"error: {parent} was trained anew since {stage} began with it; train "

@@ -135,6 +135,10 @@ class MLLM(nn.Module):
     def set_requires_gradient_sync(self, whether):
         """Nothing to do for a lone process; under `fully_shard` FSDP's own method takes over."""
 
+    def everywhere(self, done):
+        """Is it done in every process? A lone one asks itself; `distributed.shard` lets it ask."""
+        return done
+
     def embed(self, pixel_values, input_ids):
         """Token embeddings with the projected patches in place of `<image>`: (B, T, d_llm)."""
         embeds = self.llm.get_input_embeddings()(input_ids)
@@ -172,7 +176,7 @@ class MLLM(nn.Module):
         logps[:, 1:] = logps[:, 1:].masked_scatter(rows, picked)
         return logps
 
-    @torch.inference_mode()
+    @torch.no_grad()            # not inference_mode: FSDP gathers into tensors that train again
     def generate(self, pixel_values, input_ids, attention_mask, max_new_tokens, stop_ids,
                  temperature=0.0, seeds=()):
         """Continuation, batched and KV-cached: a list of B lists of token ids. Greedy, or drawn
@@ -197,7 +201,7 @@ class MLLM(nn.Module):
                 logits = logits.float() / temperature - noise.to(logits.device)
             token = logits.argmax(-1)
             done |= torch.isin(token, stop)
-            if done.all():
+            if self.everywhere(bool(done.all())):     # sharded, all run as many steps, or none ends
                 break
             for b in (~done).nonzero().flatten().tolist():
                 answers[b].append(int(token[b]))

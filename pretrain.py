@@ -63,8 +63,8 @@ def train(args, run, device, model, tokenizer, facts, phases):
     # ---- shard
     model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
                               args.replicas, args.attention, args.compile)
-    clock = training.Clock(device)
-    run.heed_signals()
+    clock = training.Clock(device, args.stall_timeout)
+    distributed.heed_signals()
     first = 0                                         # step at which the phase begins
     for phase, items, order, steps in zip(phases, samples, orders, counts):
         behind_us = run.start >= first + steps        # a checkpoint of a later phase says so

@@ -117,7 +117,7 @@ def features(args, name, encoder, projector, paths, device, path):
     rank, world = distributed.world()
     starts = range(0, len(paths), BATCH)[rank::world]
     loader = torch.utils.data.DataLoader(
-        [paths[i:i + BATCH] for i in starts], batch_size=None, num_workers=args.workers,
+        [paths[i:i + BATCH] for i in starts], batch_size=None, **distributed.workers(args.workers),
         collate_fn=partial(read_batch, size=encoder.image_size))
     made = {"encoder": torch.zeros(len(paths), encoder.hidden_size)}
     if projector:

@@ -101,10 +101,10 @@ def read_batch(masked, size, grid, classes):
 @torch.no_grad()
 def encoded(args, encoder, shares, classes, device):
     """shares: lists of (image, mask) → for each, tokens (B, N, D) fp32 and counts (B, N, K)."""
+    read = partial(read_batch, size=encoder.image_size, grid=math.isqrt(encoder.num_tokens),
+                   classes=classes)
     for batch in torch.utils.data.DataLoader(
-            shares, batch_size=None, num_workers=args.workers, collate_fn=partial(
-                read_batch, size=encoder.image_size, grid=math.isqrt(encoder.num_tokens),
-                classes=classes)):
+            shares, batch_size=None, collate_fn=read, **distributed.workers(args.workers)):
         pixels, counts = map(torch.from_numpy, batch)
         yield torch.cat([encoder(p.to(device)) for p in pixels.split(BATCH)]), counts.to(device)
 

@@ -120,6 +120,24 @@ def reference_logps(args, run, model, sets, clock):
     return tables
 
 
+def require_same_function(args, loss, margin):
+    """METHOD: before the first update policy and reference are one model: loss ln 2, margin 0. If
+    not, all rewards would be wrong by what they differ in: raises SystemExit.
+
+    On a CPU the margin is 0 to the last bit; a GPU's kernels may differ in one.
+    """
+    bound = 1e-3 if args.dtype == "bf16" else 1e-5
+    if abs(margin) > bound:
+        raise SystemExit(
+            f"error: step 0: loss {loss:.6f} (ln 2 = 0.693147), margin {margin:.2e}, over "
+            f"{bound:g}: policy and reference are not the same function; nothing was updated. "
+            f"Usual causes: dropout or other randomness in a forward; a reference that was "
+            f"computed in another layout, --dtype, --attention or --compile; a forward that "
+            f"changes the model")
+    print0(f"  step 0: loss {loss:.6f} (ln 2 = 0.693147), margin {margin:.6f}: policy and "
+           f"reference are the same function")
+
+
 def report_heldout(args, run, model, samples, order, ref, clock, step):
     """Reward margin and accuracy on pairs never trained on: policy against reference log-ratio."""
     logps = score_pairs(args, model, samples, order, clock, "held-out pairs")
@@ -156,7 +174,7 @@ def main():
     model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
                               args.replicas, args.attention, args.compile)
     optimizer = training.adamw(model, training.learning_rates(args))
-    clock = training.Clock(device)
+    clock = training.Clock(device, args.stall_timeout)
     if args.reference == "live":
         ref_model = live_reference(args, run, device)
         del sets["pairs"]
@@ -165,7 +183,7 @@ def main():
         run.resume(model, optimizer)
     elif args.heldout:
         report_heldout(args, run, model, *sets["heldout"], ref["heldout"], clock, step=0)
-    run.heed_signals()
+    distributed.heed_signals()
 
     clock.start(data.loader(pairs, order.schedule(run.start, steps), "pair", args.workers))
     for step in (bar := distributed.progress(run.start, steps, args.stage)):
@@ -199,21 +217,19 @@ def main():
         sums = distributed.reduce_sum(sums)
         norms = training.clip_grad_norm(model)
         training.require_finite(step, sums["loss"], norms, pairs, order)
+        margin = sums["chosen_reward"] - sums["rejected_reward"]
+        if step == 0:
+            require_same_function(args, sums["loss"], margin)
         optimizer.step()
         optimizer.zero_grad()
 
         # ---- log, save
-        margin = sums["chosen_reward"] - sums["rejected_reward"]
         run.log({"step": step, "samples_seen": (step + 1) * args.global_batch,
                  "loss": sums["loss"], "lr": lrs, "grad_norm": norms, "margin": margin,
                  "chosen_reward": sums["chosen_reward"],
                  "rejected_reward": sums["rejected_reward"],
                  "accuracy": sums["correct"] / args.global_batch},
                 clock.lap(step, sums["tokens"]))
-        if step == 0:
-            same = abs(margin) < 1e-3       # 0 on a CPU; a GPU's kernels may differ in a last bit
-            print0(f"  step 0: loss {sums['loss']:.6f} (ln 2 = 0.693147), margin {margin:.6f}: "
-                   f"policy and reference are {'' if same else 'NOT '}the same function")
         bar.set_postfix(loss=f"{sums['loss']:.4f}", margin=f"{margin:.3f}", refresh=False)
         run.save_if_due(step + 1, steps, model, optimizer)
     if args.heldout:

@@ -49,10 +49,10 @@ def main():
     model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
                               args.replicas, args.attention, args.compile)
     optimizer = training.adamw(model, training.learning_rates(args))
-    clock = training.Clock(device)
+    clock = training.Clock(device, args.stall_timeout)
     if run.start:
         run.resume(model, optimizer)
-    run.heed_signals()
+    distributed.heed_signals()
 
     clock.start(data.loader(pairs, order.schedule(run.start, steps), "answers", args.workers))
     for step in (bar := distributed.progress(run.start, steps, args.stage)):

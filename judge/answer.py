@@ -215,7 +215,7 @@ def answer(args, model, tokenizer, device, path, rows, shown, folder):
     todo = todo[rank::world]
     batches = [todo[i:i + args.eval_batch] for i in range(0, len(todo), args.eval_batch)]
     loader = torch.utils.data.DataLoader(questions, batch_sampler=batches, collate_fn=collate,
-                                         num_workers=min(args.workers, len(batches)))
+                                         **distributed.workers(min(args.workers, len(batches))))
     stops = model_io.stop_ids(tokenizer)
     with open(own, "a", encoding="utf-8") as file:
         for index, pixels, ids, mask in distributed.progress(0, len(batches), name, loader):

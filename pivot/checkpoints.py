@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -20,13 +19,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from pivot import encoders, files, model_io, printing, tensors
-from pivot.distributed import (barrier, from_main, is_main, print0, reduce_sum, reshard, restarted,
-                               stop, world)
+from pivot.distributed import (asked_to_stop, barrier, end_at_signals, from_main, is_main, print0,
+                               reduce_sum, reshard, restarted, stop, world)
 
 STOPPED = 75          # exit code of a run that was asked to stop and saved first (EX_TEMPFAIL)
 # Arguments of every stage that may differ on resume: they do not change the numbers.
 FREE = {"run", "run_typed", "workers", "keep", "save_every", "log_every", "micro_batch",
-        "overwrite", "replicas", "activation_checkpointing"}
+        "overwrite", "replicas", "activation_checkpointing", "stall_timeout"}
 LOGS = ("metrics.jsonl", "timing.jsonl")
 
 
@@ -109,7 +108,7 @@ class Run:
         if args.refusal:                 # no parent, or a flag that this machine cannot follow
             raise SystemExit(args.refusal)
         del args.refusal
-        self.folder, self.args, self.free, self.stopping = Path(folder), args, free, False
+        self.folder, self.args, self.free = Path(folder), args, free
         self.parent = Path(args.run, args.parent, "final") if args.parent else None
         if world()[1] % args.replicas:
             raise SystemExit(f"error: {world()[1]} processes cannot hold --replicas "
@@ -158,17 +157,6 @@ class Run:
             if (patience := patience - 1) < 0:
                 return (f"error: another process is training in {self.folder}; wait for it, or "
                         f"name another --run-dir")
-
-    def heed_signals(self):
-        """From here on SIGTERM and Ctrl-C let the step end and save it. Before, there is nothing to
-        save but the reference log-probs of DPO, and they end the process at once."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask_to_stop)
-
-    def ask_to_stop(self, number, frame):
-        """Finish the step, save, exit; a second signal ends at once."""
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
 
     def describe(self, facts):
         """Write config.json, or compare it: a run of other arguments, data or parent is refused.
@@ -246,7 +234,7 @@ class Run:
 
     def save_if_due(self, done, steps, model, optimizer):
         """After a step: save every --save-every steps, and when any process was asked to stop."""
-        asked = reduce_sum({"stop": self.stopping})["stop"] > 0
+        asked = reduce_sum({"stop": asked_to_stop()})["stop"] > 0
         if done == steps:                     # final/ comes next: faster than stopping for it
             return
         if asked or done % self.args.save_every == 0:
@@ -280,6 +268,7 @@ class Run:
                 "step": done, "lengths": {log.name: log.stat().st_size for log in logs}})
             files.sync(*logs, *aside.rglob("*"), aside)
             os.replace(aside, folder)
+            files.sync(folder.parent)             # before anything older goes
             for old in self.saved()[:-self.args.keep]:
                 shutil.rmtree(old, ignore_errors=True)
         barrier()
@@ -327,8 +316,8 @@ class Run:
             (aside / "README.md").write_text(self.card(aside), encoding="utf-8")
             files.sync(*aside.rglob("*"), aside)
             os.replace(aside, self.folder / "final")
+            files.sync(self.folder)               # before the checkpoints go
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+        end_at_signals()
         print0(f"wrote {self.folder}/final")
         barrier()

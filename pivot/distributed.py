@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from datetime import timedelta
 from functools import partial
 
@@ -19,7 +20,8 @@ if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -38,7 +40,8 @@ def start():
     os.environ.setdefault("RAYON_NUM_THREADS", str(cores()))        # of the tokenizers
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
-        die_with_parent()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent()     # or, torchrun killed, we would train on beside our own successor
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
         # torchrun's store survives a restart of its workers with the dead ones' addresses in it. A
         # prefix for each attempt keeps a quick worker from connecting to them. (Nodes count
@@ -66,9 +69,9 @@ def start():
 
 
 def die_with_parent():
-    """If torchrun itself is killed, its workers would train on, unseen, in the same folder as the
-    run that takes their place. Linux can end them with it (PR_SET_PDEATHSIG = 1)."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    """Let this process end when the one that started it does, however that ends. Linux alone can
+    (PR_SET_PDEATHSIG = 1)."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
@@ -185,6 +188,8 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "generate")     # gathers the root group, as forward() does
+    model.everywhere = lambda done: reduce_sum({"open": not done})["open"] == 0
     for module in model.modules() if size > 1 else ():     # alone (bf16), FSDP divides by 1
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -199,39 +204,118 @@ def reshard(model):
             module.reshard()
 
 
+# ---------------------------------------------------------------------------------- how it ends
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+stop_asked = None            # when a signal asked this process to stop (time.monotonic)
+
+
+def heed_signals():
+    """From here on a signal of a person or a scheduler lets the step end and be saved; a second one
+    ends at once. Before, there is nothing to save but the reference log-probs of DPO, and any of
+    them ends the process. One that is ignored (nohup's SIGHUP) stays so."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, ask_to_stop)
+
+
+def ask_to_stop(number, frame):
+    global stop_asked
+    if stop_asked is None:
+        stop_asked = time.monotonic()
+    elif time.monotonic() - stop_asked > 1:      # not torchrun's copy of what we got ourselves
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def asked_to_stop():
+    return stop_asked is not None
+
+
+def end_at_signals():
+    """All is saved: what is asked to stop now may end at once."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is ask_to_stop:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def workers(count):
+    """What a DataLoader is told of its worker processes: they are forks, which share what is in
+    memory, and end with this process and with nothing else. A signal sent to the whole process
+    group is for the trainer, which saves first."""
+    if not count:
+        return {"num_workers": 0}
+    return {"num_workers": count, "multiprocessing_context": "fork",
+            "worker_init_fn": partial(begin_worker, os.getpid())}
+
+
+def begin_worker(trainer, worker):
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
+    if os.getppid() != trainer:                              # it died before it could be asked
+        os._exit(1)
+
+
 def launch(main):
-    """Run a stage's main(): refusals are one line, printed once, with a non-zero exit code."""
+    """Run a stage's main(). Whatever ends it, this process ends: refusals with one line, printed
+    once, all else with its cause last on the screen, and with a non-zero exit code.
+
+    os._exit, because the interpreter's own way out waits for a DataLoader's workers and leads
+    through collectives that the other processes may never enter.
+    """
     try:
         main()
         stop()
-    except (SystemExit, BadRecord) as e:
-        line = f"error: {e}" if isinstance(e, BadRecord) else e.code
-        if isinstance(line, str):
-            if not is_main():
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)     # torchrun ends us meanwhile
-                time.sleep(10)   # a refusal all share is printed once; one of our own follows
-            sys.stdout.flush()
-            tqdm.write(" ".join(line.splitlines()), file=sys.stderr)         # not behind a bar
-            os._exit(1)      # not through a collective that the other processes may never enter
-        raise
-    except KeyboardInterrupt:        # where a run does not heed it: there is nothing to save
-        print("interrupted", file=sys.stderr, flush=True)
-        os._exit(130)
-    except torch.cuda.OutOfMemoryError as e:
-        print(f"error: out of GPU memory: {str(e).splitlines()[0][:90]}; lower --micro-batch or "
-              f"add --activation-checkpointing, the sums stay the same (`python -m tools.plan` "
-              f"says what fits; where it answers: --eval-batch); what was saved before is whole",
-              file=sys.stderr, flush=True)
-        os._exit(1)
-    except RuntimeError as e:
-        if "gloo" not in str(e) and not isinstance(e, dist.DistBackendError):
-            raise
+        return
+    except BaseException as e:
+        code = say_why(e)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def say_why(error):
+    """Print why this process ends; → its exit code."""
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        return error.code or 0
+    line = reason(error)
+    if isinstance(error, (SystemExit, BadRecord)) and not is_main():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)         # torchrun ends us meanwhile
+        time.sleep(10)       # a refusal all share is printed once; one of our own follows
+    sys.stdout.flush()
+    if line is None:
+        traceback.print_exception(error)
+    else:
+        tqdm.write(" ".join(line.splitlines()), file=sys.stderr)             # not behind a bar
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def reason(error):
+    """What a person needs to know of an end that is nobody's bug, as one line; None: a traceback.
+    """
+    said = str(error)
+    whole = "what was saved before is whole"
+    if isinstance(error, SystemExit):
+        return error.code
+    if isinstance(error, BadRecord):
+        return f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):     # where a run does not heed it: nothing to save
+        return "interrupted"
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return (f"error: out of GPU memory: {said.splitlines()[0][:90]}; lower --micro-batch or "
+                f"add --activation-checkpointing, the sums stay the same (`python -m tools.plan` "
+                f"says what fits; where it answers: --eval-batch); {whole}")
+    if isinstance(error, RuntimeError) and "DataLoader worker" in said and "Caught" not in said:
+        return (f"error: a process that reads pictures was killed ({said.splitlines()[0]}); out of "
+                f"memory? Fewer --workers need less. {whole.capitalize()}, the same command "
+                f"(without --overwrite) goes on from there")
+    if isinstance(error, RuntimeError) and ("gloo" in said
+                                            or isinstance(error, dist.DistBackendError)):
         # gloo says it in its first line, NCCL ("Last error: …") in its last ones.
-        why = str(e).splitlines()[0][:90] if "gloo" in str(e) else " ".join(str(e).split())
-        print(f"error: lost another process of this run, or the way to it ({why}); what was "
-              f"saved before is whole, the same command (without --overwrite) goes on from there",
-              file=sys.stderr)
-        os._exit(1)
-    except (OSError, SafetensorError) as e:     # a full disk, a vanished folder
-        print(f"error: {e}; what was saved before is whole", file=sys.stderr, flush=True)
-        os._exit(1)
+        why = said.splitlines()[0][:90] if "gloo" in said else " ".join(said.split())
+        return (f"error: lost another process of this run, or the way to it ({why}); {whole}, the "
+                f"same command (without --overwrite) goes on from there")
+    if isinstance(error, (OSError, SafetensorError)):           # a full disk, a vanished folder
+        return f"error: {error}; {whole}"
+    return None

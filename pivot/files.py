@@ -51,8 +51,13 @@ def new_folder(path):
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    shutil.rmtree(path, ignore_errors=True)
+    old = Path(f"{path}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if Path(path).exists():
+        os.replace(path, old)
     os.replace(aside, path)
+    sync(Path(path).parent)                          # before what was there goes
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(*paths):

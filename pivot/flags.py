@@ -88,6 +88,9 @@ def arguments(doc, paper):
                         help="hybrid sharding: so many copies of the model, each sharded within "
                              "its group of processes (one a node)")
     add("--workers", NATURAL, "image-decoding processes per training process")
+    parser.add_argument("--stall-timeout", type=ABOVE_0, default=30, metavar="MINUTES",
+                        help="how long a worker may take over a batch before it is given up, and "
+                        "its records are named (default 30)")
     parser.add_argument("--log-every", type=COUNT, default=50, help="steps between printed lines")
     return parser
 

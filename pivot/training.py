@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from pivot import distributed
 from pivot.distributed import print0
 
 MODULES = ("encoder", "projector", "llm")
@@ -108,28 +109,52 @@ def clip_grad_norm(model, max_norm=1.0):
 def require_finite(step, loss, norms, samples, order):
     """Stop before the step that would ruin the weights, naming the batch's records."""
     if not all(map(math.isfinite, [loss, *norms.values()])):
-        where = [samples.where[i] for i in order.batch(step)]
         raise SystemExit(f"error: step {step}: loss {loss}, gradient norms {norms}; nothing was "
-                         f"updated. The batch: {', '.join(where[:8])}"
-                         + (f" and {len(where) - 8} more" if len(where) > 8 else ""))
+                         f"updated. The batch: {samples.names(order.batch(step))}")
+
+
+POLL = 5          # seconds after which a waiting trainer looks whether anything else has happened
 
 
 class Clock:
-    """Fetches micro-batches and knows where a step's time goes: waiting for data, or computing."""
+    """Fetches micro-batches and knows where a step's time goes: waiting for data, or computing.
 
-    def __init__(self, device):
-        self.device, self.batches = device, None
+    stall_timeout: minutes that a silent worker is waited for, before it is given up and named.
+    """
+
+    def __init__(self, device, stall_timeout):
+        self.device, self.stall_timeout, self.batches = device, stall_timeout, None
 
     def start(self, loader):
-        self.batches, self.waited, self.began = iter(loader), 0.0, None
+        self.loader, self.batches = loader, iter(loader)
+        self.waited, self.began = 0.0, None
 
     def next_batch(self):
         """The next micro-batch on the device; an unreadable image raises BadRecord."""
         t = time.perf_counter()
         self.began = self.began or t
-        batch = next(self.batches)
+        batch = self.wait()
         self.waited += time.perf_counter() - t
         return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+
+    def wait(self):
+        """The next of the loader, which gives up every POLL seconds; raises SystemExit when it has
+        been silent for too long, or when the run is asked to stop meanwhile."""
+        began = time.monotonic()
+        while True:
+            try:
+                batch = next(self.batches)
+                self.loader.batch_sampler.arrived()
+                return batch
+            except RuntimeError as e:
+                if "timed out" not in str(e):
+                    raise
+            silent = time.monotonic() - began
+            if silent > 60 * self.stall_timeout or (distributed.asked_to_stop() and silent > 30):
+                records = self.loader.batch_sampler.awaited(self.loader.dataset)
+                raise SystemExit(f"error: no batch came for {silent:.0f} s (--stall-timeout "
+                                 f"{self.stall_timeout:g} min): a worker is stuck at one of "
+                                 f"{records}; what was saved before is whole")
 
     def lap(self, step, tokens):
         """The line of timing.jsonl for the step just finished, from its first wait to its update;

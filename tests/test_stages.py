@@ -260,7 +260,7 @@ def test_the_card_of_final_states_where_it_comes_from(trained):
         change /= sum(a[k].double().square().sum() for k in keys).sqrt()
         stated = re.search(rf"{part} (\d\.\d+e[-+]\d+)", card)
         assert change > 0 and float(stated[1]) == pytest.approx(change.item(), rel=0.01)
-    still = re.search(r"bit-equal to stage 1 \| (.*) \|", card)[1].split(", ")
+    still = re.search(r"bit-equal to pretrain \| (.*) \|", card)[1].split(", ")
     assert sorted(still) == sorted(k for k in a if torch.equal(a[k], b[k]))
     assert all("post_layernorm" in k for k in still)
     assert "published encoder" in (trained[0] / "pretrain/final/README.md").read_text()

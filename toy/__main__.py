@@ -43,7 +43,7 @@ def main(argv):
                         help="instead of the table's; fewer make worse models")
         args = ap.parse_args(argv[1:])
         if args.steps is not None and args.steps < 1:
-            raise SystemExit("error: --steps must be at least 1")
+            raise SystemExit(f"error: --steps: {args.steps} must be at least 1")
         for name in args.models:
             make = pretrain_vit if "vit" in name else pretrain_lm
             with files.new_folder(args.out / name) as aside:
