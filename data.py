@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import CHOSEN, IGNORE, PADDING, REJECTED, SHARED
-from pivot import distributed, images, records, training
+from pivot import distributed, images, records
 from pivot.records import ANSWER, IMAGE_TOKEN, OTHER, PROMPT, BadRecord
 
 MAX_TEXT = 1500             # text tokens of prompt + answer, for either answer of a pair (MMPR)
@@ -298,7 +298,7 @@ class BatchOrder:
         self.rank, self.world = rank, world
         self.micro_batch = min(micro_batch, global_batch // world)
         self.steps_per_epoch = len(samples) // global_batch
-        self.micro_steps = -(-(global_batch // world) // self.micro_batch)
+        self.micro_steps = math.ceil(global_batch // world / self.micro_batch)
         self.lengths, self.epoch, self.permutation = np.diff(samples.offsets), None, None
 
     def batch(self, step):
@@ -327,7 +327,8 @@ class BatchOrder:
         micro-batches, equally many for every process (the last may repeat samples to that end)."""
         batches = list(self.schedule(0, self.steps_per_epoch))
         rest = self.permutation[self.steps_per_epoch * self.global_batch:]
-        rest = np.resize(rest, -(-len(rest) // self.world) * self.world)[self.rank::self.world]
+        share = math.ceil(len(rest) / self.world)
+        rest = np.resize(rest, share * self.world)[self.rank::self.world]
         return batches + [rest[i:i + self.micro_batch]
                           for i in range(0, len(rest), self.micro_batch)]
 
@@ -372,4 +373,4 @@ def loader(samples, micro_batches, layout, workers):
     return torch.utils.data.DataLoader(
         samples, batch_sampler=Underway(micro_batches), **distributed.workers(workers),
         collate_fn=functools.partial(collate, layout=layout), pin_memory=torch.cuda.is_available(),
-        timeout=training.POLL if workers else 0, prefetch_factor=4 if workers else None)
+        timeout=distributed.POLL if workers else 0, prefetch_factor=4 if workers else None)

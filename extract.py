@@ -122,13 +122,16 @@ def measure(args, stage, config, encoder, original):
     if "parent_digest" in config:     # the parent stage moved it already: what did this one add?
         name = config["arguments"].get("parent") or "pretrain"
         parent = Path(args.run, name, "final")
+        if not parent.exists():
+            raise SystemExit(f"error: {parent} is gone, so nobody can say what {args.stage} added "
+                             f"to it; put it back, or extract before it goes")
         if config["parent_digest"] != tensors.digest_of(parent):
             raise SystemExit(f"error: {parent} was trained anew since {stage} began with it; train "
                              f"{args.stage} anew, too")
         stored, before = tensors.stored(parent), {}
         for n in trained:
             key = model_io.file_name_of(f"encoder.vision.{n}")
-            before[n] = stored[key].get_tensor(key)
+            before[n] = stored[key].tensor()
         moved = movement(trained, before)
         print("of which since {}: {:.2e} … {:.2e} a block".format(name, *block_changes(moved)))
     least, most = block_changes(moved)
@@ -143,7 +146,8 @@ def card_of(args, stage, config, encoder, changes):
     """The model card: README.md of the folder."""
     family, vision, base = encoder.family, encoder.vision, config["arguments"]["encoder"]
     eps = getattr(vision.config, "pivot_norm_eps", None)
-    since = f" since {config['arguments'].get('parent')}" if "parent_digest" in config else ""
+    since = f" since {config['arguments'].get('parent') or 'pretrain'}" \
+        if "parent_digest" in config else ""
     how_taken, unused = "", ""
     if family.read == "map":
         how_taken = ".flatten(2).transpose(1, 2)"
@@ -167,10 +171,9 @@ def card_of(args, stage, config, encoder, changes):
 
 def write(out, encoder, source, card):
     """Write the folder aside, reopen it, compare features bit by bit, then give it its name."""
-    vision = encoder.vision
-    vision.config.pivot_source = source            # whose encoder it is, for a later call
+    encoder.vision.config.pivot_source = source    # whose encoder it is, for a later call
     with files.new_folder(out) as aside:
-        vision.save_pretrained(aside)
+        model_io.save_vision(encoder.vision, aside)
         model_io.image_processor(encoder).save_pretrained(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
         pixels = torch.randint(0, 256, (2, 3, encoder.image_size, encoder.image_size),

@@ -1,13 +1,14 @@
-"""What is computed: pixels and tokens → response log-probs, in one forward.
+"""What is computed: pixels and tokens → log-probs of answers, in one forward.
 
-    encode → project → scatter into the token embeddings → LLM → response rows only
+    encode → project → scatter into the token embeddings → LLM → answer rows only
            → fp32 log-softmax → gather
 
 Every gradient that reaches the encoder flows back through exactly these lines. How it is *run*
 is in pivot/: distributed.py (processes, sharding), checkpoints.py, encoders.py (which encoder and
 layer), model_io.py (how a model is opened and saved).
 
-The pair layout (shared prefix, one image, one sequence a pair; `p` is the last prompt token):
+The pair layout (shared prefix, one image, one sequence a pair; the prompt has P tokens, `p` is the
+last of them):
 
       tokens     <image>×N  question   p   c1  c2  c3    p   r1  r2      (padding)
       branch        0  …        0      1   1   1   1     2   2   2          3
@@ -15,8 +16,8 @@ The pair layout (shared prefix, one image, one sequence a pair; `p` is the last 
 
     A token sees what stands before it in its own branch and in branch 0, nothing else. Because `p`
     opens both branches, each first answer token is predicted from its own copy of it, and the
-    ordinary label shift is right everywhere. (Without the copy r1 is predicted from the last chosen
-    token, off by 0.1 in a toy's log-prob; positions that run on through r1 r2 are off by 2e-3,
+    ordinary label shift is right everywhere. (Without the copy r1 would be predicted from c3: off
+    by 0.1 in a toy's log-prob. If the positions of r1 r2 ran on from c3's, the error would be 2e-3,
     small enough to miss.)
 """
 import torch
@@ -46,9 +47,12 @@ class Projector(nn.Module):
 def visible(branch):
     """Who sees whom in the pair layout, as FlexAttention asks it: (b, head, q, k) → visible?
 
-                     keys:  q  q  p  c1 c2  p  r1        Every row sees at least itself, padding
-        query c2  (chosen)  x  x  x  x  x   .  .         included, so that no row of the softmax
-        query r1 (rejected) x  x  .  .  .   x  x         is empty (an empty one is NaN).
+                     keys:  x1 x2 p  c1 c2  p  r1        (x1 x2: the prompt before p)
+        query c2  (chosen)  +  +  +  +  +   .  .
+        query r1 (rejected) +  +  .  .  .   +  +
+
+    Every query sees at least itself, padding included, so that no row of the softmax is empty (an
+    empty one is NaN).
     """
     def sees(b, head, q, k):
         return (q >= k) & ((branch[b, q] == branch[b, k]) | (branch[b, k] == SHARED))
@@ -56,9 +60,11 @@ def visible(branch):
 
 
 def pair_mask(branch):
-    """The same for every pair of tokens at once: branch (B, T) int → bool (B, 1, T, T)."""
-    b, t = (torch.arange(n, device=branch.device) for n in branch.shape)
-    return visible(branch)(b[:, None, None, None], None, t[:, None], t)
+    """The same for every query and key at once: branch (B, T) int → bool (B, 1, T, T)."""
+    B, T = branch.shape
+    b = torch.arange(B, device=branch.device).view(B, 1, 1, 1)
+    t = torch.arange(T, device=branch.device)
+    return visible(branch)(b, None, t.view(T, 1), t)
 
 
 def attention_mask(branch, kernel, dtype):
@@ -106,8 +112,8 @@ def token_logps(hidden, lm_head, targets):
     """
     def chunk(h, t):
         logits = lm_head(h)
-        return LogProb.apply(                                                  # fp64 stays (tests)
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), t)
+        at_least_fp32 = torch.promote_types(logits.dtype, torch.float32)        # fp64 stays (tests)
+        return LogProb.apply(logits.to(at_least_fp32), t)
     rows = max(1, MAX_LOGITS // lm_head.out_features)
     if len(hidden) <= rows:
         return chunk(hidden, targets)
@@ -135,8 +141,9 @@ class MLLM(nn.Module):
     def set_requires_gradient_sync(self, whether):
         """Nothing to do for a lone process; under `fully_shard` FSDP's own method takes over."""
 
-    def everywhere(self, done):
-        """Is it done in every process? A lone one asks itself; `distributed.shard` lets it ask."""
+    def all_processes(self, done):
+        """Is it done in every process? Alone, simply `done`; `distributed.shard` replaces this by a
+        reduction."""
         return done
 
     def embed(self, pixel_values, input_ids):
@@ -160,7 +167,8 @@ class MLLM(nn.Module):
 
         pixel_values uint8 (B, 3, S, S); input_ids, labels int64 (B, T), right-padded, labels
         IGNORE where nothing is predicted; branch, position_ids int64 (B, T) for the pair layout.
-        out[b, t] = log p(labels[b, t] | image, what t sees); a response's log-prob is a sum.
+        out[b, t] = log p(labels[b, t] | image, what token t - 1 sees); an answer's log-prob is
+        their sum.
         """
         embeds = self.embed(pixel_values, input_ids)
         # Without branches: right padding under a causal mask needs neither mask nor positions.
@@ -196,12 +204,12 @@ class MLLM(nn.Module):
                                       position_ids=positions, past_key_values=cache)
             logits = self.llm.get_output_embeddings()(out.last_hidden_state[:, -1])   # (B, V)
             if temperature:                  # the highest after Gumbel noise is a draw: Gumbel-max
-                noise = torch.stack([torch.empty(logits.shape[1]).exponential_(generator=g).log()
-                                     for g in generators])
-                logits = logits.float() / temperature - noise.to(logits.device)
+                gumbel = -torch.stack([torch.empty(logits.shape[1]).exponential_(generator=g).log()
+                                       for g in generators])
+                logits = logits.float() / temperature + gumbel.to(logits.device)
             token = logits.argmax(-1)
             done |= torch.isin(token, stop)
-            if self.everywhere(bool(done.all())):     # sharded, all run as many steps, or none ends
+            if self.all_processes(bool(done.all())):       # sharded, all must run as many steps
                 break
             for b in (~done).nonzero().flatten().tolist():
                 answers[b].append(int(token[b]))
@@ -217,7 +225,8 @@ def branch_logps(logps, branch):
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """Eq. 2 of the paper, per pair: −log σ(β[(log π(y_c) − log π_ref(y_c)) − (… y_r …)]).
+    """Eq. 2 of the paper, per pair:
+    −log σ(β[(log π(y_c) − log π_ref(y_c)) − (log π(y_r) − log π_ref(y_r))]).
 
     All inputs (B,) fp32: *sums* of token log-probs (a mean would rescale beta by length).
     → losses, chosen_rewards, rejected_rewards, each (B,); the rewards are detached.

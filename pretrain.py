@@ -24,8 +24,8 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", projector_epochs=2,
 
 def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
-    flags.add_two_steps(parser, "instruct")
-    args = flags.settle_two_steps(parser.parse_args(argv), "pretrain", "instruct", PAPER, TOY)
+    flags.add_two_phases(parser, "instruct")
+    args = flags.settle_two_phases(parser.parse_args(argv), "pretrain", "instruct", PAPER, TOY)
     if len(encoders.parts_of(args.encoder)) == 2:
         raise SystemExit(f"error: --encoder {args.encoder}: two encoders are judged together, by "
                          f"repair_eval.py, which keeps both frozen; each is trained by itself")
@@ -67,8 +67,7 @@ def train(args, run, device, model, tokenizer, facts, phases):
     distributed.heed_signals()
     first = 0                                         # step at which the phase begins
     for phase, items, order, steps in zip(phases, samples, orders, counts):
-        behind_us = run.start >= first + steps        # a checkpoint of a later phase says so
-        if not behind_us or phase is phases[-1]:
+        if run.start < first + steps:                 # else a checkpoint says it is behind us
             train_phase(args, run, model, clock, phase, items, order, first, steps, sum(counts))
         first += steps
     run.finish(model, tokenizer)
@@ -76,11 +75,11 @@ def train(args, run, device, model, tokenizer, facts, phases):
 
 def train_phase(args, run, model, clock, phase, items, order, first, steps, all_steps):
     """One phase, of `steps` steps, which begins at step `first` of `all_steps`."""
-    distributed.print0(f"stage {phase.name}")
+    distributed.print0(f"phase {phase.name}")
     optimizer = training.adamw(model, phase.rates)    # on the sharded fp32 masters
     if run.start > first:
         run.resume(model, optimizer)
-    elif run.start == first > 0:
+    elif first > 0 and run.start == first:
         run.resume(model)                             # at the border: weights alone
     start = max(run.start - first, 0)
 

@@ -22,6 +22,7 @@ Reads   DATA/pairs.jsonl, {"image": name below DATA/images, "caption": text} a l
 Writes  align.png (every block against every LLM layer) and results.json to runs/NAME/probes/align
         of the first trained encoder, else to runs/probes/align.
 """
+import math
 import os
 from itertools import combinations, groupby, product
 from pathlib import Path
@@ -72,7 +73,7 @@ def read_items(folder):
 def pooled(name, items, step):
     """step(some items) → [(B, L, D), …], run over all items: [(n, L, D), …] fp32 on the CPU."""
     parts = [[p.float().cpu() for p in step(items[BATCH * i:BATCH * (i + 1)])]
-             for i in distributed.progress(0, -(-len(items) // BATCH), name)]
+             for i in distributed.progress(0, math.ceil(len(items) / BATCH), name)]
     stacks = [torch.cat(p) for p in zip(*parts)]
     if not all(s.isfinite().all() for s in stacks):     # NaN is everybody's neighbour, or nobody's
         raise SystemExit(f"error: {name} gives features that are not finite")

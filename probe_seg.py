@@ -12,13 +12,14 @@ classes its patch holds, "other" only where it is alone. BCE, AdamW 1e-3, weight
   mIoU-0  the same by ADE20K's convention: pixels of "other" are not asked about
 
 Reads   DATA/images/{training,validation}/*.jpg, DATA/annotations/…/*.png, 0 = other: SceneParse150
-        (151 classes) or the toy's (those of ../world.json). Largest centred square, mask nearest.
+        (151 classes) or the toy's (those of ../world.json). Both are cropped to
+        the largest centred square; masks are resized by the nearest pixel.
 Writes  --out (default runs/NAME/probes/seg): results.json, overlays.png
         (image | truth | each encoder, head of seed 0).
 
 The encoder is what costs: an image is encoded once an epoch, and the heads of all seeds learn from
-it. Seeds differ in start and in order within 256 images; encoders meet the same of both. ± is the
-spread over seeds; the interval of a difference is a bootstrap over validation images.
+it. Seeds differ in a head's start and in the order inside 256 images; every encoder gets the same.
+± is the spread over seeds; the interval of a difference is a bootstrap over validation images.
 """
 import colorsys
 import math

@@ -36,7 +36,7 @@ SCORING = {"mllm", "bench", "limit", "eval_batch", "max_new_tokens", "temperatur
 
 def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
-    flags.add_two_steps(parser, "repair")
+    flags.add_two_phases(parser, "repair")
     parser.add_argument("--reuse-projector-layers", type=int, default=0, choices=[0, 1, 2],
                         help="start so many linear layers of the projector from the one the "
                         "extracted encoder was trained with (default 0: all fresh)")
@@ -66,7 +66,7 @@ def get_args(argv=None):
     made = Path(args.mllm or "").parent / "config.json"
     if args.mllm and not args.llm and made.exists():          # a toy's LLM has a toy's defaults
         args.llm = files.read_json(made, "arguments")["arguments"]["llm"]
-    args = flags.settle_two_steps(args, "repair", "repair", PAPER, TOY)
+    args = flags.settle_two_phases(args, "repair", "repair", PAPER, TOY)
     args.bench = args.bench or f"{args.data}/bench"
     if args.encoder_lr:
         raise SystemExit(f"error: --encoder-lr {args.encoder_lr:g}: the encoder is frozen here")
@@ -100,7 +100,7 @@ def reuse_projector(model, encoder, layers):
     hint = "it needs an encoder as extract.py leaves it, RUN/STAGE/encoder, with final/ beside it"
     if Path(encoder).name != "encoder" or not (final / "config.json").exists():
         raise SystemExit(f"error: --reuse-projector-layers {layers}: no model at {final}; {hint}")
-    stored = {k: file.get_tensor(k) for k, file in tensors.stored(final).items()
+    stored = {k: held.tensor() for k, held in tensors.stored(final).items()
               if not k.startswith("language_model.")}
     for name, p in model.encoder.state_dict().items():
         if not torch.equal(stored.get(model_io.file_name_of(f"encoder.{name}"), torch.empty(0)), p):

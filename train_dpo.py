@@ -24,8 +24,8 @@ from pivot.distributed import print0
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=1e-6,
              beta=0.1, global_batch=256, micro_batch=4, warmup=0.03, num_samples=20_000, workers=4)
-# One pass over the toy is too short for β = 0.1: β × margin stays near 0, σ near ½, and pairs long
-# understood keep pulling as hard as the others. At 0.5 the loss leaves those alone.
+# One pass over the toy is too short for β = 0.1: β × margin stays near 0, so that pairs which are
+# understood keep their full gradient. At 0.5 they lose it.
 TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=1, lr=5e-5, beta=0.5,
            global_batch=32, micro_batch=32, workers=1)
 
@@ -55,9 +55,9 @@ def get_args(argv=None):
 def score_pairs(args, model, pairs, order, clock, desc):
     """log π of both answers of every pair: (n, 2) fp32, complete on every process.
 
-    In the order and layout of the first epoch, so that step 0 meets the very same batches. Compiled
-    blocks compute what training computes: without gradients the compiler would fuse otherwise, and
-    in bf16 round otherwise (a margin of -0.0019 at step 0, on a CPU).
+    In the order and layout of the first epoch, so that step 0 meets the very same batches. With
+    --compile gradients stay on: without them blocks are fused otherwise, and in bf16 round
+    otherwise (a margin of -0.0019 at step 0, on a CPU).
     """
     logps, seen = torch.zeros(len(pairs), 2), torch.zeros(len(pairs), 1)
     cover = order.cover()
@@ -131,9 +131,9 @@ def require_same_function(args, loss, margin):
         raise SystemExit(
             f"error: step 0: loss {loss:.6f} (ln 2 = 0.693147), margin {margin:.2e}, over "
             f"{bound:g}: policy and reference are not the same function; nothing was updated. "
-            f"Usual causes: dropout or other randomness in a forward; a reference that was "
-            f"computed in another layout, --dtype, --attention or --compile; a forward that "
-            f"changes the model")
+            f"Usual causes: dropout or other randomness in a forward; a forward that changes the "
+            f"model; a ref_logps.safetensors computed in batches of another --micro-batch (delete "
+            f"it, and it is computed anew)")
     print0(f"  step 0: loss {loss:.6f} (ln 2 = 0.693147), margin {margin:.6f}: policy and "
            f"reference are the same function")
 

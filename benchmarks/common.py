@@ -79,7 +79,7 @@ def build(shape, seed=0):
     encoder = encoders.Encoder(encoders.truncate(vision), encoders.HALF, encoders.HALF)
     tokenizer = model_io.open_tokenizer(ROOT / "weights" / "toy-lm")
     image_id = model_io.prepare_tokenizer(tokenizer, shape.vocab)
-    return model_io.no_dropout(m.MLLM(encoder, llm, image_id)), tokenizer
+    return model_io.refuse_dropout(m.MLLM(encoder, llm, image_id)), tokenizer
 
 
 def save(shape, folder):

@@ -17,45 +17,46 @@ def middle_95(draws):
 
 
 def wilson(p, n, z=1.96):
-    """Of a share p of n; unlike p ± 2 σ it has a width at 0 and at 1: [low, high]."""
+    """95 % interval of a share p of n; unlike p ± 2 σ it has a width at 0 and at 1: [low, high]."""
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
 
 
 def normal(values):
-    """Of the mean of a tensor (n,), by the normal approximation (trust it from some dozens on):
-    {"mean", "ci95": half-width, None of a single one, "n"}."""
+    """Mean of a tensor (n,), its 95 % interval by the normal approximation (trust it from some
+    dozens on): {"mean", "ci95": half-width; None for a single value, "n"}."""
     half = 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
     return {"mean": values.mean().item(), "ci95": half, "n": len(values)}
 
 
 def student(values):
-    """Of the mean of a list of at most five, a value a seed: (mean, half-width, None of one)."""
+    """Mean of a list of at most five, a value a seed, and its 95 % interval by Student's t: (mean,
+    half-width; None for a single value)."""
     if len(values) < 2:
         return mean(values), None
     return mean(values), T975[len(values) - 2] * stdev(values) / len(values) ** 0.5
 
 
 def stratified(strata):
-    """Half-width for 100 × the mean over strata of their means, by the normal approximation.
-    strata: [values (n,), …]; None where there is none."""
+    """Half-width of the 95 % interval of 100 × the mean over strata of their means, by the normal
+    approximation. strata: [values (n,), …]; None where there is none."""
     parts = [values.var() / len(values) for values in strata]
-    return 196 * float(np.sqrt(np.sum(parts)) / len(parts)) if parts else None
+    return 196 * float(np.sqrt(np.sum(parts)) / len(parts)) if parts else None       # 1.96 × 100
 
 
 def bootstrap(values, draws=10_000):
-    """Of the mean of values (n,) over resampled units: [low, high]. To resample is to draw how
-    often each distinct value comes: exact, without an array (draws, n)."""
+    """95 % interval of the mean of values (n,), over resampled units: [low, high]. To resample is
+    to draw how often each distinct value comes: exact, without an array (draws, n)."""
     distinct, counts = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(0).multinomial(len(values), counts / len(values), draws)
     return middle_95(drawn @ distinct / len(values))
 
 
-def stratified_bootstrap(strata, rounds=2000):
-    """Draws of 100 × the mean over strata of their means, units drawn within strata: (rounds,).
+def stratified_bootstrap(strata, draws=2000):
+    """Draws of 100 × the mean over strata of their means, units drawn within strata: (draws,).
     strata: {name: values (n,)}."""
     rng = np.random.default_rng(0)
-    means = [[values[rng.integers(0, len(values), len(values))].mean() for _ in range(rounds)]
+    means = [[values[rng.integers(0, len(values), len(values))].mean() for _ in range(draws)]
              for _, values in sorted(strata.items())]
     return 100 * np.mean(means, 0)
 

@@ -284,8 +284,8 @@ class Run:
         if self.parent:
             new, old = tensors.stored(folder), tensors.stored(self.parent)
             moved, still = tensors.relative_change(
-                ((name, file.get_tensor(name), old[name].get_tensor(name))
-                 for name, file in new.items()), lambda name: name.split(".")[0])
+                ((held.key, held.tensor(), old[name].tensor()) for name, held in new.items()),
+                lambda name: name.split(".")[0])
             rows[f"moved since {arguments['parent']}"] = ", ".join(
                 f"{part} {change:.2e}" for part, change in moved.items()) + " (‖w − w₀‖ / ‖w₀‖)"
             rows[f"bit-equal to {arguments['parent']}"] = ", ".join(still) or "no tensor"

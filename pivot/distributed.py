@@ -36,7 +36,8 @@ transformers_logging.disable_progress_bar()
 def start():
     """Join the processes torchrun started, or be a group of one. → torch.device."""
     cuda = torch.cuda.is_available()
-    limit = timedelta(hours=3)    # until a hang is one: some read for long. A death shows at once
+    # Reading a large file takes one process long, and the others wait; a death is noticed at once.
+    limit = timedelta(hours=3)
     os.environ.setdefault("RAYON_NUM_THREADS", str(cores()))        # of the tokenizers
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
@@ -168,32 +169,37 @@ def shard(model, device, dtype="fp32", activation_checkpointing=False, replicas=
     fp32 trains the plain module, a few percent faster.
     """
     size = dist.get_world_size()
-    for block in model.blocks if activation_checkpointing else ():
-        # Inside FSDP's hooks, and non-reentrant: it must also work on frozen inputs.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if activation_checkpointing:
+        for block in model.blocks:
+            # Inside FSDP's hooks, and non-reentrant: it must also work on frozen inputs.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if attention == "flex":            # the LLM's alone: the encoder's patches all see each other
         model.llm.set_attn_implementation("flex_attention")
-    for block in model.blocks if compiled else ():
-        block.compile(dynamic=True)    # a block at a time, FSDP gathers between; for all lengths
-    words, lm_head = model.llm.get_input_embeddings(), model.llm.get_output_embeddings()
+    if compiled:
+        for block in model.blocks:
+            block.compile(dynamic=True)  # a block at a time, FSDP gathers between; for all lengths
+    embeddings, lm_head = model.llm.get_input_embeddings(), model.llm.get_output_embeddings()
     # With tied embeddings lm_head already gives a dense gradient; the lookup's stays sparse, to
     # spare a second dense one. (On a CPU: CUDA would add the rows in bf16 and in any order.)
-    words.sparse = device.type == "cpu" and words.weight is lm_head.weight
+    embeddings.sparse = device.type == "cpu" and embeddings.weight is lm_head.weight
     if not is_sharded(size, dtype):
         return model.to(device).train()
-    mesh = init_device_mesh(device.type, (replicas, size // replicas) if replicas > 1 else (size,),
-                            mesh_dim_names=("replicate", "shard")[-1 if replicas == 1 else -2:])
+    shape, names = (size,), ("shard",)
+    if replicas > 1:
+        shape, names = (replicas, size // replicas), ("replicate", "shard")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bf16" else None,
                                   reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "generate")     # gathers the root group, as forward() does
-    model.everywhere = lambda done: reduce_sum({"open": not done})["open"] == 0
-    for module in model.modules() if size > 1 else ():     # alone (bf16), FSDP divides by 1
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)   # gloo knows no premultiplied sum
+    model.all_processes = lambda done: reduce_sum({"open": not done})["open"] == 0
+    if size > 1:                                              # alone (bf16), FSDP divides by 1
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)   # gloo knows no premultiplied sum
     return model.train()
 
 
@@ -206,6 +212,7 @@ def reshard(model):
 
 # ---------------------------------------------------------------------------------- how it ends
 
+POLL = 5          # seconds after which a waiting trainer looks whether anything else happened
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 stop_asked = None            # when a signal asked this process to stop (time.monotonic)
 
@@ -282,7 +289,7 @@ def say_why(error):
     line = reason(error)
     if isinstance(error, (SystemExit, BadRecord)) and not is_main():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)         # torchrun ends us meanwhile
-        time.sleep(10)       # a refusal all share is printed once; one of our own follows
+        time.sleep(10)       # if all refuse, the main one says why meanwhile; if we alone, we do
     sys.stdout.flush()
     if line is None:
         traceback.print_exception(error)
@@ -292,8 +299,7 @@ def say_why(error):
 
 
 def reason(error):
-    """What a person needs to know of an end that is nobody's bug, as one line; None: a traceback.
-    """
+    """One line for the known ends, which are nobody's bug; None: print a traceback."""
     said = str(error)
     whole = "what was saved before is whole"
     if isinstance(error, SystemExit):

@@ -245,6 +245,7 @@ def family_of(config):
 
 
 @functools.lru_cache
+@torch.enable_grad()                    # whoever asks: extract.py does so without gradients
 def trial(facts, kind):
     from transformers import AutoModel
     config = kind(**json.loads(facts))

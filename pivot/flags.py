@@ -63,8 +63,9 @@ def arguments(doc, paper):
     add("--global-batch", COUNT, "samples (pairs, for DPO) a step, over all processes")
     add("--micro-batch", COUNT, "samples a process holds at once; lower it when memory runs out")
     add("--lr", RATE, "peak learning rate; 0 freezes")
-    add("--encoder-lr", RATE, "the encoder's own rate; default: --lr")
-    add("--projector-lr", RATE, "the projector's own rate; default: --lr")
+    for module in ("encoder", "projector"):
+        own = f"the {module}'s own rate"
+        add(f"--{module}-lr", RATE, own if paper.get(f"{module}_lr") else f"{own}; default: --lr")
     add("--warmup", number(float, 0, 1), "share of the steps in which the rate rises")
     add("--num-samples", COUNT, "use so many usable samples, drawn by a seeded shuffle")
     parser.add_argument("--seed", type=NATURAL, default=0, help="order of samples, fresh projector")
@@ -116,20 +117,20 @@ def trained_stage(run, stage):
     return folder
 
 
-def add_two_steps(parser, second):
-    """The flags stage 1 and re-pairing add: a projector step on captions, then a step on
+def add_two_phases(parser, second):
+    """The flags stage 1 and re-pairing add: a projector phase on captions, then a phase on
     DATA/<second>.jsonl."""
-    parser.add_argument("--captions", help="LLaVA-Pretrain json for the projector step; default "
+    parser.add_argument("--captions", help="LLaVA-Pretrain json for the projector phase; default "
                         "DATA/captions.jsonl or .json")
-    parser.add_argument("--instruct", help="LLaVA conversations for the second step, .json or "
+    parser.add_argument("--instruct", help="LLaVA conversations for the second phase, .json or "
                         f".jsonl; default DATA/{second}.jsonl")
     parser.add_argument("--projector-epochs", type=COUNT,
                         help="passes over the captions (default 1)")
     parser.add_argument("--projector-max-steps", type=COUNT,
-                        help="bound of the projector step; default: --max-steps")
+                        help="bound of the projector phase; default: --max-steps")
 
 
-def settle_two_steps(args, stage, second, paper, toy):
+def settle_two_phases(args, stage, second, paper, toy):
     """`settle` for the two that have these flags."""
     args = settle(args, stage, paper, toy)
     args.captions = args.captions or records.default_file(args.data, "captions")
@@ -172,12 +173,15 @@ def settle(args, stage, paper, toy, parent=None):
     return args
 
 
+INHERITED = ("encoder", "llm", "image_size", "data")       # from the parent stage
+
+
 def inherit(args, parent):
     """Take encoder, LLM, image size and data from the parent stage, where they were not typed;
     raises SystemExit where what was typed is something else."""
     made_with = files.read_json(Path(args.run, parent, "config.json"), "arguments", remedy="; "
                                 f"without it {parent}.py --overwrite must run again")["arguments"]
-    for key in ("encoder", "llm", "image_size", "data"):
+    for key in INHERITED:
         flag, now, then = f"--{key.replace('_', '-')}", getattr(args, key), made_with.get(key)
         if now is None and then is not None:
             setattr(args, key, then)
@@ -192,12 +196,12 @@ def inherit(args, parent):
 def missing_parent(args, parent):
     """The line that says which command makes the parent, with the flags that were typed here."""
     typed = [f"--run-dir {args.run}"] if args.run_typed else []
-    typed += [f"--{key} {getattr(args, key)}" for key in ("encoder", "llm", "data")
+    typed += [f"--{key.replace('_', '-')} {getattr(args, key)}" for key in INHERITED
               if getattr(args, key)]
-    n = os.environ.get("LOCAL_WORLD_SIZE", "8" if torch.cuda.is_available() else "1")
-    start = f"torchrun --nproc_per_node={n}" if int(n) > 1 else "python"
+    n = int(os.environ.get("LOCAL_WORLD_SIZE", max(1, torch.cuda.device_count())))
+    start = f"torchrun --nproc_per_node={n}" if n > 1 else "python"
     return (f"error: no stage-1 model at {Path(args.run, parent, 'final')}; make it with:  "
-            f"{start} {script_of(parent)} {' '.join(typed)}")
+            + " ".join([start, script_of(parent) or parent, *typed]))
 
 
 def fill(args, paper, toy):

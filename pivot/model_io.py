@@ -147,10 +147,10 @@ def build_mllm(encoder_name, llm_name, seed, image_size=None):
     image_token_id = prepare_tokenizer(tokenizer, llm.config.vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return no_dropout(MLLM(encoder, llm, image_token_id)), tokenizer
+        return refuse_dropout(MLLM(encoder, llm, image_token_id)), tokenizer
 
 
-def no_dropout(model):
+def refuse_dropout(model):
     """Dropout anywhere would make policy and reference differ at step 0: refuse it."""
     for name, module in model.named_modules():
         rates = [getattr(module, key, 0) for key in ("attention_dropout", "dropout", "drop_prob",
@@ -166,10 +166,32 @@ PREFIXES = {"encoder.vision.": "vision_tower.", "projector.": "multi_modal_proje
             "llm.": "language_model."}
 
 
-def file_name_of(name):
-    """`encoder.vision.x` → `vision_tower.x`, the name under which a tensor is stored."""
+def file_name_of(name, hub=""):
+    """`encoder.vision.x` → `vision_tower.x`, the name under which a tensor is stored; hub: what
+    hub_prefix says of the encoder, where the name on disk is wanted."""
     ours = next(p for p in PREFIXES if name.startswith(p))
-    return PREFIXES[ours] + name.removeprefix(ours)
+    between = hub if ours == "encoder.vision." else ""
+    return PREFIXES[ours] + between + name.removeprefix(ours)
+
+
+def hub_prefix(vision):
+    """What the published tensors of a class have before the names that its module has since
+    transformers 5: `vision_model.` of SigLIP and CLIP, nothing of most others. Under the shorter
+    names transformers 4, vLLM and others would find no tensor, and make up all of them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    if vision.config.model_type == "mlcd_vision_model":     # 5.23 forgot it in its table
+        return "vision_model."
+    for change in get_model_conversion_mapping(vision, add_legacy=False):
+        if getattr(change, "prefix_to_remove", None):
+            return f"{change.prefix_to_remove}."
+    return ""
+
+
+def save_vision(vision, folder):
+    """Write an encoder for its own class, in transformers 4 and 5: under the hub's names."""
+    prefix = hub_prefix(vision)
+    vision.save_pretrained(folder, state_dict={
+        f"{prefix}{name}": tensor for name, tensor in vision.state_dict().items()})
 
 
 def own_tensors(model):
@@ -186,6 +208,31 @@ def whole(p):
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu().contiguous()
 
 
+def old_names(text_config):
+    """What transformers 4 looks for in an LLM's config under other names than 5 writes: without
+    them it would compute with its own defaults, in silence."""
+    rope = text_config.get("rope_parameters") or {}
+    found = {}
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    return found
+
+
+def open_in_both(folder):
+    """Make the tokenizer's and the processor's files such that transformers 4 opens them, too."""
+    path = folder / "tokenizer_config.json"
+    facts = files.read_json(path)
+    if facts.get("tokenizer_class") == "TokenizersBackend":              # a class of 5 alone
+        facts["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(facts.get("extra_special_tokens"), list):              # 4 wants a dict there
+        facts["additional_special_tokens"] = facts.pop("extra_special_tokens")
+    files.write_json(path, facts)
+    pixels = files.read_json(folder / "processor_config.json", "image_processor")
+    files.write_json(folder / "preprocessor_config.json", pixels["image_processor"])
+
+
 def llava_config(model):
     """The config of the folder. A feature layer after the final norm (DINOv2, ViT) cannot be said
     in LLaVA's terms: such a folder gets a model_type that transformers refuses to open."""
@@ -198,6 +245,7 @@ def llava_config(model):
         vision_feature_layer=-1, projector_hidden_act="gelu",
         vision_feature_select_strategy="default" if encoder.prefix else "full",
         tie_word_embeddings=model.llm.config.tie_word_embeddings).to_dict()
+    config["text_config"] |= old_names(config["text_config"])
     config["architectures"] = ["LlavaForConditionalGeneration"]
     if encoder.family.read != "block":
         config.update(model_type="pivot_normed_features", architectures=["MLLM (model.py)"])
@@ -220,7 +268,7 @@ def divided(named, most_bytes):
     return parts
 
 
-def save_mllm(model, tokenizer, folder, is_main, shard_bytes=5 * 10 ** 9):
+def save_mllm(model, tokenizer, folder, is_main, file_bytes=5 * 10 ** 9):
     """Write the folder transformers opens. Every process calls it; the main one writes.
 
     model: MLLM, sharded or not; folder: Path, not yet under its final name (the caller renames).
@@ -228,7 +276,9 @@ def save_mllm(model, tokenizer, folder, is_main, shard_bytes=5 * 10 ** 9):
     from safetensors.torch import save_file
     from transformers import GenerationConfig, LlavaProcessor
     folder, index = Path(folder), {}
-    parts = divided([(file_name_of(name), p) for name, p in own_tensors(model)], shard_bytes)
+    hub = hub_prefix(model.encoder.vision) if len(model.encoder.parts) == 1 else ""
+    named = [(file_name_of(name, hub), p) for name, p in own_tensors(model)]
+    parts = divided(named, file_bytes)
     for i, part in enumerate(parts, 1):
         file = "model.safetensors"
         if len(parts) > 1:
@@ -254,6 +304,7 @@ def save_mllm(model, tokenizer, folder, is_main, shard_bytes=5 * 10 ** 9):
                    num_additional_image_tokens=encoder.prefix, image_token=IMAGE_TOKEN,
                    vision_feature_select_strategy="default" if encoder.prefix else "full",
                    ).save_pretrained(folder)
+    open_in_both(folder)
     GenerationConfig(do_sample=False, eos_token_id=stop_ids(tokenizer),
                      pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
 
@@ -302,7 +353,7 @@ def load_mllm(folder):
         own.pop("language_model.lm_head.weight", None)
     found = tensors.stored(folder)
     tensors.refuse_misfit(folder, {k: t.shape for k, t in own.items()},
-                          {k: file.get_slice(k).get_shape() for k, file in found.items()})
-    for key, file in found.items():
-        own[key].copy_(file.get_tensor(key))
-    return no_dropout(model), open_tokenizer(folder)
+                          {name: held.shape() for name, held in found.items()})
+    for name, held in found.items():
+        own[name].copy_(held.tensor())
+    return refuse_dropout(model), open_tokenizer(folder)

@@ -1,14 +1,28 @@
 """The ground floor: tensors in files. What identifies them, what fits, how far they moved."""
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from pivot import files, printing
 
 
+class Stored(NamedTuple):
+    """A tensor in an open safetensors file, not yet read."""
+    file: object
+    key: str
+
+    def tensor(self):
+        return self.file.get_tensor(self.key)
+
+    def shape(self):
+        return self.file.get_slice(self.key).get_shape()
+
+
 def stored(folder):
-    """{name of a tensor: the open file it lies in} of a model's folder; raises SystemExit."""
+    """{name: Stored} of a model's folder; raises SystemExit. A name is as the modules here have it,
+    without the `vision_model.` that the hub's names of SigLIP and CLIP have in the middle."""
     from safetensors import SafetensorError, safe_open
     found = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
@@ -16,7 +30,9 @@ def stored(folder):
             file = safe_open(path, "pt")
         except SafetensorError as e:
             raise SystemExit(f"error: cannot read {path}: {printing.first_line(e)}")
-        found |= dict.fromkeys(file.keys(), file)
+        for key in file.keys():
+            name = key.replace("vision_tower.vision_model.", "vision_tower.", 1)
+            found[name] = Stored(file, key)
     return found
 
 

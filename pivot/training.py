@@ -1,6 +1,7 @@
 """What training loops share besides the loss: rates, schedule, clipping, the clock."""
 import math
 import resource
+import sys
 import time
 from typing import NamedTuple
 
@@ -30,15 +31,15 @@ def adamw(model, rates):
     rates: {"encoder": lr, "projector": lr, "llm": lr}. Prints the table of what is trained at which
     rate: a rate silently ignored is the best hidden bug of public DPO scripts.
     """
-    groups, frozen = [], {"encoder": freeze(model, rates)}
+    groups, unused = [], freeze(model, rates)
     for name in MODULES:
-        module, lr, never = getattr(model, name), rates[name], frozen.get(name)
+        module, lr = getattr(model, name), rates[name]
         module.zero_grad()
         trained = [p for p in module.parameters() if p.requires_grad]
         count = sum(p.numel() for p in module.parameters())
         print0(f"  {name:<10} {count:>13,} parameters, {sum(p.numel() for p in trained):>13,} "
                f"trained" + (f", lr {lr:g}" if trained else "")
-               + (f"; frozen: {', '.join(never)}" if never else ""))
+               + (f"; frozen: {', '.join(unused)}" if unused and name == "encoder" else ""))
         if trained:
             groups.append({"params": trained, "lr": lr, "peak": lr, "name": name})
     if not groups:
@@ -113,9 +114,6 @@ def require_finite(step, loss, norms, samples, order):
                          f"updated. The batch: {samples.names(order.batch(step))}")
 
 
-POLL = 5          # seconds after which a waiting trainer looks whether anything else has happened
-
-
 class Clock:
     """Fetches micro-batches and knows where a step's time goes: waiting for data, or computing.
 
@@ -138,7 +136,7 @@ class Clock:
         return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
     def wait(self):
-        """The next of the loader, which gives up every POLL seconds; raises SystemExit when it has
+        """The next of the loader, which gives up every few seconds; raises SystemExit when it has
         been silent for too long, or when the run is asked to stop meanwhile."""
         began = time.monotonic()
         while True:
@@ -147,14 +145,17 @@ class Clock:
                 self.loader.batch_sampler.arrived()
                 return batch
             except RuntimeError as e:
-                if "timed out" not in str(e):
+                if not str(e).startswith("DataLoader timed out"):
                     raise
             silent = time.monotonic() - began
-            if silent > 60 * self.stall_timeout or (distributed.asked_to_stop() and silent > 30):
-                records = self.loader.batch_sampler.awaited(self.loader.dataset)
-                raise SystemExit(f"error: no batch came for {silent:.0f} s (--stall-timeout "
-                                 f"{self.stall_timeout:g} min): a worker is stuck at one of "
-                                 f"{records}; what was saved before is whole")
+            stalled = f"no batch came for {silent:.0f} s: a worker is stuck at one of " + \
+                self.loader.batch_sampler.awaited(self.loader.dataset)
+            if silent > 60 * self.stall_timeout:
+                raise SystemExit(f"error: {stalled} (--stall-timeout {self.stall_timeout:g} min); "
+                                 f"what was saved before is whole")
+            if distributed.asked_to_stop() and silent > 30:
+                raise SystemExit(f"error: asked to stop, and {stalled}; what was saved before is "
+                                 f"whole")
 
     def lap(self, step, tokens):
         """The line of timing.jsonl for the step just finished, from its first wait to its update;
@@ -164,6 +165,7 @@ class Clock:
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak *= 1 if sys.platform == "darwin" else 1024
         return {"step": step, "data_wait": round(waited, 4), "seconds": round(seconds, 4),
                 "tokens_per_s": round(tokens / seconds, 1), "peak_bytes": peak}

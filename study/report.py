@@ -139,7 +139,8 @@ def section(summary, sizes=FULL):
     s, effect = summary, summary["smallest_effect"]
     out = ["`make reproduce` runs the paper's comparison at toy scale, with seeds; "
            "[results/README.md](../results/README.md) fixed its plan, its findings and its "
-           "interval before any test split was read. In percentage points, mean [95 % interval over seeds]; "
+           "interval before any test split was read. In percentage points, mean [95 % interval "
+           "over seeds]; "
            "*holds*: the interval lies on the paper's side of 0; *does not*: wholly on the other; "
            f"else *undecided*. A tie *holds* within ±{TIE}; with fewer than {sizes['seeds']} seeds "
            "nothing is decided.", ""]

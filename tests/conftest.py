@@ -115,4 +115,4 @@ def tiny_model(vision="siglip", llm="qwen2", tie=True, seed=0, dtype=torch.float
             "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TEXT, tie_word_embeddings=tie)),
             }[llm]()
     encoder = encoders.Encoder(encoders.truncate(eye), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    return model_io.no_dropout(m.MLLM(encoder, head, image_token_id=63)).to(dtype)
+    return model_io.refuse_dropout(m.MLLM(encoder, head, image_token_id=63)).to(dtype)

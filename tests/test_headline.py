@@ -81,7 +81,7 @@ def test_the_headline_command_on_eight_processes(place):
     assert after["language_model.model.embed_tokens.weight"].shape == (151_936, 32)
     assert all(v.dtype == torch.float32 for v in after.values())
     still = [k for k in after if torch.equal(before[k], after[k])]
-    assert sorted(still) == [f"vision_tower.post_layernorm.{x}" for x in ("bias", "weight")]
+    assert sorted(still) == [f"vision_tower.vision_model.post_layernorm.{x}" for x in ("bias", "weight")]
     assert (folder / "dpo/ref_logps.safetensors").exists()
     model, _ = model_io.load_mllm(folder / "dpo/final")
     assert model.llm.lm_head.weight is model.llm.model.embed_tokens.weight

@@ -69,7 +69,8 @@ def test_the_root_is_the_recipe():
     rest = {n for n in names - python if not n.startswith(".")}
     folders = {*FOLDERS, "benchmarks", "docs", "results", "tests", "weights"}
     assert rest == folders | {"README.md", "LICENSE", "Makefile", "requirements.txt",
-                              "requirements-dev.txt", "requirements-bench.txt"}
+                              "requirements-dev.txt", "requirements-bench.txt",
+                              "requirements-compat.txt"}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = " ".join(re.findall(r"^\| (`.*?) \|", readme, re.M))
     assert python <= set(re.findall(r"`(\w+\.py)`", table))

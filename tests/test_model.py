@@ -459,3 +459,10 @@ def test_an_error_of_nccl_keeps_its_reason(monkeypatch, capsys):
     distributed.launch(main)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "Last error: Cuda failure 2 'out of memory'" in said
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sharded_model_answers_as_the_whole_one(stage1, processes):
+    """Token for token, also where processes need other numbers of steps; then it trains on."""
+    done = run("tests/sharded_generate.py", stage1 / "pretrain/final", processes=processes)
+    assert "answers are the same" in done.stdout

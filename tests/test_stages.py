@@ -13,7 +13,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pivot import checkpoints, model_io, tensors
 from conftest import COMMON, ROOT, bit_equal, metrics, run
@@ -108,7 +108,7 @@ def test_pretrain_on_any_number_of_processes_counts_the_same(world, tmp_path):
             "--projector-max-steps", 2, "--max-steps", 3, processes=processes)
         return tmp_path / str(processes) / "pretrain"
     start = model_io.build_mllm("toy-vit", "toy-lm", 0)[0].state_dict()
-    start = {model_io.file_name_of(name): tensor for name, tensor in start.items()}
+    start = {model_io.file_name_of(name, "vision_model."): p for name, p in start.items()}
     one = folder(1, 8)
     for processes, micro_batch in ((2, 2), (4, 1)):
         other = folder(processes, micro_batch)
@@ -266,9 +266,59 @@ def test_the_card_of_final_states_where_it_comes_from(trained):
     assert "published encoder" in (trained[0] / "pretrain/final/README.md").read_text()
 
 
+HUB = {          # a handful of names in the published files, by which others find the tensors
+    "final": ["vision_tower.vision_model.embeddings.patch_embedding.weight",
+              "vision_tower.vision_model.embeddings.position_embedding.weight",
+              "vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.bias",
+              "vision_tower.vision_model.encoder.layers.3.mlp.fc2.weight",
+              "multi_modal_projector.linear_1.weight", "multi_modal_projector.linear_2.bias",
+              "language_model.model.embed_tokens.weight", "language_model.model.norm.weight",
+              "language_model.model.layers.0.self_attn.q_proj.weight"],
+    "encoder": ["vision_model.embeddings.patch_embedding.weight",
+                "vision_model.embeddings.position_embedding.weight",
+                "vision_model.encoder.layers.0.self_attn.k_proj.bias",
+                "vision_model.encoder.layers.3.mlp.fc2.weight",
+                "vision_model.post_layernorm.weight"]}
+
+
+@pytest.mark.parametrize("what", HUB)
+def test_names_of_tensors_are_the_hubs(trained, what):
+    """So that transformers 4, vLLM and others find them, and not nothing (with a warning)."""
+    names = load_file(trained[0] / "dpo" / what / "model.safetensors").keys()
+    assert set(HUB[what]) <= names
+    tops = {"final": ("vision_tower.vision_model.", "multi_modal_projector.", "language_model."),
+            "encoder": ("vision_model.",)}[what]
+    assert all(name.startswith(tops) for name in names)
+
+
+def test_shorter_names_are_read_as_well(trained, tmp_path):
+    """Folders of before, and whatever transformers 5 writes itself."""
+    shutil.copytree(trained[0] / "dpo/final", tmp_path / "final")
+    path = tmp_path / "final/model.safetensors"
+    short = {k.replace(".vision_model.", ".", 1): v for k, v in load_file(path).items()}
+    path.unlink()
+    save_file(short, path, metadata={"format": "pt"})
+    a, b = (model_io.load_mllm(f)[0].state_dict() for f in (tmp_path / "final",
+                                                             trained[0] / "dpo/final"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_files_are_such_that_transformers_4_opens_them(trained):
+    """What it looks for under other names than 5 writes; without them it would compute otherwise,
+    in silence, or find no class."""
+    final = trained[0] / "dpo/final"
+    text = json.loads((final / "config.json").read_text())["text_config"]
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"]
+    tokenizer = json.loads((final / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] != "TokenizersBackend"
+    assert not isinstance(tokenizer.get("extra_special_tokens"), list)
+    pixels = json.loads((final / "preprocessor_config.json").read_text())
+    assert pixels["image_processor_type"] == "SiglipImageProcessor" and pixels["resample"] == 3
+
+
 def test_a_folder_in_several_shards_is_the_same_model(trained, tmp_path):
     model, tokenizer = model_io.load_mllm(trained[0] / "dpo/final")
-    model_io.save_mllm(model, tokenizer, tmp_path, True, shard_bytes=1_000_000)
+    model_io.save_mllm(model, tokenizer, tmp_path, True, file_bytes=1_000_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     from transformers import AutoModelForImageTextToText
     again, _ = model_io.load_mllm(tmp_path)

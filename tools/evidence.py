@@ -3,7 +3,7 @@
     python -m tools.evidence --run-dir runs/toy-vit__toy-lm [--stages sft dpo]
 
 Reads what repair_eval.py and the four instruments wrote in the run folder, and runs nothing itself;
-where one has not been run yet, its line is empty and the command that fills it is named. In percent
+where one has not been run yet, it is left out and the command that runs it is named. In percent
 but for the alignment. Differences are to the first of the stages, paired (by question, by test
 image, by subset, by preference pair), with the interval their instrument states; see there for what
 it means.

@@ -74,7 +74,7 @@ def empty_mllm(encoder, llm, image_size=None, dtype="bf16"):
     model_io.refuse_llm(llm, llm.config.model_type)
     with torch.device("meta"):
         model = m.MLLM(encoder, llm, image_token_id=0)
-    return model_io.no_dropout(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32))
+    return model_io.refuse_dropout(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32))
 
 
 # ------------------------------------------------------------------------------------------ one row

@@ -9,6 +9,7 @@ bytes of weights, gradients and moments on each GPU. Assumed are the kernels, th
 where there is no data yet, the lengths: all of them are printed. Not run on a GPU.
 """
 import importlib
+import math
 import re
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ UTILISATION = 0.35    # of those FLOP/s; an assumption
 SAMPLE = 1000         # records whose lengths are read
 FP32 = 4              # bytes of a master weight, of a reduced gradient, of each moment of AdamW
 # Where there is no data: records, and prompt, chosen, rejected in text tokens. Numbers of records
-# are the paper's; mean lengths are assumptions; the longest row is what the length rule admits.
+# are the paper's; the lengths are assumptions, cut to what the length rule admits.
 ASSUMED = {"captions": (558_000, (0, 20, 0), (0, 128, 0)),
            "conversations": (3_200_000, (150, 150, 0), (736, 736, 0)),
            "pairs": (20_000, (80, 200, 200), (100, 1372, 1372))}
@@ -52,12 +53,14 @@ class Lengths(NamedTuple):
 
 def shard_bytes(parameters, processes):
     """Bytes of fp32 the first process holds: FSDP2 cuts each tensor along its first axis."""
-    return sum(-(-p.shape[0] // processes) * (p.numel() // p.shape[0]) * FP32 for p in parameters)
+    return sum(math.ceil(p.shape[0] / processes) * (p.numel() // p.shape[0]) * FP32
+               for p in parameters)
 
 
 def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpointing=False,
            sharded=True, live=False):
-    """Bytes a process needs at its worst moment, by component: {name: bytes}.
+    """What a process needs: ({component: bytes}, bytes at the worst moment). Not all components are
+    at their largest in the same moment.
 
     model: MLLM (meta or real) whose requires_grad says what is trained; row: its Trace in the
     compute dtype, of `compute` bytes; processes: those that share one copy of the model; sharded:
@@ -116,7 +119,7 @@ def memory(model, row, processes, micro_batch, micro_steps, compute=2, checkpoin
 def fitting(model, row, usable, limit, **options):
     """The largest micro-batch, a power of two up to limit, that stays within usable bytes; 0."""
     sizes = [b for b in (2 ** k for k in range(11)) if b <= limit]
-    fits = [b for b in sizes if memory(model, row, micro_batch=b, micro_steps=-(-limit // b),
+    fits = [b for b in sizes if memory(model, row, micro_batch=b, micro_steps=math.ceil(limit / b),
                                        **options)[1] <= usable]
     return max(fits, default=0)
 
@@ -136,7 +139,7 @@ def assumed_lengths(args, model, phase, why):
                              f"most {data.MAX_LENGTH} tokens; a smaller --image-size does")
         rows.append((n + int(share * prompt), int(share * chosen), int(share * rejected)))
     return Lengths(min(many, args.num_samples or many), *rows,
-                   f"{why}: the paper's number, assumed lengths, the rule's longest")
+                   f"{why}: the paper's number of records, assumed lengths")
 
 
 def sampled_lengths(args, model, phase, tokenizer):
@@ -212,7 +215,7 @@ def phase_plan(args, model, phase, spec=DEFAULT):
     fits = {c: fitting(model, worst, USABLE * size, share, checkpointing=c, **options)
             for c in (False, True)}
     micro = min(args.micro_batch, share)
-    held, total = memory(model, worst, micro_batch=micro, micro_steps=-(-share // micro),
+    held, total = memory(model, worst, micro_batch=micro, micro_steps=math.ceil(share / micro),
                          checkpointing=args.activation_checkpointing, **options)
     per_row, of_reference = mean.forward + mean.backward, 0
     if args.activation_checkpointing:
