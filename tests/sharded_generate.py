@@ -25,8 +25,8 @@ mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows
 side = model.encoder.image_size
 pixels = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=generator)
 # A stop token that ends some answers early, on one process before the other.
-free = model.generate(pixels, ids, mask, 12, [1])
-stops = [1, free[0][2] if rank == 0 else free[1][-1]]
+free = model.generate(pixels, ids, mask, 12, [-1])
+stops = [free[0][2], free[1][4]] if rank == 0 else [free[1][-1]]
 cases = [((12, stops), {}), ((12, stops, 1.0, (3 + rank, 8)), {})]
 want = [model.generate(pixels, ids, mask, *args) for args, _ in cases]
 model = distributed.shard(model, device, "fp32")
