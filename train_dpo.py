@@ -10,16 +10,13 @@ Writes  runs/NAME/dpo/: config.json, metrics.jsonl, timing.jsonl, checkpoints/,
 
 `diff train_sft.py train_dpo.py` shows the method: the items and their order are the same.
 """
-import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import data
 import model as m
-from pivot import checkpoints, distributed, files, flags, model_io, training
+from pivot import checkpoints, distributed, flags, model_io, training
 from pivot.distributed import print0
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=1e-6,
@@ -72,14 +69,6 @@ def score_pairs(args, model, pairs, order, clock, desc):
     return distributed.sum_tensor(logps) / distributed.sum_tensor(seen)
 
 
-def live_reference(args, run, device):
-    """METHOD: the parent once more, frozen: what `--reference live` asks at every step."""
-    ref_model, _ = model_io.load_mllm(run.parent)
-    return distributed.shard(ref_model.requires_grad_(False), device, args.dtype,
-                             replicas=args.replicas, attention=args.attention,
-                             compiled=args.compile)
-
-
 def reference_logps(args, run, model, sets, clock):
     """METHOD: log π_ref of both answers, once, by the same code in the same layout, before step 0.
 
@@ -91,32 +80,16 @@ def reference_logps(args, run, model, sets, clock):
            "attention": args.attention, "compile": args.compile,
            "pixels": str((model.encoder.image_size, model.encoder.mean, model.encoder.std)),
            "layout": "shared prefix, ChatML"}
+    key |= {name: samples.fingerprint() for name, (samples, _) in sets.items()}
+    tables = run.cached("ref_logps.safetensors", key, lambda: {
+        name: score_pairs(args, model, samples, order, clock, f"reference {name}")
+        for name, (samples, order) in sets.items()})
     for name, (samples, _) in sets.items():
-        key[name] = samples.fingerprint()
-    path, key = run.folder / "ref_logps.safetensors", json.dumps(key, sort_keys=True)
-    if distributed.from_main(path.exists):
-        try:
-            with safe_open(path, "pt") as file:
-                made_from = json.loads(file.metadata()["key"])
-                tables = {name: file.get_tensor(name) for name in file.keys()}
-        except Exception as e:     # cut short, or another tool's
-            raise SystemExit(f"error: cannot read {path} ({type(e).__name__}: {e}); delete it: the "
-                             f"same command computes it anew")
-        for name, now in json.loads(key).items():
-            if made_from.get(name) != now:
-                raise SystemExit(f"error: {path} was computed with {name} "
-                                 f"{made_from.get(name)}, now {now}; delete it or --overwrite")
-        return {name: tables[name] for name in sets}
-    tables = {name: score_pairs(args, model, *s, clock, f"reference {name}")
-              for name, s in sets.items()}
-    for name, table in tables.items():
-        broken = (~table.isfinite()).any(1).nonzero().flatten().tolist()
+        broken = (~tables[name].isfinite()).any(1).nonzero().flatten().tolist()
         if broken:
             raise SystemExit(f"error: the model in {run.parent} gives {len(broken)} of "
-                             f"{len(table)} {name} log-probs that are not finite, first: "
-                             f"{sets[name][0].where[broken[0]]}")
-    if distributed.is_main():
-        files.write_aside(path, lambda aside: save_file(tables, aside, metadata={"key": key}))
+                             f"{len(samples)} {name} log-probs that are not finite, first: "
+                             f"{samples.where[broken[0]]}")
     return tables
 
 
@@ -126,16 +99,12 @@ def require_same_function(args, loss, margin):
 
     On a CPU the margin is 0 to the last bit; a GPU's kernels may differ in one.
     """
-    bound = 1e-3 if args.dtype == "bf16" else 1e-5
-    if abs(margin) > bound:
-        raise SystemExit(
-            f"error: step 0: loss {loss:.6f} (ln 2 = 0.693147), margin {margin:.2e}, over "
-            f"{bound:g}: policy and reference are not the same function; nothing was updated. "
-            f"Usual causes: dropout or other randomness in a forward; a forward that changes the "
-            f"model; a ref_logps.safetensors computed in batches of another --micro-batch (delete "
-            f"it, and it is computed anew)")
-    print0(f"  step 0: loss {loss:.6f} (ln 2 = 0.693147), margin {margin:.6f}: policy and "
-           f"reference are the same function")
+    said = f"step 0: loss {loss:.6f} (ln 2 = 0.693147), margin {margin:.2g}: policy and reference"
+    if abs(margin) > (1e-3 if args.dtype == "bf16" else 1e-5):
+        raise SystemExit(f"error: {said} are NOT the same function; nothing was updated. Usual "
+                         f"causes: randomness in a forward, as of dropout; a forward that changes "
+                         f"the model; a ref_logps.safetensors of another --micro-batch (delete it)")
+    print0(f"  {said} are the same function")
 
 
 def report_heldout(args, run, model, samples, order, ref, clock, step):
@@ -175,8 +144,11 @@ def main():
                               args.replicas, args.attention, args.compile)
     optimizer = training.adamw(model, training.learning_rates(args))
     clock = training.Clock(device, args.stall_timeout)
-    if args.reference == "live":
-        ref_model = live_reference(args, run, device)
+    if args.reference == "live":                   # the parent once more, frozen
+        ref_model, _ = model_io.load_mllm(run.parent)
+        ref_model = distributed.shard(ref_model.requires_grad_(False), device, args.dtype,
+                                      replicas=args.replicas, attention=args.attention,
+                                      compiled=args.compile)
         del sets["pairs"]
     ref = reference_logps(args, run, model, sets, clock)
     if run.start:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from pivot import encoders, files, model_io, printing, tensors
@@ -231,6 +233,31 @@ class Run:
                 if line is not None:
                     with open(self.folder / name, "a") as f:
                         f.write(json.dumps(line) + "\n")
+
+    def cached(self, name, key, compute):
+        """Tables that the file `name` of the run folder holds; else those that `compute` makes, and
+        the file then holds: {name: tensor}. key: {what: its identity} of all that they depend on. A
+        file that was made from anything else is refused, never reused.
+        """
+        path = self.folder / name
+        if not from_main(path.exists):
+            tables = compute()
+            if is_main() and all(table.isfinite().all() for table in tables.values()):
+                files.write_aside(path, lambda aside: save_file(
+                    tables, aside, metadata={"key": json.dumps(key, sort_keys=True)}))
+            return tables
+        try:
+            with safe_open(path, "pt") as file:
+                made_from = json.loads(file.metadata()["key"])
+                tables = {table: file.get_tensor(table) for table in file.keys()}
+        except Exception as e:     # cut short, or another tool's
+            raise SystemExit(f"error: cannot read {path} ({type(e).__name__}: {e}); delete it: the "
+                             f"same command computes it anew")
+        for what, now in key.items():
+            if made_from.get(what) != now:
+                raise SystemExit(f"error: {path} was computed with {what} {made_from.get(what)}, "
+                                 f"now {now}; delete it or --overwrite")
+        return tables
 
     def save_if_due(self, done, steps, model, optimizer):
         """After a step: save every --save-every steps, and when any process was asked to stop."""

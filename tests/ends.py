@@ -79,12 +79,10 @@ MOMENTS = {
     "in the encoder": (encoders.Encoder, "forward"), "in the log": (checkpoints.Run, "log"),
     "saving": (checkpoints.dcp, "save"), "in final": (model_io, "save_mllm"),
     "opening": (model_io, "load_mllm"), "describing": (checkpoints.Run, "describe"),
-    "before the save": (checkpoints.Run, "save_if_due")}
+    "before the save": (checkpoints.Run, "save_if_due"),
+    "in the reference": (checkpoints, "save_file")}
 if kind == "nan":
     m.dpo_loss = nan
-elif where == "in the reference":
-    import safetensors.torch
-    wrap(safetensors.torch, "save_file")
 elif where == "in a hook":
     torch.nn.modules.module.register_module_forward_hook(lambda *_: meet())
 else:

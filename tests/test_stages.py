@@ -13,6 +13,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pivot import checkpoints, model_io, tensors
@@ -126,6 +127,26 @@ def test_stage_1_in_bf16_stays_close(stage1, world, tmp_path, processes):
     close(mine, fp32, 2e-2)
     for a, b in zip(mine[:3], fp32[:3]):      # the first steps of both phases: nearly one model
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
+
+
+def test_dpo_that_does_not_start_at_ln_2_stops_before_the_first_update(fresh, world):
+    """A reference that is another function, here by 0.01 in one answer of each pair."""
+    shutil.rmtree(fresh / "dpo", ignore_errors=True)
+    stage2("dpo", fresh, world, "--max-steps", 1)
+    ref = fresh / "dpo/ref_logps.safetensors"
+    with safe_open(ref, "pt") as file:
+        key, tables = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+    tables["pairs"][:, 0] += 0.01
+    for name in ("final", "metrics.jsonl", "timing.jsonl", "config.json"):
+        path = fresh / "dpo" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    ref.unlink()
+    save_file(tables, ref, metadata=key)
+    done = run("train_dpo.py", "--run-dir", fresh, *COMMON[2:], "--data", world, "--lr", 1e-4,
+               "--beta", 0.1, "--max-steps", 1, check=False)
+    assert done.returncode == 1 and "are NOT the same function; nothing was updated" in done.stderr
+    assert not [x for x in metrics(fresh / "dpo") if "loss" in x]
+    assert not (fresh / "dpo/final").exists()
 
 
 def test_bf16_and_activation_checkpointing_stay_close(trained, fresh, world):
