@@ -304,12 +304,15 @@ class BatchOrder:
     def batch(self, step):
         """Sample indices of one global batch, (global_batch,), the same in every process."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            self.epoch = epoch
-            rng = np.random.default_rng((self.seed, epoch))
-            self.permutation = rng.permutation(len(self.samples))
         first = position * self.global_batch
-        return self.permutation[first:first + self.global_batch]
+        return self.of_epoch(epoch)[first:first + self.global_batch]
+
+    def of_epoch(self, epoch):
+        """All sample indices in the order of an epoch, (n,); the last one asked for is kept."""
+        if epoch != self.epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self.epoch, self.permutation = epoch, rng.permutation(len(self.samples))
+        return self.permutation
 
     def micro_batches(self, step):
         """This process's share of the step, in micro-batches: a list of index arrays."""
@@ -326,7 +329,7 @@ class BatchOrder:
         """Every sample once, in the first epoch's batches, then the left-over ones; a list of
         micro-batches, equally many for every process (the last may repeat samples to that end)."""
         batches = list(self.schedule(0, self.steps_per_epoch))
-        rest = self.permutation[self.steps_per_epoch * self.global_batch:]
+        rest = self.of_epoch(0)[self.steps_per_epoch * self.global_batch:]
         share = math.ceil(len(rest) / self.world)
         rest = np.resize(rest, share * self.world)[self.rank::self.world]
         return batches + [rest[i:i + self.micro_batch]

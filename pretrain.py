@@ -13,7 +13,8 @@ Writes  runs/NAME/pretrain/: config.json, metrics.jsonl, timing.jsonl, checkpoin
 from pathlib import Path
 
 import data
-from pivot import checkpoints, distributed, encoders, flags, model_io, tensors, training
+from pivot import (checkpoints, distributed, encoders, flags, model_io, records, tensors,
+                   training)
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", projector_epochs=1,
              projector_lr=1e-3, epochs=1, lr=1e-5, encoder_lr=2e-6, global_batch=256,
@@ -48,6 +49,8 @@ def train(args, run, device, model, tokenizer, facts, phases):
     facts: what else config.json should hold and a resumed run must agree with.
     """
     # ---- data
+    for phase in phases:       # the second's file, too, before hours are spent on the first's
+        records.require_file(phase.file)
     longest = model.llm.config.max_position_embeddings
     samples = [data.Samples(phase.kind, [(phase.file, args.images)], tokenizer, model.encoder,
                             longest, args.num_samples, args.seed, args.skip_bad)

@@ -14,6 +14,7 @@ TURNED = {       # EXIF's orientation → what turns the picture upright
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
+TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")         # not LAB, whose A is a colour
 SIDEWAYS = [TURNED[orientation] for orientation in (5, 6, 7, 8)]     # these swap width and height
 
 
@@ -49,7 +50,7 @@ def load_image(source, size, where):
             image = image if turn is None else image.transpose(turn)
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            if "A" in image.mode or "transparency" in image.info:
+            if image.mode in TRANSPARENT or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return planes(image.convert("RGB"), size)

@@ -38,14 +38,20 @@ class Record(NamedTuple):
 
 # -------------------------------------------------------------------------------------- raw records
 
-def read_lines(path):
-    """Yield (where, line as bytes) of a .jsonl, blank ones left out, or (where, item) of a .json
-    list: what `parse` takes. raises SystemExit where the file is neither."""
+def require_file(path):
+    """A path, as Path, that is a file; raises SystemExit."""
     path = Path(path)
     if any("\ud800" <= c <= "\udfff" for c in str(path.resolve())):
         raise SystemExit(f"error: {ascii(str(path))}: this path is not UTF-8; rename the folder")
     if not path.is_file():
         raise SystemExit(f"error: {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    return path
+
+
+def read_lines(path):
+    """Yield (where, line as bytes) of a .jsonl, blank ones left out, or (where, item) of a .json
+    list: what `parse` takes. raises SystemExit where the file is neither."""
+    path = require_file(path)
     if path.suffix == ".json":
         try:
             items = json.loads(path.read_text(encoding="utf-8"))

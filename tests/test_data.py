@@ -282,6 +282,39 @@ def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path):
         assert (ours == theirs.transpose(2, 0, 1)).all(), orientation
 
 
+def test_lab_has_colours_and_no_transparency(tmp_path):
+    """Its mode contains an A; Pillow alone writes it as TIFF."""
+    red = Image.new("RGB", (4, 4), (200, 30, 30))
+    lab = Image.new("LAB", (4, 4), (110, 190, 170))
+    lab.save(tmp_path / "lab.tif")
+    seen = images.load_image(str(tmp_path / "lab.tif"), None, "here")
+    want = np.asarray(Image.open(tmp_path / "lab.tif").convert("RGB")).transpose(2, 0, 1)
+    assert (seen == want).all() and seen[0].mean() > seen[1].mean()
+    red.putalpha(0)
+    red.save(tmp_path / "clear.png")
+    assert (images.load_image(str(tmp_path / "clear.png"), None, "here") == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_as_its_picture_is(tmp_path, orientation):
+    """EXIF turns the picture; a mask drawn on the stored pixels turns with it, one drawn on the
+    upright picture, known by its size, stays."""
+    rng = np.random.default_rng(orientation)
+    labels = rng.integers(0, 5, (6, 9), np.uint8)
+    picture = Image.fromarray(labels * 50).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "x.png", exif=exif)
+    Image.fromarray(labels).save(tmp_path / "mask.png")
+    shown = images.load_image(str(tmp_path / "x.png"), None, "here")[0]
+    mask = images.read_mask(tmp_path / "mask.png", tmp_path / "x.png", "here")
+    assert (mask * 50 == shown).all()
+    if orientation >= 5:
+        Image.fromarray(mask).save(tmp_path / "upright.png")
+        again = images.read_mask(tmp_path / "upright.png", tmp_path / "x.png", "here")
+        assert (again == mask).all()
+
+
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (3000, 3000)).save(tmp_path / "big.png")
     monkeypatch.setattr(images, "MAX_PIXELS", 10 ** 6)
