@@ -81,16 +81,19 @@ def reference_logps(args, run, model, sets, clock):
            "pixels": str((model.encoder.image_size, model.encoder.mean, model.encoder.std)),
            "layout": "shared prefix, ChatML"}
     key |= {name: samples.fingerprint() for name, (samples, _) in sets.items()}
-    tables = run.cached("ref_logps.safetensors", key, lambda: {
-        name: score_pairs(args, model, samples, order, clock, f"reference {name}")
-        for name, (samples, order) in sets.items()})
-    for name, (samples, _) in sets.items():
-        broken = (~tables[name].isfinite()).any(1).nonzero().flatten().tolist()
-        if broken:
-            raise SystemExit(f"error: the model in {run.parent} gives {len(broken)} of "
-                             f"{len(samples)} {name} log-probs that are not finite, first: "
-                             f"{samples.where[broken[0]]}")
-    return tables
+
+    def compute():
+        tables = {}
+        for name, (samples, order) in sets.items():
+            table = score_pairs(args, model, samples, order, clock, f"reference {name}")
+            broken = (~table.isfinite()).any(1).nonzero().flatten().tolist()
+            if broken:
+                raise SystemExit(f"error: the model in {run.parent} gives {len(broken)} of "
+                                 f"{len(samples)} {name} log-probs that are not finite, first: "
+                                 f"{samples.where[broken[0]]}")
+            tables[name] = table
+        return tables
+    return run.cached("ref_logps.safetensors", key, compute)
 
 
 def require_same_function(args, loss, margin):

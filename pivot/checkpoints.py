@@ -242,7 +242,7 @@ class Run:
         path = self.folder / name
         if not from_main(path.exists):
             tables = compute()
-            if is_main() and all(table.isfinite().all() for table in tables.values()):
+            if is_main():
                 files.write_aside(path, lambda aside: save_file(
                     tables, aside, metadata={"key": json.dumps(key, sort_keys=True)}))
             return tables

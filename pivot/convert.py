@@ -55,9 +55,9 @@ def read(file, device):
     try:
         if file.suffix == ".safetensors":
             from safetensors import safe_open
-            with safe_open(file, "pt") as tensors:
-                return {k: torch.empty(tensors.get_slice(k).get_shape(), device=device)
-                        if device == "meta" else tensors.get_tensor(k) for k in tensors.keys()}
+            with safe_open(file, "pt") as opened:
+                return {k: torch.empty(opened.get_slice(k).get_shape(), device=device)
+                        if device == "meta" else opened.get_tensor(k) for k in opened.keys()}
         facts = torch.load(file, map_location=device, weights_only=True)
     except Exception as e:
         raise SystemExit(f"error: cannot read {file}: {printing.first_line(e)}")

@@ -148,14 +148,15 @@ class Clock:
                 if not str(e).startswith("DataLoader timed out"):
                     raise
             silent = time.monotonic() - began
-            stalled = f"no batch came for {silent:.0f} s: a worker is stuck at one of " + \
-                self.loader.batch_sampler.awaited(self.loader.dataset)
             if silent > 60 * self.stall_timeout:
-                raise SystemExit(f"error: {stalled} (--stall-timeout {self.stall_timeout:g} min); "
-                                 f"what was saved before is whole")
-            if distributed.asked_to_stop() and silent > 30:
-                raise SystemExit(f"error: asked to stop, and {stalled}; what was saved before is "
-                                 f"whole")
+                why = f"--stall-timeout {self.stall_timeout:g} min"
+            elif distributed.asked_to_stop() and silent > 30:
+                why = "asked to stop"
+            else:
+                continue
+            records = self.loader.batch_sampler.awaited(self.loader.dataset)
+            raise SystemExit(f"error: no batch came for {silent:.0f} s ({why}): a worker is stuck "
+                             f"at one of {records}; what was saved before is whole")
 
     def lap(self, step, tokens):
         """The line of timing.jsonl for the step just finished, from its first wait to its update;
