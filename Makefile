@@ -76,6 +76,7 @@ test: .venv/done
 compat: .venv/done .venv-compat/done
 	$(PY) -m pytest -q -n 2 tests/test_opens.py
 	.venv-compat/bin/python tests/compat.py .pytest_cache/opens
+	$(PY) -m pytest -q tests/test_opens.py -k transformers_4
 
 .venv-compat/done: requirements-compat.txt
 	$(PYTHON) -m venv .venv-compat

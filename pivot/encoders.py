@@ -44,9 +44,11 @@ class Family(NamedTuple):
 
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 SIGLIP, CLIP, VIT = "siglip_vision_model", "clip_vision_model", "vit"
+QWEN2, QWEN3, LLAMA = "qwen2", "qwen3", "llama"
 FAMILIES = {
     SIGLIP: Family("block", True, 0, ("post_layernorm.",), HALF, HALF),
     CLIP: Family("block", True, 1, ("post_layernorm.",), CLIP_MEAN, CLIP_STD),
+    "metaclip_2_vision_model": Family("block", True, 1, ("post_layernorm.",), CLIP_MEAN, CLIP_STD),
     "dinov2": Family("norm", False, 1, ("embeddings.mask_token",), *IMAGENET),
     "dinov2_with_registers": Family("norm", False, 1, ("embeddings.mask_token",), *IMAGENET),
     VIT: Family("norm", False, 1, (), HALF, HALF),
@@ -58,9 +60,9 @@ FAMILIES = {
 class Preset(NamedTuple):
     """path: hub id or folder of this repository. geometry: enough to plan without weights. Of an
     encoder: model type, hidden, layers, heads, MLP width, patch, image size (ConvNeXt: type,
-    widths, depths, –, –, patch, size). Of Qwen2.5: hidden, layers, heads, kv heads, MLP width, rows
-    of the embedding, whether lm_head shares them; None: its folder says. Mean and std are those of
-    the processor's or open_clip's config, else the family's.
+    widths, depths, –, –, patch, size). Of an LLM: model type, hidden, layers, heads, kv heads, MLP
+    width, rows of the embedding, whether lm_head shares them; None: its folder says. Mean and std
+    are those of the processor's or open_clip's config, else the family's.
     """
     path: str
     geometry: tuple | None
@@ -96,10 +98,24 @@ ENCODERS = {
 }
 MOCO_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
 LLMS = {      # the 7B's table has 128 rows more than the others', all of them spare
-    "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B-Instruct", (896, 24, 14, 2, 4864, 151_936, True)),
-    "qwen2.5-1.5b": Preset("Qwen/Qwen2.5-1.5B-Instruct", (1536, 28, 12, 2, 8960, 151_936, True)),
-    "qwen2.5-3b": Preset("Qwen/Qwen2.5-3B-Instruct", (2048, 36, 16, 2, 11008, 151_936, True)),
-    "qwen2.5-7b": Preset("Qwen/Qwen2.5-7B-Instruct", (3584, 28, 28, 4, 18944, 152_064, False)),
+    "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B-Instruct",
+                           (QWEN2, 896, 24, 14, 2, 4864, 151_936, True)),
+    "qwen2.5-1.5b": Preset("Qwen/Qwen2.5-1.5B-Instruct",
+                           (QWEN2, 1536, 28, 12, 2, 8960, 151_936, True)),
+    "qwen2.5-3b": Preset("Qwen/Qwen2.5-3B-Instruct",
+                         (QWEN2, 2048, 36, 16, 2, 11008, 151_936, True)),
+    "qwen2.5-7b": Preset("Qwen/Qwen2.5-7B-Instruct",
+                         (QWEN2, 3584, 28, 28, 4, 18944, 152_064, False)),
+    "qwen3-0.6b": Preset("Qwen/Qwen3-0.6B", (QWEN3, 1024, 28, 16, 8, 3072, 151_936, True)),
+    "qwen3-1.7b": Preset("Qwen/Qwen3-1.7B", (QWEN3, 2048, 28, 16, 8, 6144, 151_936, True)),
+    "qwen3-4b": Preset("Qwen/Qwen3-4B", (QWEN3, 2560, 36, 32, 8, 9728, 151_936, True)),
+    "qwen3-8b": Preset("Qwen/Qwen3-8B", (QWEN3, 4096, 36, 32, 8, 12288, 151_936, False)),
+    "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M-Instruct",
+                           (LLAMA, 576, 30, 9, 3, 1536, 49_152, True)),
+    "smollm2-360m": Preset("HuggingFaceTB/SmolLM2-360M-Instruct",
+                           (LLAMA, 960, 32, 15, 5, 2560, 49_152, True)),
+    "smollm2-1.7b": Preset("HuggingFaceTB/SmolLM2-1.7B-Instruct",
+                           (LLAMA, 2048, 24, 32, 32, 8192, 49_152, True)),
     "toy-lm": Preset("weights/toy-lm", None),
     "toy-lm-l": Preset("weights/toy-lm-l", None),
 }
@@ -235,7 +251,7 @@ def side(size):
 
 def family_of(config):
     """The row of FAMILIES; for any other ViT of transformers a row found by a trial on the meta
-    device: one image forward and backward, no memory, no arithmetic.
+    device: two images forward and backward, no memory, no arithmetic.
 
     raises SystemExit, one line, where the class is not "pixels in, one token a patch out, last".
     """
@@ -247,22 +263,21 @@ def family_of(config):
 @functools.lru_cache
 @torch.enable_grad()                    # whoever asks: extract.py does so without gradients
 def trial(facts, kind):
-    from transformers import AutoModel
     config = kind(**json.loads(facts))
     refusal = f"error: --encoder is a {config.model_type}, and cannot be used as a ViT here: "
     try:
         grid = side(config.image_size) // side(config.patch_size)
         with torch.device("meta"):
-            vision = without_pooler(AutoModel.from_config(config, **class_options(config)))
-            out = vision(torch.zeros(1, 3, *[side(config.image_size)] * 2)).last_hidden_state
+            vision = without_pooler(empty(config))
+            out = vision(torch.zeros(2, 3, *[side(config.image_size)] * 2)).last_hidden_state
         blocks_of(vision)
     except Exception as e:
         raise SystemExit(refusal + printing.first_line(e))
-    extra = out.shape[1] - grid ** 2 if out.dim() == 3 else -1
+    extra = out.shape[1] - grid ** 2 if out.dim() == 3 and len(out) == 2 else -1
     prefix = extra - (getattr(config, "num_register_tokens", 0) or 0)
     if not 0 <= prefix <= 2:        # YOLOS' hundred detection tokens, Swin's merged patches
-        raise SystemExit(f"{refusal}{tuple(out.shape)} comes out, not {grid} × {grid} patches "
-                         f"after at most two extra tokens")
+        raise SystemExit(f"{refusal}{tuple(out.shape)} comes out of two images, not {grid} × "
+                         f"{grid} patches of each after at most two extra tokens")
     out[:, extra:].sum().backward()
     frozen = tuple(n for n, p in vision.named_parameters() if p.grad is None)
     return Family("norm", False, prefix, frozen, *IMAGENET)
@@ -278,11 +293,27 @@ def without_pooler(vision):
     return vision
 
 
+def class_of(config):
+    """The transformers class of a vision config; of MetaCLIP 2's and others AutoModel does not know
+    it, but it is called as the config is."""
+    import transformers
+    kind = transformers.MODEL_MAPPING.get(type(config), None)
+    kind = kind or getattr(transformers, type(config).__name__.replace("Config", "Model"), None)
+    if kind is None:
+        raise SystemExit(f"error: --encoder is a {config.model_type}, for which transformers has "
+                         f"no vision model")
+    return kind
+
+
+def empty(config, **options):
+    """A vision model as its config describes it, with fresh weights, or none on the meta device."""
+    return class_of(config)._from_config(config, **class_options(config), **options)
+
+
 def class_options(config):
     """How a vision class is made: its fused attention where it has any (a ConvNeXt has none), and
     without the pooler that some make on request and no feature comes from."""
-    from transformers import MODEL_MAPPING
-    kind = MODEL_MAPPING[type(config)]
+    kind = class_of(config)
     asks = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
     return {"attn_implementation": "sdpa" if kind._supports_sdpa else "eager",
             **({"add_pooling_layer": False} if asks else {})}

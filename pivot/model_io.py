@@ -115,7 +115,7 @@ def open_in_both(folder):
 def llava_config(model):
     """The config of the folder. A feature layer after the final norm (DINOv2, ViT) cannot be said
     in LLaVA's terms: such a folder gets a model_type that transformers refuses to open."""
-    from transformers import LlavaConfig
+    from transformers import MODEL_MAPPING, LlavaConfig
     encoder = model.encoder
     config = LlavaConfig(     # copies: LlavaConfig resets the attention kernel of what it is given
         vision_config=deepcopy(encoder.parts[0].vision.config),
@@ -128,6 +128,8 @@ def llava_config(model):
     config["architectures"] = ["LlavaForConditionalGeneration"]
     if encoder.family.read != "block":
         config.update(model_type="pivot_normed_features", architectures=["MLLM (model.py)"])
+    elif type(encoder.vision.config) not in MODEL_MAPPING:       # MetaCLIP 2
+        config.update(model_type="pivot_unlisted_encoder", architectures=["MLLM (model.py)"])
     if scales_logits(model.llm.config):          # that class takes lm_head's as they are
         config.update(model_type="pivot_scaled_logits", architectures=["MLLM (model.py)"])
     if len(parts := encoder.parts) == 2:         # A+B: no class of theirs has two
@@ -198,9 +200,8 @@ def stop_ids(tokenizer):
 
 def empty_vision(vision_config, image_mean, image_std, **_):
     """The encoder that a folder's config describes, its tensors not yet read."""
-    from transformers import AutoConfig, AutoModel
-    config = AutoConfig.for_model(**vision_config)
-    vision = AutoModel.from_config(config, dtype=torch.float32, **encoders.class_options(config))
+    from transformers import AutoConfig
+    vision = encoders.empty(AutoConfig.for_model(**vision_config), dtype=torch.float32)
     return encoders.Encoder(encoders.without_pooler(vision), image_mean, image_std)
 
 
@@ -218,13 +219,11 @@ def load_mllm(folder):
     if "vision_config" not in facts or "text_config" not in facts:
         raise SystemExit(f"error: {folder} is a {facts.get('model_type')}, not a model that a "
                          f"training stage or repair_eval.py wrote")
-    pixels = files.read_json(folder / "processor_config.json",
-                             "image_processor")["image_processor"]
     with no_init_weights():               # every tensor is read from the file: names are compared
         config = AutoConfig.for_model(**facts["text_config"])
         llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32,
                                                attn_implementation=published.attention_of(config))
-        encoder = empty_vision(facts["vision_config"], pixels["image_mean"], pixels["image_std"])
+        encoder = empty_vision(facts["vision_config"], *published.mean_and_std(folder))
         if "second" in facts:
             encoder = encoders.TwoEncoders(encoder, empty_vision(**facts["second"]))
     llm.tie_weights()

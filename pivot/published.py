@@ -31,6 +31,9 @@ def config_of(name, path):
         raise SystemExit(f"error: --encoder {name} is a {config.model_type}, not a vision encoder "
                          f"with patches; known families: {', '.join(encoders.FAMILIES)}; or a ViT "
                          f"like them")
+    if rate := getattr(config, "drop_path_rate", 0):      # random in training, nothing in inference
+        config.drop_path_rate = 0.0
+        print0(f"  --encoder {name}: its config asks for drop path ({rate:g}); it is switched off")
     return config
 
 
@@ -42,7 +45,6 @@ def load_encoder(name, image_size=None):
     raises SystemExit, one line, when the folder is missing, of a class that cannot serve, or when
         a tensor of the published model is missing.
     """
-    from transformers import AutoModel
     if len(parts := encoders.parts_of(name)) == 2:
         return encoders.TwoEncoders(*(load_encoder(part, image_size) for part in parts))
     path, preset = encoders.resolve(name), encoders.ENCODERS.get(name)
@@ -52,18 +54,18 @@ def load_encoder(name, image_size=None):
         original = config_of(name, path)
         config = convert.as_vit(original)
         encoders.family_of(config)                    # refuses before anything is loaded
-        vision = open_model(AutoModel, f"--encoder {name}", path, config=config,
+        vision = open_model(encoders.class_of(config), f"--encoder {name}", path, config=config,
                             **encoders.class_options(config))
-        mean, std = mean_and_std(name, path, encoders.family_of(original))
+        mean, std = mean_and_std(path, encoders.family_of(original))
     vision = encoders.truncate(vision)
     own_size = preset.geometry[-1] if preset else encoders.side(vision.config.image_size)
     size = image_size or own_size
     return encoders.Encoder(convert.resize_positions(vision, size), mean, std)
 
 
-def mean_and_std(name, path, family):
-    """Mean and standard deviation of the pixels, three numbers each, as the encoder's processor has
-    them; of the family, and that is said, where no file of the folder names them."""
+def mean_and_std(path, family=None):
+    """Mean and standard deviation of the pixels, three numbers each, as the processor of a folder
+    or hub id has them; of the family, and that is said, where no file there names them."""
     for file in ("preprocessor_config.json", "processor_config.json"):   # the latter since 5
         found = convert.file_at(path, file)
         facts = files.read_json(found) if found else {}
@@ -72,12 +74,15 @@ def mean_and_std(name, path, family):
             return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         scale = facts.get("rescale_factor", 1 / 255)
         if abs(scale * 255 - 1) > 1e-6 and facts.get("do_rescale", True):
-            raise SystemExit(f"error: --encoder {name}: {file} scales pixels by {scale}; only "
-                             f"1/255 is known here")
+            raise SystemExit(f"error: {path}: {file} scales pixels by {scale}; only 1/255 is known "
+                             f"here")
         if "image_mean" in facts and "image_std" in facts:
             return three(facts["image_mean"]), three(facts["image_std"])
-    print0(f"  --encoder {name}: no file names its pixels' mean; its family's is used: "
-           f"{family.mean}, std {family.std}")
+    if family is None:
+        raise SystemExit(f"error: {path}: neither processor_config.json nor "
+                         f"preprocessor_config.json says how its pixels are normalised")
+    print0(f"  {path}: no file names its pixels' mean; its family's is used: {family.mean}, std "
+           f"{family.std}")
     return family.mean, family.std
 
 

@@ -1,6 +1,7 @@
 """Open the folders that tests/test_opens.py wrote, with whatever transformers is installed here.
 
-    python tests/compat.py FOLDER        # `make compat`: with transformers 4.57.6
+    python tests/compat.py FOLDER        # `make compat`: with transformers 4.57.6, which saves what
+                                         # it opened as FOLDER/NAME/saved/…, for the way back
 
 FOLDER/NAME/{encoder,final} are what extract.py and the stages wrote; FOLDER/NAME/expected.safetensors
 holds the pixels, ids, features and logits of the code that wrote them; tests/opens.json says of each
@@ -53,6 +54,7 @@ def encoder_opens(folder, facts, want):
     else:
         features = model(pixels).last_hidden_state
     same("features", features[:, facts["prefix"]:], want["features"])
+    return model, processor
 
 
 @torch.no_grad()
@@ -66,14 +68,17 @@ def final_opens(folder, facts, want):
     same("ids", inputs["input_ids"], want["input_ids"], 0)
     same("pixels of final", inputs["pixel_values"], want["pixels"], 0)
     same("logits", model(**inputs).logits, want["logits"])
+    return model, processor
 
 
-def outcome(check, folder, facts, want):
-    """"opens", or why not, as one line."""
+def outcome(check, folder, facts, want, saved=None):
+    """"opens", or why not, as one line. saved: where to save what was opened."""
     try:
-        check(folder, facts, want)
+        opened = check(folder, facts, want)
     except Exception as e:
         return (str(e).strip() or type(e).__name__).splitlines()[0]
+    for each in opened if saved else ():
+        each.save_pretrained(saved)
     return "opens"
 
 
@@ -85,7 +90,8 @@ def main():
         facts = json.loads((root / name / "facts.json").read_text())
         want = load_file(root / name / "expected.safetensors")
         for what, check in (("encoder", encoder_opens), ("final", final_opens)):
-            said, stated = outcome(check, root / name / what, facts, want), row[what][VERSION]
+            said = outcome(check, root / name / what, facts, want, root / name / "saved" / what)
+            stated = row[what][VERSION]
             fits = said == stated or (stated != "opens" and stated in said)
             wrong += not fits
             print(f"  {name:<24}{what:<9}{said[:90]}" + ("" if fits else f"   STATED: {stated}"))

@@ -170,12 +170,21 @@ def test_presets_have_the_published_size(name):
 @pytest.mark.parametrize("name,exact", [("qwen2.5-0.5b", 494_032_768),
                                         ("qwen2.5-1.5b", 1_543_714_304),
                                         ("qwen2.5-3b", 3_085_938_688),
-                                        ("qwen2.5-7b", 7_615_616_512)])
+                                        ("qwen2.5-7b", 7_615_616_512),
+                                        ("qwen3-0.6b", 596_049_920),
+                                        ("qwen3-1.7b", 1_720_574_976),
+                                        ("qwen3-4b", 4_022_468_096),
+                                        ("qwen3-8b", 8_190_735_360),
+                                        ("smollm2-135m", 134_515_008),
+                                        ("smollm2-360m", 361_821_120),
+                                        ("smollm2-1.7b", 1_711_376_384)])
 def test_llm_presets_have_the_published_size(name, exact):
-    d, layers, heads, kv, mlp, rows, tied = encoders.LLMS[name].geometry
-    side = d // heads * kv
+    kind, d, layers, heads, kv, mlp, rows, tied = encoders.LLMS[name].geometry
+    head = 128 if kind == "qwen3" else d // heads
+    q, k = heads * head, kv * head
+    more = {"qwen2": q + 2 * k, "qwen3": 2 * head, "llama": 0}[kind]    # biases, or norms of q and k
     formula = rows * d * (1 if tied else 2) + d + layers * (
-        linear(d, d) + 2 * linear(d, side) + d * d + 3 * d * mlp + 2 * d)
+        2 * d * q + 2 * d * k + more + 3 * d * mlp + 2 * d)
     llm = meta.empty_llm(name)
     assert sum(p.numel() for p in llm.parameters()) == formula == exact
     assert (llm.lm_head.weight is llm.model.embed_tokens.weight) == tied
@@ -607,6 +616,10 @@ def test_any_other_vit_of_transformers(name, tmp_path):
     (t.Siglip2VisionModel, t.Siglip2VisionConfig(**{k: v for k, v in VISION.items()
                                                     if k != "image_size"}),
      "not a vision encoder with patches"),
+    (t.PixtralVisionModel, t.PixtralVisionConfig(**{k: v for k, v in VISION.items()}),
+     r"\(1, 32, 32\) comes out of two images"),
+    (t.HieraModel, t.HieraConfig(embed_dim=8, image_size=[32, 32], patch_stride=[4, 4],
+                                 depths=[1, 1, 1, 1]), "comes out of two images"),
     (t.BertModel, t.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                                intermediate_size=8), "is a bert"),
 ])
@@ -615,3 +628,47 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, kind, config, words):
     with pytest.raises(SystemExit, match=words) as e:
         published.load_encoder(str(tmp_path))
     assert len(str(e.value).splitlines()) == 1 and str(e.value).startswith("error: --encoder")
+
+
+# ------------------------------------------------------------------------------ mean and std
+
+@pytest.mark.parametrize("file,facts,mean,std", [
+    ("processor_config.json", {"image_processor": {"image_mean": [0.48, 0.45, 0.40],
+                                                   "image_std": [0.26, 0.26, 0.27]}},
+     (0.48, 0.45, 0.40), (0.26, 0.26, 0.27)),                    # all that transformers 5 writes
+    ("preprocessor_config.json", {"image_mean": 0.5, "image_std": 0.25}, (0.5,) * 3, (0.25,) * 3),
+    ("preprocessor_config.json", {"do_normalize": False, "image_mean": 0.5}, (0.,) * 3, (1.,) * 3),
+    ("processor_config.json", {"processor_class": "SiglipProcessor"}, encoders.HALF, encoders.HALF),
+    (None, None, encoders.HALF, encoders.HALF),
+])
+def test_mean_and_std_are_the_processors(tmp_path, capsys, file, facts, mean, std):
+    t.SiglipVisionModel(t.SiglipVisionConfig(**VISION)).save_pretrained(tmp_path)
+    if file:
+        (tmp_path / file).write_text(json.dumps(facts))
+    encoder = published.load_encoder(str(tmp_path))
+    assert (encoder.mean, encoder.std) == (mean, std)
+    unsaid = "no file names its pixels' mean" in capsys.readouterr().out
+    assert unsaid == (file is None or "processor_class" in facts)
+
+
+def test_pixels_of_another_scale_are_refused(tmp_path):
+    t.SiglipVisionModel(t.SiglipVisionConfig(**VISION)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(
+        {"rescale_factor": 1 / 127.5, "image_mean": 0.5, "image_std": 0.5}))
+    with pytest.raises(SystemExit, match="scales pixels by 0.0078.*; only 1/255 is known here"):
+        published.load_encoder(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------- drop path, refusals
+
+def test_drop_path_is_switched_off(tmp_path, capsys):
+    """It is random in training and nothing in inference: without it the same features."""
+    torch.manual_seed(0)
+    vision = t.BeitModel(t.BeitConfig(**VISION, use_absolute_position_embeddings=True,
+                                      drop_path_rate=0.3))
+    vision.save_pretrained(tmp_path)
+    encoder = published.refuse_dropout(published.load_encoder(str(tmp_path))).train()
+    assert "asks for drop path (0.3); it is switched off" in capsys.readouterr().out
+    pixels = pixels_for(encoder)
+    want = vision.eval()(values_of(encoder, pixels)).last_hidden_state[:, 1:]
+    assert torch.equal(encoder(pixels), want) and encoder.vision.config.drop_path_rate == 0

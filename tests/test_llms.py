@@ -16,6 +16,7 @@ from conftest import COMMON, ROOT, TEXT, metrics, run
 from pivot import model_io, published, tensors
 
 TOY = ROOT / "weights/toy-lm"
+WORDS = len(t.AutoTokenizer.from_pretrained(TOY))                  # `<image>` is not yet one
 VOCAB = json.loads((TOY / "config.json").read_text())["vocab_size"]
 FACTS = {**TEXT, "vocab_size": VOCAB, "max_position_embeddings": 2048, "tie_word_embeddings": True}
 WIDE = {"head_dim": 8}
@@ -23,6 +24,7 @@ WIDE = {"head_dim": 8}
 LLMS = {
     "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**FACTS, **WIDE)),
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**FACTS)),
+    "full": lambda: t.LlamaForCausalLM(t.LlamaConfig(**{**FACTS, "vocab_size": WORDS})),
     "granite": lambda: t.GraniteForCausalLM(t.GraniteConfig(
         **FACTS, logits_scaling=8.0, embedding_multiplier=3.0, residual_multiplier=0.5)),
     "cohere": lambda: t.CohereForCausalLM(t.CohereConfig(**FACTS, logit_scale=0.25)),
@@ -125,6 +127,15 @@ def spoil_layers(folder):
     (folder / "config.json").write_text(json.dumps(facts))
 
 
+def spoil_tie(folder):
+    """Another lm_head, and a config that says so."""
+    held = load_file(folder / "model.safetensors")
+    held["lm_head.weight"] = torch.randn_like(held["model.embed_tokens.weight"])
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**facts, "tie_word_embeddings": False}))
+
+
 def spoil_quantized(folder):
     facts = json.loads((folder / "config.json").read_text())
     facts["quantization_config"] = {"quant_method": "awq", "bits": 4}
@@ -153,20 +164,13 @@ def test_what_would_go_wrong_later_is_refused_first(tmp_path, name, spoil, words
 def test_a_full_table_gets_rows(tmp_path, tied):
     """SmolLM2's tokenizer has as many words as its LLM rows: `<image>` gets one, the logits of text
     stay, what was tied is tied, and the folder opens elsewhere with the larger table."""
-    words = len(t.AutoTokenizer.from_pretrained(TOY))
-    FULL = {**FACTS, "vocab_size": words, "tie_word_embeddings": tied}
-    torch.manual_seed(0)
-    llm = t.LlamaForCausalLM(t.LlamaConfig(**FULL))
-    folder = tmp_path / "llm"
-    llm.save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOY / file, folder)
-    ids = torch.arange(20)[None]
-    before = llm.eval()(input_ids=ids).logits[0]
+    words, folder, ids = WORDS, folder_of("full", tmp_path / "llm"), torch.arange(20)[None]
+    if not tied:
+        spoil_tie(folder)
+    before = t.AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits[0]
     model, tokenizer = model_io.build_mllm("toy-vit", str(folder), 0)
     rows = model.llm.config.vocab_size
-    fresh = model.image_token_id >= words            # the toy's tokenizer may have the word already
-    assert rows == (words + 64) // 64 * 64 if fresh else rows == words
+    assert model.image_token_id == words and rows == (words + 64) // 64 * 64
     after = model.llm(input_ids=ids).logits[0]
     assert torch.equal(after[:, :words], before)
     assert (after[:, words:] < before.amax(-1, keepdim=True)).all()

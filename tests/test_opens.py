@@ -12,8 +12,10 @@ import transformers as t
 from safetensors.torch import save_file
 
 import compat
+import model as m
 from conftest import COMMON, ROOT, run
-from pivot import encoders, model_io, tensors
+from pivot import encoders, model_io, published, tensors
+from test_llms import folder_of
 
 OUT = ROOT / ".pytest_cache" / "opens"
 TABLE = json.loads((ROOT / "tests/opens.json").read_text())
@@ -38,6 +40,10 @@ def models():
         "dinov3": (t.DINOv3ViTModel, t.DINOv3ViTConfig(**SHAPE, num_register_tokens=2), {}),
         "aimv2": (t.Aimv2VisionModel, t.Aimv2VisionConfig(**SHAPE, use_head=False), {}),
         "mlcd": (t.MLCDVisionModel, t.MLCDVisionConfig(**SHAPE, num_key_value_groups=1), {}),
+        "metaclip_2": (t.MetaClip2VisionModel, t.MetaClip2VisionConfig(**SHAPE), {}),
+        "chinese_clip": (t.ChineseCLIPVisionModel, t.ChineseCLIPVisionConfig(**SHAPE), {}),
+        "beit": (t.BeitModel, t.BeitConfig(**SHAPE, use_absolute_position_embeddings=True,
+                                           drop_path_rate=0.1), WITHOUT),
         "internvl": (t.InternVLVisionModel, t.InternVLVisionConfig(
             **SHAPE, use_absolute_position_embeddings=True), {})}
 
@@ -55,11 +61,14 @@ def few_classes(world, tmp_path_factory):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_every_family_comes_out_as_it_was_trained(name, world, few_classes, tmp_path):
-    kind, config, options = models()[name]
+    """NAME is an encoder's family, or siglip-KIND with another LLM than the toy's."""
+    family, _, other = name.partition("-")
+    kind, config, options = models()[family]
     torch.manual_seed(0)
-    kind(config, **options).save_pretrained(tmp_path / name)
+    kind(config, **options).save_pretrained(tmp_path / family)
+    llm = folder_of(other, tmp_path / other) if other else "toy-lm"
     folder, tiny = tmp_path / "run", ["--run-dir", tmp_path / "run", "--data", world, *COMMON[2:]]
-    run("pretrain.py", "--encoder", tmp_path / name, "--llm", "toy-lm", *tiny,
+    run("pretrain.py", "--encoder", tmp_path / family, "--llm", llm, *tiny,
         "--projector-max-steps", 1, "--max-steps", 1)
     run("train_dpo.py", *tiny, "--max-steps", 1, "--num-samples", 8, "--lr", 1e-3)
     said = run("extract.py", "--run-dir", folder, "--stage", "dpo").stdout
@@ -76,6 +85,14 @@ def test_every_family_comes_out_as_it_was_trained(name, world, few_classes, tmp_
         assert said == stated or (stated != "opens" and stated in said), (what, said)
 
 
+def squashed(encoder):
+    """The picture of compat.py as the encoder takes it: uint8 (1, 3, S, S)."""
+    size = encoder.image_size
+    raw = compat.picture().resize((size, size), compat.Image.Resampling.BICUBIC)
+    raw = torch.tensor(list(raw.tobytes()), dtype=torch.uint8).view(1, size, size, 3)
+    return raw.permute(0, 3, 1, 2)
+
+
 @torch.no_grad()
 def keep(name, stage):
     """Copy encoder/ and final/ to OUT/NAME, with what they give here."""
@@ -84,19 +101,17 @@ def keep(name, stage):
         shutil.copytree(stage / what, OUT / name / what)
     model, tokenizer = model_io.load_mllm(stage / "final")
     encoder = model.eval().encoder
-    size = encoder.image_size
-    raw = compat.picture().resize((size, size), compat.Image.Resampling.BICUBIC)
-    raw = torch.tensor(list(raw.tobytes()), dtype=torch.uint8).view(1, size, size, 3)
-    raw = raw.permute(0, 3, 1, 2)
+    raw = squashed(encoder)
     processor = model_io.image_processor(encoder)
     from pivot.records import SYSTEM, user_turn
     ids = tokenizer(user_turn("What shape is it?", True, SYSTEM))["input_ids"]
     at = ids.index(model.image_token_id)
     ids = torch.tensor([ids[:at] + [model.image_token_id] * encoder.num_tokens + ids[at + 1:]])
     hidden = model.llm.base_model(inputs_embeds=model.embed(raw, ids)).last_hidden_state
+    logits = m.logits_of(model.llm, hidden)
     save_file({"pixels": processor(compat.picture(), return_tensors="pt")["pixel_values"],
                "features": encoder(raw).contiguous(), "input_ids": ids,
-               "logits": model.llm.get_output_embeddings()(hidden)},
+               "logits": logits},
               OUT / name / "expected.safetensors")
     options = encoders.class_options(encoder.vision.config)
     options.pop("attn_implementation")
@@ -104,3 +119,24 @@ def keep(name, stage):
         "class": type(encoder.vision).__name__, "read": encoder.family.read,
         "prefix": encoder.prefix, "options": options,
         "digest": tensors.tensors_digest(encoder.vision)}))
+
+
+@pytest.mark.parametrize("what", ["encoder", "final"])
+@pytest.mark.parametrize("name", TABLE)
+def test_what_transformers_4_saved_opens_here(name, what):
+    """The way back, with what `make compat` left: the same pixels, features, logits."""
+    folder = OUT / name / "saved" / what
+    if TABLE[name][what]["4"] != "opens" or not folder.exists():
+        pytest.skip("transformers 4 does not open it, or did not run yet (make compat)")
+    facts = json.loads((OUT / name / "facts.json").read_text())
+    want = compat.load_file(OUT / name / "expected.safetensors")
+    if what == "encoder":
+        encoder = published.load_encoder(str(folder)).eval()
+    else:
+        model, _ = model_io.load_mllm(folder)
+        encoder = model.eval().encoder
+        hidden = model.llm.base_model(inputs_embeds=model.embed(
+            squashed(encoder), want["input_ids"])).last_hidden_state
+        assert torch.equal(m.logits_of(model.llm, hidden), want["logits"])
+    assert tensors.tensors_digest(encoder.vision) == facts["digest"]
+    assert torch.equal(encoder(squashed(encoder)), want["features"])

@@ -37,7 +37,7 @@ def whole_encoder(name):
         config = convert.as_vit(t.AutoConfig.for_model(kind, patch_size=patch, image_size=size,
                                                        **facts))
     with torch.device("meta"):
-        return t.AutoModel.from_config(config, **encoders.class_options(config))
+        return encoders.empty(config)
 
 
 def empty_encoder(name, image_size=None):
@@ -53,12 +53,13 @@ def empty_encoder(name, image_size=None):
 
 def empty_llm(name):
     """The LLM of a preset or local folder without weights, on the meta device."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoConfig, AutoModelForCausalLM
     if name in encoders.LLMS and encoders.LLMS[name].geometry:
-        hidden, layers, heads, kv, mlp, rows, tied = encoders.LLMS[name].geometry
-        config = Qwen2Config(hidden_size=hidden, num_hidden_layers=layers, vocab_size=rows,
-                             num_attention_heads=heads, num_key_value_heads=kv,
-                             intermediate_size=mlp, tie_word_embeddings=tied)
+        kind, hidden, layers, heads, kv, mlp, rows, tied = encoders.LLMS[name].geometry
+        config = AutoConfig.for_model(kind, hidden_size=hidden, num_hidden_layers=layers,
+                                      num_attention_heads=heads, num_key_value_heads=kv,
+                                      intermediate_size=mlp, vocab_size=rows,
+                                      max_position_embeddings=32_768, tie_word_embeddings=tied)
     else:
         config = published.llm_config(name, encoders.resolve(name))
     with torch.device("meta"):
