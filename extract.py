@@ -10,6 +10,7 @@ A vision tower that was silently not trained, or not saved, is the classic failu
 So the table of relative weight changes is printed, the command refuses when nothing moved, and the
 folder is reopened and compared bit by bit before it gets its final name.
 """
+import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 from pathlib import Path
 
 import torch

@@ -24,6 +24,7 @@ Reads   runs/NAME/STAGE/final; pairs in MMPR's layout; masks: the image's path w
         `images` (toy), or --masks DIR with one a name (ADE20K: annotations, with --mask-label).
 Writes  runs/NAME/probes/gradcam/: gradcam.png (image | SFT | DPO), results.json.
 """
+import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 from functools import partial
 from pathlib import Path
 

@@ -10,6 +10,7 @@ Writes  runs/NAME/pretrain/: config.json, metrics.jsonl, timing.jsonl, checkpoin
 1a and 1b share the folder and one step axis. --lr --encoder-lr --epochs --max-steps speak of 1b,
 --projector-lr --projector-epochs --projector-max-steps of 1a.
 """
+import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 from pathlib import Path
 
 import data

@@ -22,6 +22,7 @@ Reads   DATA/pairs.jsonl, {"image": name below DATA/images, "caption": text} a l
 Writes  align.png (every block against every LLM layer) and results.json to runs/NAME/probes/align
         of the first trained encoder, else to runs/probes/align.
 """
+import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 import math
 import os
 from itertools import combinations, groupby, product

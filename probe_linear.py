@@ -17,6 +17,7 @@ Writes  --out: results.json and features/*.safetensors. Default: runs/NAME/probe
 Intervals, 95 %: over test images. Wilson's for shares, bootstrap for paired differences. What the
 draw of the subset adds is seen with --seeds: by_seed in results.json.
 """
+import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 import hashlib
 import os
 import random

@@ -21,6 +21,7 @@ The encoder is what costs: an image is encoded once an epoch, and the heads of a
 it. Seeds differ in a head's start and in the order inside 256 images; every encoder gets the same.
 ± is the spread over seeds; the interval of a difference is a bootstrap over validation images.
 """
+import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 import colorsys
 import math
 from functools import partial

@@ -14,6 +14,7 @@ Writes  runs/NAME/repair/<encoder>/: what a training stage writes, and bench/: p
         come, results.json, units.json (what intervals resample), report.txt (prompts, labels, the
         paper's table), wrong.html. With --mllm, bench/ lies beside the model's final/.
 """
+import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 import hashlib
 import json
 import shutil

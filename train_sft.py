@@ -9,6 +9,7 @@ Writes  runs/NAME/sft/: config.json, metrics.jsonl, timing.jsonl, checkpoints/, 
 
 `diff train_sft.py train_dpo.py` shows the method: the items and their order are the same.
 """
+import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 from pathlib import Path
 
 import data

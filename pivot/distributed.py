@@ -40,7 +40,15 @@ def start():
     limit = timedelta(hours=3)
     os.environ.setdefault("RAYON_NUM_THREADS", str(cores()))        # of the tokenizers
     store, rank, size = dist.HashStore(), 0, 1
-    if "RANK" in os.environ:
+    if os.environ.get("RANK"):
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+                   if not os.environ.get(name)]
+        if missing:
+            raise SystemExit(f"error: RANK is in the environment and {missing[0]} is not: start "
+                             f"with torchrun, which sets both, or unset RANK")
+        if told("RANK", 0) >= told("WORLD_SIZE", 1) or not told("MASTER_PORT", 0) < 2 ** 16:
+            raise SystemExit("error: RANK must be below WORLD_SIZE, MASTER_PORT below 65536; start "
+                             "with torchrun, which sets them, or unset RANK")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()     # or, torchrun killed, we would train on beside our own successor
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
@@ -59,7 +67,7 @@ def start():
     torch.backends.cuda.enable_cudnn_sdp(False)
     if cuda:
         torch.backends.cudnn.allow_tf32 = False  # "fp32" means it, in the patch convolution, too
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(told("LOCAL_RANK", 0))
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     unused = os.path.exists("/dev/nvidiactl") and not (cuda or hidden)
     print0(f"  {size} {'process' if size == 1 else 'processes'} on "
@@ -88,9 +96,18 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def told(variable, default):
+    """A number that torchrun tells a process; raises SystemExit, one line, for anything else."""
+    value = os.environ.get(variable) or str(default)
+    if not value.isdecimal():
+        raise SystemExit(f"error: {variable}={value} in the environment is no number; it is for "
+                         f"torchrun to set: unset it")
+    return int(value)
+
+
 def local_world():
     """How many processes share this machine's cores."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return told("LOCAL_WORLD_SIZE", 1)
 
 
 def cores():
@@ -100,7 +117,7 @@ def cores():
 
 
 def is_main():
-    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0
+    return (dist.get_rank() if dist.is_initialized() else told("RANK", 0)) == 0
 
 
 def print0(*words):
@@ -316,6 +333,11 @@ def reason(error):
         return (f"error: a process that reads pictures was killed ({said.splitlines()[0]}); out of "
                 f"memory? Fewer --workers need less. {whole.capitalize()}, the same command "
                 f"(without --overwrite) goes on from there")
+    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
+        return (f"error: cannot meet the other processes of this run at "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+                f"({said.splitlines()[0][:200]}); where the port is another run's, torchrun "
+                f"--standalone, or another --rdzv-endpoint, finds a free one")
     if isinstance(error, RuntimeError) and ("gloo" in said
                                             or isinstance(error, dist.DistBackendError)):
         # gloo says it in its first line, NCCL ("Last error: …") in its last ones.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pivot import encoders, files, records
-from pivot.distributed import print0
+from pivot.distributed import print0, told
 
 
 class Parser(argparse.ArgumentParser):
@@ -198,7 +198,7 @@ def missing_parent(args, parent):
     typed = [f"--run-dir {args.run}"] if args.run_typed else []
     typed += [f"--{key.replace('_', '-')} {getattr(args, key)}" for key in INHERITED
               if getattr(args, key)]
-    n = int(os.environ.get("LOCAL_WORLD_SIZE", max(1, torch.cuda.device_count())))
+    n = told("LOCAL_WORLD_SIZE", max(1, torch.cuda.device_count()))
     start = f"torchrun --nproc_per_node={n}" if n > 1 else "python"
     return (f"error: no stage-1 model at {Path(args.run, parent, 'final')}; make it with:  "
             + " ".join([start, script_of(parent) or parent, *typed]))

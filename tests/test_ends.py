@@ -5,6 +5,8 @@ Ten ways here; `make kill` (PIVOT_KILLS=long) goes through all of them.
 """
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -199,3 +201,61 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(world, stage1, tmp_path):
                           env={**os.environ, "END": "SIGHUP in the loop:2:0",
                                "ENDS_AT": str(tmp_path / "at")}, timeout=240)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-1000:]
+
+
+# --------------------------------------------------------------------------- before a run begins
+
+@pytest.mark.parametrize("command", [["train_dpo.py"], ["-m", "tools.plan"]])
+def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path, command):
+    """A torch that takes a minute to import stands for the real one on a slow disk."""
+    mark = tmp_path / "mark"
+    (tmp_path / "torch.py").write_text(
+        f"import time\nopen({str(mark)!r}, 'w').close()\ntime.sleep(60)\n")
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    while not mark.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=MINUTE)[1].strip() == "interrupted"
+    assert process.returncode == -signal.SIGINT
+
+
+def typed(command, **environment):
+    """→ CompletedProcess of a command in another environment."""
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
+                          timeout=MINUTE, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("environment,says", [
+    ({"RANK": "0"}, "RANK is in the environment and WORLD_SIZE is not: start with torchrun"),
+    ({"RANK": "x"}, "RANK=x in the environment is no number"),
+    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+     "RANK must be below WORLD_SIZE"),
+    ({"LOCAL_WORLD_SIZE": ""}, "nowhere/captions.jsonl does not exist"),         # as if unset
+])
+def test_half_of_what_torchrun_sets_is_one_line(environment, says):
+    done = typed(["pretrain.py", "--encoder", "toy-vit", "--llm", "toy-lm", "--data", "nowhere"],
+                 **environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and says in done.stderr
+
+
+def test_a_busy_port_is_one_line():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        done = typed(["pretrain.py", "--encoder", "toy-vit", "--llm", "toy-lm", "--data", "x"],
+                     RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"cannot meet the other processes of this run at 127.0.0.1:{port}" in last
+
+
+@pytest.mark.parametrize("command", [
+    ["-m", "tools.plan", "train_dpo", "--encoder", "siglip2-base"], ["-m", "toy", "--help"]])
+def test_a_terminal_that_knows_ascii_alone(command):
+    """× and – come as \\xd7 and \\u2013."""
+    done = typed(command, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.isascii() and len(done.stdout) > 100

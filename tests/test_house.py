@@ -168,6 +168,14 @@ def test_stage_names_are_not_wired_into_the_ground_floor():
                             "pretrain.py"}, path.name
 
 
+def test_commands_import_pivot_first():
+    """Its __init__ sees to it that Ctrl-C is no traceback while the slow imports follow."""
+    for name in STAGES + INSTRUMENTS:
+        first = next(n for n in ast.parse((ROOT / f"{name}.py").read_text()).body
+                     if isinstance(n, ast.Import | ast.ImportFrom))
+        assert ast.unparse(first) == "import pivot", name
+
+
 # ------------------------------------------------------------------------------------------- words
 
 def test_one_word_for_one_thing():

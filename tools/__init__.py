@@ -1,1 +1,2 @@
 """Commands beside the recipe: `python -m tools.NAME`."""
+import pivot  # noqa: F401
