@@ -1,13 +1,15 @@
 """What is on disk → batches: layouts, masks, order, odd images."""
+import io
 import json
 import os
 import re
 import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 import data
 from pivot import encoders, images, model_io, records
@@ -218,6 +220,104 @@ def test_images_look_as_a_person_sees_them(tmp_path, mode, colour, want):
     assert pixels.shape == (3, 16, 16) and pixels.dtype == np.uint8
     if want:
         assert np.abs(pixels.reshape(3, -1).T.astype(int) - want).max() <= 1
+
+
+RAMP = np.linspace(0, 1, 256).reshape(16, 16)                # of it every shown value is known
+
+
+def saved(values, form="TIFF", **tags):
+    """A file of one band, as bytes; tags of a TIFF: t258=…"""
+    file, ifd = io.BytesIO(), TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        ifd[int(tag[1:])] = value
+    options = {"tiffinfo": ifd} if form == "TIFF" else {}
+    Image.fromarray(values).save(file, form, **options)
+    return file.getvalue()
+
+
+def png_of_16_bits(values):
+    """(H, W, C) → a PNG of 16 bits a colour, which Pillow does not write."""
+    def chunk(kind, content):
+        length, check = (struct.pack(">I", n) for n in (len(content), zlib.crc32(kind + content)))
+        return length + kind + content + check
+    height, width, bands = values.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in values.astype(">u2"))
+    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + \
+        chunk(b"IEND", b"")
+
+
+def pnm(head, top):
+    """A binary PGM or PPM of 16 × 16."""
+    values = (RAMP * top).astype(">u2").repeat(3 if head.startswith("P6") else 1)
+    return f"{head}\n".encode() + values.tobytes()
+
+
+def u16(top):
+    return (RAMP * top).astype(np.uint16)
+
+
+@pytest.mark.parametrize("name, raw, white", [
+    ("fractions", saved(RAMP.astype(np.float32)), 255),
+    ("fractions of a bright picture", saved((RAMP / 2 + 0.5).astype(np.float32)), 255),
+    ("float, 0 to 255", saved((RAMP * 255).astype(np.float32)), 255),
+    ("a PFM", b"Pf 16 16 -1.0\n" + RAMP[::-1].astype(np.float32).tobytes(), 255),
+    ("32 bits, 0 to 255", saved((RAMP * 255).astype(np.int32)), 255),
+    ("32 bits, 0 to 65535", saved((RAMP * 65535).astype(np.int32)), 255),
+    ("16 bits", saved(u16(65535), "PNG"), 255),
+    ("16 bits, the other order", saved(u16(65535).astype(">u2")), 255),
+    ("12 bits, says the largest value", saved(u16(4095), t281=(4095,)), 255),
+    ("10 bits, says the largest value", saved(u16(1023), t341=(1023.0,)), 255),
+    ("a largest value that is the picture's own", saved(u16(30000), t281=(30000,)), 116),
+    ("12 bits, says the PGM", pnm("P5 16 16 4095", 4095), 255),
+    ("12 bits, says the PPM", pnm("P6 16 16 4095", 4095), 255),
+    ("white is zero", saved(u16(65535), t262=0), 255),
+    ("a dim picture of 16 bits", saved(u16(16383), "PNG"), 63),
+    ("16 bits a colour", png_of_16_bits(np.stack([u16(65535)] * 3, -1)), 255),
+    ("black", saved(u16(0), "PNG"), 0), ("black fractions", saved(RAMP.astype("f4") * 0), 0)])
+def test_what_has_over_8_bits_is_scaled_where_white_is_known(name, raw, white):
+    shown = images.load_image(raw, None, "here")[0].astype(int)
+    assert shown.max() == white
+    want = RAMP * white
+    if "bright" in name:
+        want = RAMP * 127.5 + 127.5
+    if name == "white is zero":
+        want = 255 - want
+    assert np.abs(shown - want).max() <= 1
+
+
+def test_twelve_bits_that_a_tiff_declares(tmp_path):
+    """BitsPerSample 12: two values in three bytes, which Pillow does not write."""
+    entries = [(256, 3, 2), (257, 3, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 122),
+               (277, 3, 1), (278, 3, 1), (279, 4, 3)]
+    raw = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    raw += b"".join(struct.pack("<HHII", tag, kind, 1, n) for tag, kind, n in entries)
+    raw = (raw + b"\0" * 122)[:122] + bytes([0xff, 0xf8, 0x00])          # 4095, 2048
+    assert images.load_image(raw, None, "here")[0].tolist() == [[255, 127]]
+
+
+@pytest.mark.parametrize("raw, says", [
+    (saved(u16(4095), "PNG"), "nearly black: its largest value is 4095, and white may be 65535"),
+    (saved(u16(255), "PNG"), "nearly black"), (saved(u16(4095)), "nearly black"),
+    (saved(u16(4095).astype(np.int32)), "nearly black"),
+    (pnm("P5 16 16 65535", 4095), "nearly black"), (pnm("P6 16 16 65535", 4095), "nearly black"),
+    *[(png_of_16_bits(np.dstack([u16(4095)] * colours + [u16(0) + 65535] * alpha)),
+       "nearly black: it has 16 bits a colour, and none reaches over 15 of 255")
+      for colours in (1, 3) for alpha in (0, 1) if colours + alpha > 1],
+    (png_of_16_bits(np.stack([u16(255)] * 3, -1)), "nearly black"),
+    (saved((RAMP * 3).astype(np.float32)), "nearly black"),
+    (saved((RAMP * 4095).astype(np.float32)), "holds values from 0 to 4095, and none of them"),
+    (saved((RAMP * 70000).astype(np.int32)), "holds values from 0 to 70000"),
+    (saved((RAMP * 99 - 1).astype(np.int32)), "holds values from -1 to 98"),
+    (saved((RAMP - 0.1).astype(np.float32)), "holds values from -0.1 to 0.9"),
+    (saved(np.where(RAMP > 0.5, np.nan, RAMP).astype(np.float32)), "holds values from nan"),
+    (saved(np.where(RAMP > 0.5, np.inf, RAMP).astype(np.float32)), "to inf")])
+def test_what_has_over_8_bits_is_never_black_in_silence(raw, says):
+    with pytest.raises(records.BadRecord, match=says) as said:
+        images.load_image(raw, None, "x.json:item 1")
+    text = str(said.value)
+    assert text.startswith("x.json:item 1: embedded image ") and text.endswith("with 8 bits")
+    assert "\n" not in text
 
 
 def test_exif_rotation_palette_alpha_animation_and_one_pixel(tmp_path):
