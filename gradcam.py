@@ -58,6 +58,7 @@ def get_args():
         f"shuffle; some hundreds make a measurement (default {PICTURES})")
     add("--seed", type=flags.NATURAL, default=0, help="which pairs are drawn (default 0)")
     add("--skip-bad", **flag, help="drop and count bad records")
+    flags.add_follow_links(parser)
     add("--at", default="encoder", choices=["encoder", "projector"], help="default encoder")
     add("--classic", **flag, help="gradient-weighted activations and a ReLU")
     add("--steps", type=flags.NATURAL, default=0, help="train on each pair so long first "

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 import data
-from pivot import encoders, images, model_io, records
+from pivot import encoders, files, images, model_io, records
 import model as m
 
 
@@ -148,11 +148,192 @@ def test_skip_bad_sees_a_truncated_image(tools, folder, capsys):
     assert re.search(r"  dropped: \S+:2: image \S+cut.png cannot be read", capsys.readouterr().out)
 
 
+def chat_of(**fields):
+    """CHAT without its placeholder and picture, with these fields."""
+    turns = [{"from": "human", "value": "What colour?"}, {"from": "gpt", "value": "red"}]
+    return {"id": "x.png", "conversations": turns, **fields}
+
+
+@pytest.mark.parametrize("fields", [
+    {"images": ["a.png"]}, {"images": "a.png"}, {"image": ["a.png"]},
+    {"image": "a.png", "images": ["a.png"]}, {"image": "", "images": ["a.png"]},
+    {"image": "a.png", "images": []}, {"image": "a.png", "image_path": "a.png"}])
+def test_a_picture_under_images_is_read_as_under_image(tools, folder, fields):
+    """The same tokens, the same picture, the same key of the data digest."""
+    plain, other = (samples("conversations", folder, [record], tools)
+                    for record in (chat_of(image="a.png"), chat_of(**fields)))
+    assert other.text_only == 0 and other.images[0] == str(folder.resolve() / "images/a.png")
+    assert other.keys.tolist() == plain.keys.tolist() and not other.unread
+    assert other[0]["pixels"].max() == 255 and (other[0]["ids"] == plain[0]["ids"]).all()
+
+
+@pytest.mark.parametrize("fields, says", [
+    ({"image_path": "a.png"}, "'image_path' names a picture, and only 'image' and 'images' are"),
+    ({"img": "coco/A.JPG"}, "'img' names a picture"), ({"Image": "a.png"}, "'Image' names a"),
+    ({"pictures": ["a.webp", "b.webp"]}, "'pictures' names a picture"),
+    ({"picture": {"path": "a.png", "bytes": None}}, "'picture' names a picture"),
+    ({"url": "https://example.org/a.jpeg"}, "'url' names a picture"),
+    ({"video": "a.mp4"}, "'video' names a picture"),
+    ({"image_base64": "data:image/png;base64,AAAA"}, "'image_base64' names a picture"),
+    ({"image": "", "file": "a.tif"}, "'file' names a picture"),
+    ({"images": [{"path": "a.png"}]}, "'images' is not a file name"),
+    ({"image": "A" * 2000}, "'image' is not a file name"),
+    ({"image": "a.png", "images": ["b.png"]}, "'image' and 'images' name different pictures"),
+    ({"image": "a.png", "images": ["a.png", "b.png"]}, "'image' and 'images' name different")])
+def test_no_picture_is_passed_over_in_silence(tools, folder, fields, says):
+    with pytest.raises(SystemExit, match=re.escape(f"x.jsonl:1: {says}")):
+        samples("conversations", folder, [chat_of(**fields)], tools)
+
+
+def test_pictures_beside_the_one_that_is_read_are_counted_by_name(tools, folder):
+    """As in published captions, whose url is the picture's origin."""
+    records = [chat_of(image="a.png", url=f"https://example.org/{i}.jpg") for i in range(3)]
+    made = samples("conversations", folder, [*records, chat_of(image="a.png")], tools)
+    assert made.summary() == ("4 conversations of 4 records; dropped: none; 0 text-only; "
+                              "pictures not read: 3 under 'url'")
+    several = samples("conversations", folder, [*records, chat_of(images=["a.png", "b.png"])],
+                      tools)
+    assert several.dropped == {"multi-image": 1}
+
+
+def test_text_alone_stays_text_alone(tools, folder):
+    records = [chat_of(), chat_of(image=None, images=[]), chat_of(source="a page", number=7)]
+    assert samples("conversations", folder, records, tools).text_only == 3
+
+
+@pytest.mark.parametrize("form", ["x.jsonl", "x.json"])
+def test_a_byte_order_mark_is_no_part_of_json(tools, folder, form):
+    """As Windows' editors and PowerShell write it; also before a blank line, and twice."""
+    mark, line = b"\xef\xbb\xbf", json.dumps(PAIR).encode()
+    for raw in (mark + line + b"\n", mark + mark + line, mark + b"\n" + line, line):
+        raw = raw if form == "x.jsonl" else raw.replace(line, b"[" + line + b"]")
+        (folder / form).write_bytes(raw)
+        made = data.Samples("pairs", [(folder / form, folder / "images")], *tools, 1024,
+                            verbose=False)
+        assert len(made) == 1 and made.read == 1
+    meta = {"toy": {"root": "images", "annotation": form}}
+    (folder / "meta.json").write_bytes(mark + json.dumps(meta).encode())
+    assert records.pair_sources(folder / "meta.json") == [(folder / form, folder / "images")]
+    assert files.read_json(folder / "meta.json", "toy") == meta
+
+
+def test_json_in_another_encoding_is_refused_in_one_line(tools, folder):
+    for form in ("x.json", "meta.json"):
+        (folder / form).write_text(json.dumps([PAIR]), encoding="utf-16")
+    with pytest.raises(SystemExit, match="x.json:1: not JSON .*utf-8"):
+        data.Samples("pairs", [(folder / "x.json", folder / "images")], *tools, 1024)
+    with pytest.raises(SystemExit, match="meta.json: not JSON .*utf-8"):
+        files.read_json(folder / "meta.json")
+    with pytest.raises(SystemExit, match="meta.json: not an MMPR meta.json .*utf-8"):
+        records.pair_sources(folder / "meta.json")
+
+
+def test_a_whole_number_is_its_text(tools, folder):
+    """As an answer that counts: the same tokens as "7", also of a pair."""
+    for number in (7, 0, -12, 10 ** 20):
+        turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": number}]
+        said = [{**turns[1], "value": str(number)}]
+        a, b = (samples("conversations", folder, [chat_of(conversations=t)], tools)
+                for t in (turns, turns[:1] + said))
+        assert a.ids.tolist() == b.ids.tolist()
+        c, d = (samples("pairs", folder, [{**PAIR, "chosen": x}], tools)
+                for x in (number, str(number)))
+        assert c.ids.tolist() == d.ids.tolist()
+    with pytest.raises(SystemExit, match="chosen and rejected are the same"):
+        samples("pairs", folder, [{**PAIR, "chosen": 7, "rejected": "7"}], tools)
+
+
+@pytest.mark.parametrize("value, says", [
+    ("7.0", "is the number 7.0; write it in quotes"), ("7.50", "is the number 7.5; write it in"),
+    ("NaN", "is the number NaN"), ("true", "is true; write it in quotes"), ("null", "is missing"),
+    ('["red"]', "is a list"), ('{"text": "red"}', "is an object"), ('""', "is empty")])
+def test_what_is_no_text_is_named(tools, folder, value, says):
+    """Of 7.0 nobody knows whether 7, 7.0 or 7.00 was meant."""
+    turn = json.dumps(chat_of()).replace('"red"', value)
+    with pytest.raises(SystemExit, match=f"x.jsonl:1, turn 2: 'value' {says}"):
+        samples("conversations", folder, [turn], tools)
+    pair = json.dumps({**PAIR, "chosen": "X"}).replace('"X"', value)
+    with pytest.raises(SystemExit, match=f"x.jsonl:1: 'chosen' {says}"):
+        samples("pairs", folder, [pair], tools)
+
+
+@pytest.mark.parametrize("turns, says", [
+    (json.dumps(CHAT["conversations"]), "'conversations' is a string, a list of turns is expected;"
+     " is it JSON inside a string?"),
+    (CHAT["conversations"][0], "'conversations' is an object, a list of turns is expected"),
+    (7, "'conversations' is the number 7, a list"), (True, "'conversations' is true, a list"),
+    (["What colour?", "red"], "turn 1 is a string, an object of 'from' and 'value' is expected"),
+    ([["What?"], ["red"]], "turn 1 is a list"), ([None, None], "turn 1 is null"),
+    ([], "'conversations' is missing or empty"), ("", "'conversations' is missing or empty"),
+    (None, "'conversations' is missing or empty")])
+def test_turns_that_are_none_are_named(tools, folder, turns, says):
+    with pytest.raises(SystemExit, match=re.escape(f"x.jsonl:1: {says}")):
+        samples("conversations", folder, [{**CHAT, "conversations": turns}], tools)
+
+
 def test_links_may_not_leave_the_folder(tools, folder):
     (folder / "secret.png").write_bytes((folder / "images" / "a.png").read_bytes())
     (folder / "images" / "link.png").symlink_to(folder / "secret.png")
     with pytest.raises(SystemExit, match="leaves its folder"):
         samples("pairs", folder, [{**PAIR, "image": "link.png"}], tools)
+
+
+@pytest.fixture
+def linked(folder):
+    """images/out is a link to a folder elsewhere, images/in to one inside; all is a link to images.
+    """
+    for name in ("elsewhere", "images/sub"):
+        (folder / name).mkdir()
+        Image.new("RGB", (9, 9), "blue").save(folder / name / "b.png")
+    Image.new("RGB", (9, 9), "blue").save(folder / "secret.png")
+    (folder / "images/out").symlink_to(folder / "elsewhere")
+    (folder / "images/in").symlink_to(folder / "images/sub")
+    (folder / "images/one.png").symlink_to(folder / "secret.png")
+    (folder / "all").symlink_to(folder / "images")
+    return folder.resolve()
+
+
+@pytest.mark.parametrize("root", ["images", "all"])
+@pytest.mark.parametrize("name, found", [
+    ("a.png", "images/a.png"), ("ABOVE/images/a.png", "images/a.png"), ("in/b.png", "images/sub/b"),
+    ("ABOVE/all/a.png", "images/a.png"), ("ABOVE/all/in/b.png", "images/sub/b.png"),
+    ("sub/../a.png", "images/a.png"), ("../images/a.png", "images/a.png")])
+def test_what_resolves_inside_the_root_is_read(linked, root, name, found):
+    """Absolute names, too, and by way of links that stay inside; with the flag or without."""
+    for follow_links in (False, True):
+        path = records.image_of({"image": name.replace("ABOVE", str(linked))}, linked / root,
+                                "x.jsonl:1", follow_links)
+        assert path.startswith(str(linked / found))
+
+
+@pytest.mark.parametrize("root", ["images", "all"])
+@pytest.mark.parametrize("name", ["out/b.png", "ABOVE/images/out/b.png", "one.png"])
+def test_links_that_leave_are_followed_where_a_flag_says_so(linked, root, name):
+    """The path keeps the name inside: masks are found by it, and the data digest is a copy's."""
+    item = {"image": name.replace("ABOVE", str(linked))}
+    with pytest.raises(records.BadRecord, match="by a link; --follow-links allows it"):
+        records.image_of(item, linked / root, "x.jsonl:1")
+    path = records.image_of(item, linked / root, "x.jsonl:1", follow_links=True)
+    assert path == str(linked / "images" / name.removeprefix("ABOVE/images/"))
+    assert images.load_image(path, None, "here")[2].min() == 255
+    with pytest.raises(records.BadRecord, match="not found"):
+        records.image_of({"image": "out/none.png"}, linked / root, "x.jsonl:1", True)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "out/../secret.png", "ABOVE/secret.png",
+                                  "ABOVE/images/../secret.png", "ABOVE/elsewhere/b.png",
+                                  "out/../elsewhere/b.png", "ABOVE/images2/a.png"])
+def test_what_leaves_by_its_name_is_refused_whatever_the_flag(linked, name):
+    for follow_links in (False, True):
+        with pytest.raises(records.BadRecord, match="leaves its folder") as said:
+            records.image_of({"image": name.replace("ABOVE", str(linked))}, linked / "images",
+                             "x.jsonl:1", follow_links)
+        assert "--follow-links" not in str(said.value)
+
+
+def test_the_root_of_all_is_a_root(linked):
+    assert records.image_of({"image": str(linked / "secret.png")}, "/", "x:1") == \
+        str(linked / "secret.png")
 
 
 def test_workers_share_what_the_records_are(tools, folder):
