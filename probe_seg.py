@@ -39,6 +39,7 @@ from pivot.records import BadRecord
 
 BATCH, CHUNK, TILE = 32, 256, 192      # images a step; encoded at a time; pixels of an overlay
 SCORES = ("recall", "mIoU", "mIoU-0")
+SPLITS = ("training", "validation")
 
 
 def get_args():
@@ -57,16 +58,20 @@ def get_args():
 
 # --------------------------------------------------------------------------------- images and masks
 
-def list_split(root, split, limit):
-    """[(image, mask)] of a split, in the order of names; every image has its mask."""
-    found = sorted((root / "images" / split).glob("[!.]*"))[:limit]
-    if not found:
-        raise SystemExit(f"error: no images in {root}/images/{split}")
-    split = [(i, root / "annotations" / split / f"{i.stem}.png") for i in found]
-    for image, mask in split:
-        if not mask.exists():
-            raise SystemExit(f"error: {image} has no mask: expected {mask}")
-    return split
+def list_splits(root, limit):
+    """[(image, mask)] of training and of validation, in the order of names; every image has its
+    mask."""
+    splits = []
+    for folder, found in images.pictures_in([root / "images" / s for s in SPLITS]).items():
+        if not found:
+            raise SystemExit(f"error: no images in {folder}")
+        masks = root / "annotations" / folder.name
+        splits.append([(Path(image), masks / f"{Path(image).stem}.png")
+                       for image in found[:limit]])
+        for image, mask in splits[-1]:
+            if not mask.exists():
+                raise SystemExit(f"error: {image} has no mask: expected {mask}")
+    return splits
 
 
 def square(image, mask, size, classes):
@@ -219,7 +224,7 @@ def main():
         labels = files.read_json(facts, "ade20k_classes")["ade20k_classes"]
     else:
         labels += [f"class {k}" for k in range(1, 151)]
-    learn, check = (list_split(root, s, args.limit) for s in ("training", "validation"))
+    learn, check = list_splits(root, args.limit)
     device, results, spread, drawn = distributed.start(), {}, {}, {}
     out.mkdir(parents=True, exist_ok=True)
     times = torch.from_numpy(intervals.resampling(len(check))).float()               # (1000, n)

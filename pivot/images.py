@@ -1,10 +1,12 @@
 """Pictures and masks on disk → arrays, the same everywhere: in training, benchmarks and probes."""
 import io
+import os
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from pivot.records import BadRecord
+from pivot.distributed import print0
+from pivot.records import PICTURES, BadRecord
 
 MAX_PIXELS = 50_000_000     # a larger image is refused before it is decoded
 Image.MAX_IMAGE_PIXELS = None     # our own bound, above, is checked first
@@ -14,6 +16,7 @@ TURNED = {       # EXIF's orientation → what turns the picture upright
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
+FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 DARK = 16                   # of 255: values of 12 bits in a file of 16 reach no further
 BITS, PHOTOMETRIC, MAXIMUM, S_MAXIMUM = 258, 262, 281, 341      # tags of a TIFF
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")         # not LAB, whose A is a colour
@@ -35,6 +38,40 @@ def turn_of(image):
         return TURNED.get(image.getexif().get(0x0112))
     except Exception:
         return None
+
+
+def is_picture(entry):
+    """Is an entry of a folder a picture, by the end of its name, or, where that says nothing, by
+    its first bytes? Hidden files (.DS_Store, ._x.jpg) are none."""
+    if entry.name.startswith("."):
+        return False
+    if entry.name.lower().endswith(PICTURES):
+        return True
+    with open(entry.path, "rb") as file:
+        head = file.read(12)
+    return head.startswith(FIRST_BYTES) or head[4:] == b"ftypavif" or head[8:] == b"WEBP" or \
+        (head[:2] == b"BM" and head[6:10] == bytes(4))
+
+
+def pictures_in(folders):
+    """{folder: the paths of its pictures, in the order of names}; prints once how many files are
+    none and were left out. raises SystemExit, naming it, at a folder among them."""
+    found, others = {}, []
+    for folder in folders:
+        found[folder] = []
+        for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+            if entry.is_file():
+                (found[folder] if is_picture(entry) else others).append(entry.path)
+            elif entry.is_dir() and not entry.name.startswith("."):
+                raise SystemExit(f"error: {entry.path} is a folder among pictures; they are read "
+                                 f"from {folder} itself, so move it elsewhere")
+            elif not entry.is_dir():
+                raise SystemExit(f"error: {entry.path} is no file; is it a link to nothing?")
+        found[folder].sort()
+    if others:
+        print0(f"  {len(others)} files are no pictures and are left out: {min(others)}"
+               + (" …" if len(others) > 1 else ""))
+    return found
 
 
 def over_8_bits(image):
@@ -67,8 +104,8 @@ def eight_bits(image, deep, name):
     least, most = values.min(), values.max()            # NaN, if there is one
     white = white_of(image, deep, most) if np.isfinite([least, most]).all() else None
     if white is None or least < 0:
-        raise BadRecord(f"{name} holds values from {least:g} to {most:g}, and none of them is known "
-                        f"to be white; save it with 8 bits")
+        raise BadRecord(f"{name} holds values from {least:g} to {most:g}, and which of them is "
+                        f"white is not known; save it with 8 bits")
     if image.mode == "F":
         shown = np.rint(values * (255 / white))
     else:

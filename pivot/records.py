@@ -19,8 +19,9 @@ from pivot import files
 MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
 MAX_NAME = 1024             # characters of an image name; a picture in base64 has more
 PROMPT, ANSWER, OTHER = 0, 1, 2   # role of a piece's tokens; OTHER is a pair's rejected answer
-PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp",
-            ".ppm", ".pgm", ".pbm", ".jp2", ".avif")       # how the names of pictures end
+PICTURES = (                # how the names of pictures end, in small letters
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".jp2", ".j2k", ".avif", ".heic")
 FILMS = (".mp4", ".webm", ".avi", ".mov", ".mkv")
 OF_TEXT = {"id", "conversations", "question", "chosen", "rejected", "caption"}
 real_folder = functools.lru_cache(os.path.realpath)

@@ -337,7 +337,7 @@ def test_patches_and_targets_by_loops(tmp_path):
 def test_recall_and_miou_by_loops(tmp_path, ade):
     """The scores of two heads that know nothing, patch by patch and pixel by pixel."""
     args = type("", (), {"workers": 0})()
-    pairs, device = probe_seg.list_split(ade, "validation", None), distributed.start()
+    (_, pairs), device = probe_seg.list_splits(ade, None), distributed.start()
     torch.manual_seed(0)
     heads = [nn.Sequential(nn.Linear(16, 6)) for _ in range(2)]
     seen, eye = [], Fake("seer")
