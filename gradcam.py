@@ -24,6 +24,7 @@ Reads   runs/NAME/STAGE/final; pairs in MMPR's layout; masks: the image's path w
         `images` (toy), or --masks DIR with one a name (ADE20K: annotations, with --mask-label).
 Writes  runs/NAME/probes/gradcam/: gradcam.png (image | SFT | DPO), results.json.
 """
+import os
 from functools import partial
 from pathlib import Path
 
@@ -122,13 +123,14 @@ def train_on(model, loss_of, lr, steps):
 
 
 def mask_path(args, image):
-    """Where a picture's mask lies: in --masks, or where `masks` stands for `images` in its path;
-    None where there is no such file."""
-    above, _, below = f"{Path(image).parent}/".rpartition("/images/")
-    if not (args.masks or above):
-        return None
-    folder = Path(args.masks or f"{above}/masks/{below}")
-    candidates = (folder / Path(image).name, folder / f"{Path(image).stem}.png")
+    """Where a picture's mask lies: in --masks, or where `masks` stands for `images` in its path,
+    with its links or without; None where there is no such file."""
+    folders = [args.masks] if args.masks else []
+    for path in () if args.masks else (image, os.path.realpath(image)):
+        above, found, below = f"{Path(path).parent}/".rpartition("/images/")
+        folders += [f"{above}/masks/{below}"] if found else []
+    candidates = [Path(folder, name) for folder in folders
+                  for name in (Path(image).name, f"{Path(image).stem}.png")]
     return next((path for path in candidates if path.is_file()), None)
 
 

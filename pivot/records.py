@@ -160,21 +160,19 @@ def image_of(item, root, where, follow_links=False):
 
 
 def path_inside(name, root, where, follow_links):
-    """The absolute path of a file that lies inside root; raises BadRecord. A link that is followed
-    out of root keeps the name it has inside, as if the file lay there itself."""
-    top = os.path.join(real_folder(root), "")
-    named = os.path.join(top, name)                       # name alone, where that is absolute
-    path = os.path.realpath(named)
-    if not path.startswith(top):
-        by_link = ".." not in name.split("/") and (not os.path.isabs(name) or name.startswith(
-            (top, os.path.join(os.path.abspath(root), ""))))
+    """The absolute path of a file that lies inside root; raises BadRecord. It keeps the name that
+    the record gives: masks are found by it, whatever links stand between."""
+    folder = os.path.join(os.getcwd(), root, "")
+    top, path = os.path.join(real_folder(folder), ""), os.path.join(folder, name)
+    real, climbs = os.path.realpath(path), ".." in name.split("/")
+    if not real.startswith(top):
+        by_link = path.startswith((top, folder)) and not climbs
         if not (by_link and follow_links):
             raise BadRecord(f"{where}: image {name} leaves its folder {root}"
                             + (" by a link; --follow-links allows it" if by_link else ""))
-        path = named
-    if not os.path.isfile(path):
+    if not os.path.isfile(real):
         raise BadRecord(f"{where}: image {name} not found in {root}")
-    return path
+    return real if climbs else path
 
 
 # ----------------------------------------------------------------------------------------- template
