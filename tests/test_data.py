@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import zlib
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 import data
+from conftest import COMMON, bit_equal, run
 from pivot import encoders, files, images, model_io, records
 import model as m
 
@@ -334,6 +336,28 @@ def test_what_leaves_by_its_name_is_refused_whatever_the_flag(linked, name):
             records.image_of({"image": name.replace("ABOVE", str(linked))}, linked / "images",
                              "x.jsonl:1", follow_links)
         assert "--follow-links" not in str(said.value)
+
+
+def test_a_run_over_links_is_the_run_over_copies(world, stage1, tmp_path):
+    """Bit by bit, and of one data digest: pictures in a cache under other names, `images` for
+    `image`, an absolute name, a mark at the beginning."""
+    for i, picture in enumerate((world / "images").rglob("*.png")):
+        (tmp_path / "images" / picture.relative_to(world / "images")).parent.mkdir(
+            parents=True, exist_ok=True)
+        shutil.copy(picture, tmp_path / f"{i:05d}")
+        (tmp_path / "images" / picture.relative_to(world / "images")).symlink_to(
+            tmp_path / f"{i:05d}")
+    items = json.loads((world / "captions.json").read_text())
+    items = [{**item, "images": [item["image"]], "image": None} for item in items]
+    items[0]["images"] = [f"{tmp_path}/images/{items[0]['images'][0]}"]
+    (tmp_path / "captions.json").write_text("\ufeff" + json.dumps(items))
+    run("pretrain.py", "--run", tmp_path / "run", "--encoder", "toy-vit", *COMMON, "--data", world,
+        "--projector-max-steps", 2, "--max-steps", 3, "--captions", tmp_path / "captions.json",
+        "--images", tmp_path / "images", "--follow-links")
+    bit_equal(tmp_path / "run/pretrain", stage1 / "pretrain")
+    a, b = (json.loads((folder / "pretrain/config.json").read_text())["data_digest"]
+            for folder in (tmp_path / "run", stage1))
+    assert a == b
 
 
 def test_the_root_of_all_is_a_root(linked):
