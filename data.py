@@ -20,12 +20,11 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import CHOSEN, IGNORE, PADDING, REJECTED, SHARED
+from model import CHOSEN, IGNORE, MAX_LENGTH, PADDING, REJECTED, SHARED
 from pivot import distributed, images, records
 from pivot.records import ANSWER, IMAGE_TOKEN, OTHER, PROMPT, BadRecord
 
 MAX_TEXT = 1500             # text tokens of prompt + answer, for either answer of a pair (MMPR)
-MAX_LENGTH = 2048           # the same with the image tokens
 
 
 # ---------------------------------------------------------------------------------------- datasets
@@ -251,25 +250,32 @@ def preference_pairs(args, path, tokenizer, model, keep_all=False):
 def collate(samples, layout):
     """Samples → one right-padded micro-batch.
 
-    layout "answers": prompt + (chosen) answer(s); "pair": the shared-prefix layout of model.py.
-    → pixel_values uint8 (B, 3, S, S), input_ids, labels (B, T), and for "pair" branch, position_ids
-    (B, T) and index (B,), which names the rows of the cached reference.
+    layout "answers": prompt + (chosen) answer(s); "pair": the shared-prefix layout of model.py;
+    "rows": both answers of a pair as plain rows, those of all chosen ones first.
+    → pixel_values uint8 (B, 3, S, S), input_ids, labels (B, T) or, for "rows", (2B, T); for "pair"
+    branch, position_ids (B, T); for both index (B,), which names the rows of the cached reference.
     """
-    row_of = pair_row if layout == "pair" else answer_row
-    rows = [row_of(s["ids"], s["roles"]) for s in samples]
+    texts = [(s["ids"], s["roles"]) for s in samples]
+    if layout == "pair":
+        rows = [pair_row(*text) for text in texts]
+    else:
+        rows = [answer_row(*text) for text in texts]
+    if layout == "rows":
+        rows += [answer_row(*text, OTHER) for text in texts]
     fill = {"input_ids": 0, "labels": IGNORE, "branch": PADDING, "position_ids": 0}
     batch = {k: pad_sequence([torch.from_numpy(row[k]) for row in rows], batch_first=True,
                              padding_value=fill[k]) for k in rows[0]}
     batch["pixel_values"] = torch.from_numpy(np.stack([s["pixels"] for s in samples]))
-    if layout == "pair":
+    if layout != "answers":
         batch["index"] = torch.tensor([s["index"] for s in samples])
     return batch
 
 
-def answer_row(ids, roles):
-    """Plain causal row: the rejected answer left out, loss on the answers alone."""
-    ids, roles = ids[roles != OTHER], roles[roles != OTHER]
-    return {"input_ids": ids, "labels": np.where(roles == ANSWER, ids, IGNORE)}
+def answer_row(ids, roles, answer=ANSWER):
+    """Plain causal row of a prompt and one of its answers, with the loss on that alone."""
+    kept = (roles == PROMPT) | (roles == answer)
+    ids, roles = ids[kept], roles[kept]
+    return {"input_ids": ids, "labels": np.where(roles == answer, ids, IGNORE)}
 
 
 def pair_row(ids, roles):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pivot import distributed, encoders, files, flags, model_io, tensors
+from pivot import distributed, encoders, files, flags, model_io, published, tensors
 
 CARD = """---
 tags: [vision, pivot]
@@ -178,7 +178,7 @@ def write(out, encoder, source, card):
         (aside / "README.md").write_text(card, encoding="utf-8")
         pixels = torch.randint(0, 256, (2, 3, encoder.image_size, encoder.image_size),
                                dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        reopened = model_io.load_encoder(str(aside)).eval()
+        reopened = published.load_encoder(str(aside)).eval()
         if not torch.equal(reopened(pixels), encoder.eval()(pixels)):
             raise SystemExit(f"error: {aside} reopened gives other features; nothing was written")
 
@@ -195,7 +195,7 @@ def main():
         return
     model, _ = model_io.load_mllm(stage / "final")
     encoder = model.encoder
-    original = model_io.load_encoder(config["arguments"]["encoder"],
+    original = published.load_encoder(config["arguments"]["encoder"],
                                      config["arguments"].get("image_size"))
     changes = measure(args, stage, config, encoder, original)
     write(out, encoder, source, card_of(args, stage, config, encoder, changes))

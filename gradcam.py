@@ -90,7 +90,7 @@ def sft_loss(model, batch):
 
 def dpo_loss(model, batch, ref, beta):
     """DPO's loss of a pair, as train_dpo.py descends it; ref: log π_ref of both answers: 0-dim."""
-    chosen, rejected = m.branch_logps(model(**batch), batch["branch"])
+    chosen, rejected = m.answer_logps(model(**batch), batch.get("branch"))
     return m.dpo_loss(chosen, rejected, *ref, beta)[0].sum()
 
 
@@ -204,12 +204,12 @@ def losses_of(args, model, pair, device):
     """The two losses of one pair as functions without arguments, and the rate each trains at:
     [(loss_of, lr), …], SFT's first. DPO's reference is the model as it is now."""
     batches = []
-    for layout in ("answers", "pair"):
+    for layout in ("answers", "pair" if m.can_hold_pairs(model.llm) else "rows"):
         batch = data.collate([pair], layout)
         batches.append({k: v.to(device) for k, v in batch.items() if k != "index"})
     answers, both = batches
     with torch.no_grad():
-        ref = m.branch_logps(model(**both), both["branch"])
+        ref = m.answer_logps(model(**both), both.get("branch"))
     return [(partial(sft_loss, model, answers), args.sft_lr),
             (partial(dpo_loss, model, both, ref, args.beta), args.dpo_lr)]
 

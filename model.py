@@ -5,7 +5,7 @@
 
 Every gradient that reaches the encoder flows back through exactly these lines. How it is *run*
 is in pivot/: distributed.py (processes, sharding), checkpoints.py, encoders.py (which encoder and
-layer), model_io.py (how a model is opened and saved).
+layer), published.py and model_io.py (how models are opened and saved).
 
 The pair layout (shared prefix, one image, one sequence a pair; the prompt has P tokens, `p` is the
 last of them):
@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100                                    # label of a token that is not predicted
 SHARED, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3   # branch of a token in the pair layout
+MAX_LENGTH = 2048               # of prompt + answer with the image's tokens; longer is left out
 MAX_LOGITS = 1024 * 151_936     # at once through lm_head: 1,024 rows of Qwen, 0.6 GB of fp32
 
 
@@ -67,6 +68,16 @@ def pair_mask(branch):
     return visible(branch)(b, None, t.view(T, 1), t)
 
 
+def can_hold_pairs(llm):
+    """Does every layer heed our mask? A recurrent or a sliding one would let the rejected answer
+    read the chosen one, or the prompt no more: such an LLM takes layout "rows"."""
+    config, mixers = llm.config, ("self_attn", "attention", "attn", "self_attention")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) or MAX_LENGTH
+    return kinds == {"full_attention"} and window >= MAX_LENGTH and all(
+        any(hasattr(layer, mixer) for mixer in mixers) for layer in llm.base_model.layers)
+
+
 def attention_mask(branch, kernel, dtype):
     """The mask in the form the attention kernel takes: FlexAttention's blocks, or floats."""
     (B, T), device = branch.shape, branch.device
@@ -84,7 +95,8 @@ class LogProb(torch.autograd.Function):
 
     d log p_t / d logits = onehot(t) − p. The logits become p in the forward pass and the gradient
     in the backward pass: one table of R × V, where log_softmax and its gradient would be three. The
-    input is overwritten: safe, because the matrix product that made it does not save its output.
+    input is overwritten: safe, because neither a matrix product nor a product with a number, which
+    made it, saves its output.
     """
     @staticmethod
     def forward(ctx, logits, targets):
@@ -103,18 +115,39 @@ class LogProb(torch.autograd.Function):
         return p.mul_(-grad).scatter_add_(-1, targets[:, None], grad), None
 
 
-def token_logps(hidden, lm_head, targets):
+def logits_of(llm, hidden):
+    """The logits that the LLM's own class gives: (R, D) → (R, V), in fp32 at least: in bf16 a sum
+    of log-probs over 200 tokens is off by 1.2 nats.
+
+    Some classes scale or cap what lm_head gives. (published.refuse_llm compares a row with theirs.)
+    """
+    logits, config = llm.get_output_embeddings()(hidden), llm.config
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))        # fp64 stays (tests)
+    if not scales_logits(config):
+        return logits
+    logits = logits * (getattr(config, "logit_scale", None) or 1)          # Cohere
+    logits = logits / (getattr(config, "logits_scaling", None) or 1)       # Granite
+    if cap := getattr(config, "final_logit_softcapping", None):            # Gemma 2
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def scales_logits(config):
+    """Does this LLM's class scale or cap what its lm_head gives?"""
+    return (getattr(config, "logit_scale", None) or 1) != 1 or \
+        (getattr(config, "logits_scaling", None) or 1) != 1 or \
+        bool(getattr(config, "final_logit_softcapping", None))
+
+
+def token_logps(hidden, llm, targets):
     """log p(target) of each row. hidden (R, D), targets (R,) → (R,) fp32.
 
-    The logits are cast to fp32 *before* the log-softmax: in bf16 a sum over 200 tokens is off by
-    1.2 nats. Rows go through in chunks, recomputed in the backward pass, so that the peak is
-    MAX_LOGITS however long the answers are.
+    Rows go through in chunks, recomputed in the backward pass, so that the peak is MAX_LOGITS
+    however long the answers are.
     """
     def chunk(h, t):
-        logits = lm_head(h)
-        at_least_fp32 = torch.promote_types(logits.dtype, torch.float32)        # fp64 stays (tests)
-        return LogProb.apply(logits.to(at_least_fp32), t)
-    rows = max(1, MAX_LOGITS // lm_head.out_features)
+        return LogProb.apply(logits_of(llm, h), t)
+    rows = max(1, MAX_LOGITS // llm.get_output_embeddings().out_features)
     if len(hidden) <= rows:
         return chunk(hidden, targets)
     return torch.cat([checkpoint(chunk, h, t, use_reentrant=False)
@@ -155,6 +188,8 @@ class MLLM(nn.Module):
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             features = self.encoder(pixel_values)                      # (B, N, d_vision)
         features = self.projector(features)                            # (B, N, d_llm)
+        if len(input_ids) == 2 * len(features):        # layout "rows": both answers' rows see it
+            features = features.repeat(2, 1, 1)
         is_image = input_ids == self.image_token_id                    # (B, T)
         features = features[is_image.any(1)]                           # text-only rows have none
         if int(is_image.sum()) != features.shape[0] * features.shape[1]:
@@ -167,10 +202,13 @@ class MLLM(nn.Module):
 
         pixel_values uint8 (B, 3, S, S); input_ids, labels int64 (B, T), right-padded, labels
         IGNORE where nothing is predicted; branch, position_ids int64 (B, T) for the pair layout.
+        In layout "rows" a picture has two rows: input_ids, labels and the result are (2B, T).
         out[b, t] = log p(labels[b, t] | image, what token t - 1 sees); an answer's log-prob is
         their sum.
         """
         embeds = self.embed(pixel_values, input_ids)
+        if branch is not None and not can_hold_pairs(self.llm):
+            raise ValueError(f"a {self.llm.config.model_type} cannot hold two answers in one row")
         # Without branches: right padding under a causal mask needs neither mask nor positions.
         mask = None if branch is None else attention_mask(
             branch, self.llm.config._attn_implementation, embeds.dtype)               # (B, 1, T, T)
@@ -180,7 +218,7 @@ class MLLM(nn.Module):
         rows = targets != IGNORE
         logps = hidden.new_zeros(labels.shape,
                                  dtype=torch.promote_types(hidden.dtype, torch.float32))
-        picked = token_logps(hidden[:, :-1][rows], self.llm.get_output_embeddings(), targets[rows])
+        picked = token_logps(hidden[:, :-1][rows], self.llm, targets[rows])
         logps[:, 1:] = logps[:, 1:].masked_scatter(rows, picked)
         return logps
 
@@ -202,11 +240,11 @@ class MLLM(nn.Module):
         for _ in range(max_new_tokens):
             out = self.llm.base_model(**inputs, attention_mask=attention_mask, use_cache=True,
                                       position_ids=positions, past_key_values=cache)
-            logits = self.llm.get_output_embeddings()(out.last_hidden_state[:, -1])   # (B, V)
+            logits = logits_of(self.llm, out.last_hidden_state[:, -1])                # (B, V)
             if temperature:                  # the highest after Gumbel noise is a draw: Gumbel-max
                 gumbel = -torch.stack([torch.empty(logits.shape[1]).exponential_(generator=g).log()
                                        for g in generators])
-                logits = logits.float() / temperature + gumbel.to(logits.device)
+                logits = logits / temperature + gumbel.to(logits.device)
             token = logits.argmax(-1)
             done |= torch.isin(token, stop)
             if self.all_processes(bool(done.all())):       # sharded, all must run as many steps
@@ -219,8 +257,14 @@ class MLLM(nn.Module):
         return answers
 
 
-def branch_logps(logps, branch):
-    """Token log-probs (B, T) → log π(y_c), log π(y_r), each (B,): *sums* over the answer."""
+def answer_logps(logps, branch=None):
+    """Token log-probs → log π(y_c), log π(y_r), each (B,): *sums* over the answer.
+
+    Layout "pair": logps, branch (B, T). Layout "rows", which has no branches: logps (2B, T), the
+    rows of all chosen answers first.
+    """
+    if branch is None:
+        return logps.sum(1).chunk(2)
     return [(logps * (branch == b)).sum(1) for b in (CHOSEN, REJECTED)]
 
 

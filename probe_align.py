@@ -34,7 +34,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 from judge import probing
-from pivot import distributed, encoders, files, flags, images, model_io, printing, records
+from pivot import (distributed, encoders, files, flags, images, model_io, printing, published,
+                   records)
 from pivot.distributed import print0
 
 BATCH = 32                # images or captions at once
@@ -93,7 +94,7 @@ def vision_features(name, items, device):
         model = probing.single_encoder(model_io.load_mllm(path)[0], path).eval().to(device)
         encoder, projector = model.encoder, model.projector
     else:
-        encoder = model_io.load_encoder(name).eval().to(device)
+        encoder = published.load_encoder(name).eval().to(device)
 
     def keep(block, inputs, out):
         out = out[0] if isinstance(out, tuple) else out
@@ -120,8 +121,8 @@ def llm_features(name, items, device):
     """→ [(n, layers + 1, D)], names of the layers."""
     from transformers import AutoModelForCausalLM
     path = encoders.resolve(name)
-    llm = model_io.open_model(AutoModelForCausalLM, f"--llm {name}", path)
-    tokenizer, llm = model_io.open_tokenizer(path), llm.base_model.eval().to(device)
+    llm = published.open_model(AutoModelForCausalLM, f"--llm {name}", path)
+    tokenizer, llm = published.open_tokenizer(path), llm.base_model.eval().to(device)
 
     def step(batch):
         ids = [torch.tensor(x) for x in tokenizer([text for *_, text in batch])["input_ids"]]

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from judge import intervals, logistic, probing
-from pivot import distributed, files, flags, images, model_io, printing, tensors
+from pivot import distributed, files, flags, images, model_io, printing, published, tensors
 from pivot.distributed import print0
 
 GRID = (0.01, 0.03, 0.1, 0.316, 1.0, 3.16)                       # C of the paper's sweep
@@ -147,7 +147,7 @@ def all_features(args, names, lists, out, device):
     views = {}
     for i, (name, model) in enumerate(zip(names, args.encoder + args.mllm)):
         if i < len(args.encoder):
-            encoder, projector = model_io.load_encoder(model), None
+            encoder, projector = published.load_encoder(model), None
         else:
             trained = probing.single_encoder(model_io.load_mllm(model)[0], model)
             encoder, projector = trained.encoder, trained.projector.to(device)

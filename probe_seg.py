@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from judge import intervals, probing
-from pivot import distributed, files, flags, images, model_io, printing
+from pivot import distributed, files, flags, images, printing, published
 from pivot.distributed import print0
 from pivot.records import BadRecord
 
@@ -251,7 +251,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     times = torch.from_numpy(intervals.resampling(len(check))).float()               # (1000, n)
     for name, path in zip(names, args.encoder):
-        encoder = model_io.load_encoder(path).eval().to(device)
+        encoder = published.load_encoder(path).eval().to(device)
         heads, left_out = train(args, name, encoder, learn, len(labels), device)
         hits, there, confusion, best = test(args, name, encoder, heads, check, len(labels), device)
         left_out = left_out, ignored(confusion[0].sum(), encoder, len(check))

@@ -16,7 +16,7 @@ import torch
 
 import data
 import model as m
-from pivot import checkpoints, distributed, flags, model_io, training
+from pivot import checkpoints, distributed, flags, model_io, published, training
 from pivot.distributed import print0
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=1e-6,
@@ -37,6 +37,9 @@ def get_args(argv=None):
     parser.add_argument("--reference", choices=["cached", "live"], default="cached",
                         help="reference log-probs from one pass before the first step (cached) or "
                         "from a frozen second model at every step (live: teaching, checking)")
+    parser.add_argument("--layout", choices=["pair", "rows"], default="pair", help="both answers "
+                        "of a pair in one row behind one prompt (pair), or in a row each (rows): "
+                        "slower, the same log-probs, for any LLM")
     parser.add_argument("--heldout", help="pairs scored before and after training; default "
                         "DATA/preferences/heldout.jsonl, where that exists")
     args = flags.settle(parser.parse_args(argv), "dpo", PAPER, TOY, parent="pretrain")
@@ -58,12 +61,12 @@ def score_pairs(args, model, pairs, order, clock, desc):
     """
     logps, seen = torch.zeros(len(pairs), 2), torch.zeros(len(pairs), 1)
     cover = order.cover()
-    clock.start(data.loader(pairs, cover, "pair", args.workers))
+    clock.start(data.loader(pairs, cover, args.layout, args.workers))
     for _ in distributed.progress(0, len(cover), desc):
         batch = clock.next_batch()
         index = batch.pop("index").cpu()
         with torch.set_grad_enabled(args.compile):    # its graph is freed at once: nothing holds it
-            chosen_logps, rejected_logps = m.branch_logps(model(**batch), batch["branch"])
+            chosen_logps, rejected_logps = m.answer_logps(model(**batch), batch.get("branch"))
         logps[index] = torch.stack([chosen_logps, rejected_logps], 1).detach().cpu()
         seen[index] = 1
     return distributed.sum_tensor(logps) / distributed.sum_tensor(seen)
@@ -79,7 +82,7 @@ def reference_logps(args, run, model, sets, clock):
     key = {"parent_digest": run.config["parent_digest"], "dtype": args.dtype,
            "attention": args.attention, "compile": args.compile,
            "pixels": str((model.encoder.image_size, model.encoder.mean, model.encoder.std)),
-           "layout": "shared prefix, ChatML"}
+           "layout": {"pair": "shared prefix", "rows": "two rows"}[args.layout] + ", ChatML"}
     key |= {name: samples.fingerprint() for name, (samples, _) in sets.items()}
 
     def compute():
@@ -128,6 +131,7 @@ def main():
 
     # ---- model
     model, tokenizer = model_io.load_mllm(run.parent)
+    published.refuse_layout(model.llm, args.layout)
 
     # ---- data
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
@@ -160,7 +164,7 @@ def main():
         report_heldout(args, run, model, *sets["heldout"], ref["heldout"], clock, step=0)
     distributed.heed_signals()
 
-    clock.start(data.loader(pairs, order.schedule(run.start, steps), "pair", args.workers))
+    clock.start(data.loader(pairs, order.schedule(run.start, steps), args.layout, args.workers))
     for step in (bar := distributed.progress(run.start, steps, args.stage)):
         lrs = training.set_lr(optimizer, step, steps, args.warmup)
         sums = {"loss": 0.0, "tokens": 0, "chosen_reward": 0.0, "rejected_reward": 0.0,
@@ -173,12 +177,13 @@ def main():
             # L = −E log σ(β[(log π(y_c) − log π_ref(y_c)) − (log π(y_r) − log π_ref(y_r))])
             index = batch.pop("index")
             logps = model(**batch)                                    # (B, T) fp32
-            chosen_logps, rejected_logps = m.branch_logps(logps, batch["branch"])
+            chosen_logps, rejected_logps = m.answer_logps(logps, batch.get("branch"))
             if args.reference == "cached":
                 ref_chosen, ref_rejected = ref["pairs"][index.cpu()].to(device).unbind(1)
             else:
                 with torch.no_grad():
-                    ref_chosen, ref_rejected = m.branch_logps(ref_model(**batch), batch["branch"])
+                    ref_chosen, ref_rejected = m.answer_logps(ref_model(**batch),
+                                                              batch.get("branch"))
             losses, chosen_reward, rejected_reward = m.dpo_loss(
                 chosen_logps, rejected_logps, ref_chosen, ref_rejected, args.beta)
             loss = losses.sum() / args.global_batch       # a mean over the pairs of all processes

@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
-from pivot import distributed, encoders, files, model_io, records, training  # noqa: E402
+from pivot import distributed, encoders, files, model_io, published, records, training  # noqa: E402
 import model as m  # noqa: E402
 
 PATCH, EPOCHS, BETA, LR = 16, 3, 0.1, 2e-5
@@ -77,9 +77,9 @@ def build(shape, seed=0):
         num_attention_heads=width // 64, num_key_value_heads=max(1, width // 256),
         vocab_size=shape.vocab, max_position_embeddings=4096, tie_word_embeddings=True))
     encoder = encoders.Encoder(encoders.truncate(vision), encoders.HALF, encoders.HALF)
-    tokenizer = model_io.open_tokenizer(ROOT / "weights" / "toy-lm")
-    image_id = model_io.prepare_tokenizer(tokenizer, shape.vocab)
-    return model_io.refuse_dropout(m.MLLM(encoder, llm, image_id)), tokenizer
+    tokenizer = published.open_tokenizer(ROOT / "weights" / "toy-lm")
+    image_id = published.prepare_tokenizer(tokenizer)
+    return published.refuse_dropout(m.MLLM(encoder, llm, image_id)), tokenizer
 
 
 def save(shape, folder):
@@ -127,10 +127,10 @@ class Ours:
     @torch.no_grad()
     def reference(self, batch):
         """log π of both answers: (B, 2), as score_pairs has it."""
-        return torch.stack(m.branch_logps(self.model(**batch), batch["branch"]), 1)
+        return torch.stack(m.answer_logps(self.model(**batch), batch["branch"]), 1)
 
     def dpo_step(self, batch, ref):
-        logps = m.branch_logps(self.model(**batch), batch["branch"])
+        logps = m.answer_logps(self.model(**batch), batch["branch"])
         return self.update(m.dpo_loss(*logps, *ref.unbind(1), BETA)[0].mean())
 
     def sft_step(self, batch):

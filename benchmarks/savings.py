@@ -70,7 +70,7 @@ def answer_logps(model, batch, savings):
         logits = model.llm.lm_head(hidden[:, :-1])                       # (rows, T - 1, V)
         logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0] * wanted
     if "prefix" in savings:
-        return m.branch_logps(logps, batch["branch"][:, 1:])
+        return m.answer_logps(logps, batch["branch"][:, 1:])
     return logps.sum(1).chunk(2)
 
 

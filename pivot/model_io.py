@@ -1,4 +1,4 @@
-"""Models as folders: an encoder opened, a model put together, saved, opened again.
+"""Models as folders: put together from what others published, saved, opened again.
 
 There is one format, that of transformers' LlavaForConditionalGeneration: weights, config, tokenizer
 with our chat template, processor. What such a model computes is in model.py; encoders come in more
@@ -9,76 +9,10 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from model import MLLM
-from pivot import convert, encoders, files, printing, tensors
+from model import MLLM, scales_logits
+from pivot import encoders, files, published, tensors
 from pivot.records import CHAT_TEMPLATE, IMAGE_TOKEN
-
-
-def config_of(name, path):
-    """The vision config of a folder or hub id; raises SystemExit, one line."""
-    from transformers import AutoConfig
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"error: cannot open --encoder {name} ({path}): {printing.first_line(e)}")
-    if config.model_type == "llava":
-        raise SystemExit(f"error: --encoder {name} is a whole model; detach its encoder with:  "
-                         f"python extract.py --run-dir RUN --stage STAGE")
-    config = getattr(config, "vision_config", config)  # a whole SigLIP/CLIP: its encoder
-    if not all(hasattr(config, key) for key in ("image_size", "patch_size", "num_channels")):
-        raise SystemExit(f"error: --encoder {name} is a {config.model_type}, not a vision encoder "
-                         f"with patches; known families: {', '.join(encoders.FAMILIES)}; or a ViT "
-                         f"like them")
-    return config
-
-
-def load_encoder(name, image_size=None):
-    """Open an encoder for training, fp32, truncated to the layer whose output is the feature.
-
-    name: preset, folder (published or extracted), hub id, or a file of timm, open_clip or MoCo v3;
-    image_size: another input size than its own.
-    raises SystemExit, one line, when the folder is missing, of a class that cannot serve, or when
-        a tensor of the published model is missing.
-    """
-    from transformers import AutoModel
-    if len(parts := encoders.parts_of(name)) == 2:
-        return encoders.TwoEncoders(*(load_encoder(part, image_size) for part in parts))
-    path, preset = encoders.resolve(name), encoders.ENCODERS.get(name)
-    if file := convert.find(path):
-        vision, mean, std = convert.load(file)
-    else:
-        original = config_of(name, path)
-        config = convert.as_vit(original)
-        encoders.family_of(config)                    # refuses before anything is loaded
-        vision = open_model(AutoModel, f"--encoder {name}", path, config=config,
-                            **encoders.class_options(config))
-        file = convert.file_at(path, "preprocessor_config.json")
-        facts = files.read_json(file) if file else {}
-        mean = facts.get("image_mean") or encoders.family_of(original).mean
-        std = facts.get("image_std") or encoders.family_of(original).std
-    vision = encoders.truncate(vision)
-    own_size = preset.geometry[-1] if preset else encoders.side(vision.config.image_size)
-    size = image_size or own_size
-    return encoders.Encoder(convert.resize_positions(vision, size), mean, std)
-
-
-def open_model(kind, name, path, **options):
-    """kind.from_pretrained in fp32; raises SystemExit, one line, where transformers would make up
-    what a folder lacks: a tensor missing, or of another shape than config.json says."""
-    try:
-        model, info = kind.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True, **{"attn_implementation": "sdpa", **options})
-    except Exception as e:       # a file cut short comes as safetensors' or pickle's own error
-        raise SystemExit(f"error: cannot open {name} ({path}): {printing.first_line(e)}")
-    wanted = {key: t.shape for key, t in model.state_dict().items()}
-    found = {**wanted, **{key: shape for key, shape, _ in info["mismatched_keys"]}}
-    for key in info["missing_keys"]:
-        found.pop(key, None)
-    tensors.refuse_misfit(name, wanted, found)
-    return model
 
 
 def image_processor(encoder):
@@ -92,73 +26,18 @@ def image_processor(encoder):
                                    image_mean=list(encoder.mean), image_std=list(encoder.std))
 
 
-def prepare_tokenizer(tokenizer, vocab_size):
-    """Give the tokenizer `<image>` and our template; returns the id of `<image>`.
-
-    Qwen's embedding has more rows than its tokenizer has words (151,936 against 151,665), so the
-    placeholder takes a spare row: nothing is resized, and tied embeddings stay tied.
-    """
-    for token in ("<|im_start|>", "<|im_end|>"):
-        if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
-            raise SystemExit(f"error: the tokenizer of {tokenizer.name_or_path} has no {token}: a "
-                             f"ChatML model (Qwen2.5-Instruct or alike) is needed")
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]},
-                                 replace_extra_special_tokens=False)
-    if len(tokenizer) > vocab_size:
-        raise SystemExit(f"error: no spare embedding row for {IMAGE_TOKEN}: the tokenizer has "
-                         f"{len(tokenizer)} words and the LLM {vocab_size} rows")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-
-
-def open_tokenizer(path):
-    from transformers import AutoTokenizer
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as e:
-        raise SystemExit(f"error: no usable tokenizer in {path}: {printing.first_line(e)}")
-
-
-def refuse_llm(llm, name):
-    """Raise SystemExit, one line, unless every layer is plain attention that heeds our mask: a
-    recurrent one would let the rejected answer read the chosen one, whatever the mask says."""
-    layers = getattr(llm.base_model, "layers", ())
-    kinds = set(getattr(llm.config, "layer_types", None) or ["full_attention"])
-    mixers = ("self_attn", "attention", "attn", "self_attention")
-    if not len(layers) or not all(any(hasattr(x, k) for k in mixers) for x in layers) or \
-            kinds != {"full_attention"}:
-        raise SystemExit(f"error: --llm {name} is a {llm.config.model_type}: only models whose "
-                         f"layers are all full attention, in .layers, can hold two answers in one "
-                         f"sequence (this one: {', '.join(sorted(kinds))})")
-
-
 def build_mllm(encoder_name, llm_name, seed, image_size=None):
     """A pretrained encoder, a fresh projector (a function of seed alone), a pretrained LLM.
 
     → (MLLM in fp32, tokenizer). fp32 masters: in bf16 storage an AdamW step of 1e-6 on a weight of
     0.02 is rounded away every time.
     """
-    from transformers import AutoModelForCausalLM
-    encoder = load_encoder(encoder_name, image_size)
-    path = encoders.resolve(llm_name)
-    llm = open_model(AutoModelForCausalLM, f"--llm {llm_name}", path)
-    refuse_llm(llm, llm_name)
-    tokenizer = open_tokenizer(path)
-    image_token_id = prepare_tokenizer(tokenizer, llm.config.vocab_size)
+    encoder = published.load_encoder(encoder_name, image_size)
+    llm, tokenizer, image_token_id = published.open_llm(llm_name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return refuse_dropout(MLLM(encoder, llm, image_token_id)), tokenizer
-
-
-def refuse_dropout(model):
-    """Dropout anywhere would make policy and reference differ at step 0: refuse it."""
-    for name, module in model.named_modules():
-        rates = [getattr(module, key, 0) for key in ("attention_dropout", "dropout", "drop_prob",
-                                                     "dropout_prob")]
-        rates += [module.p] if isinstance(module, nn.Dropout) else []
-        if any(isinstance(rate, float) and rate > 0 for rate in rates):
-            raise SystemExit(f"error: {name} has dropout; DPO compares two passes bit by bit")
-    return model
+        model = MLLM(encoder, llm, image_token_id)
+    return published.refuse_dropout(model), tokenizer
 
 
 # Our names → those of a LlavaForConditionalGeneration folder.
@@ -249,6 +128,8 @@ def llava_config(model):
     config["architectures"] = ["LlavaForConditionalGeneration"]
     if encoder.family.read != "block":
         config.update(model_type="pivot_normed_features", architectures=["MLLM (model.py)"])
+    if scales_logits(model.llm.config):          # that class takes lm_head's as they are
+        config.update(model_type="pivot_scaled_logits", architectures=["MLLM (model.py)"])
     if len(parts := encoder.parts) == 2:         # A+B: no class of theirs has two
         config.update(model_type="pivot_two_encoders", architectures=["MLLM (model.py)"], second={
             "vision_config": parts[1].vision.config.to_dict(), "image_mean": parts[1].mean,
@@ -340,8 +221,9 @@ def load_mllm(folder):
     pixels = files.read_json(folder / "processor_config.json",
                              "image_processor")["image_processor"]
     with no_init_weights():               # every tensor is read from the file: names are compared
-        llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts["text_config"]),
-                                               dtype=torch.float32, attn_implementation="sdpa")
+        config = AutoConfig.for_model(**facts["text_config"])
+        llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32,
+                                               attn_implementation=published.attention_of(config))
         encoder = empty_vision(facts["vision_config"], pixels["image_mean"], pixels["image_std"])
         if "second" in facts:
             encoder = encoders.TwoEncoders(encoder, empty_vision(**facts["second"]))
@@ -356,4 +238,5 @@ def load_mllm(folder):
                           {name: held.shape() for name, held in found.items()})
     for name, held in found.items():
         own[name].copy_(held.tensor())
-    return refuse_dropout(model), open_tokenizer(folder)
+    published.refuse_llm(llm, folder)
+    return published.refuse_dropout(model), published.open_tokenizer(folder)

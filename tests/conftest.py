@@ -26,7 +26,7 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from pivot import encoders, model_io  # noqa: E402
+from pivot import encoders, published  # noqa: E402
 import in_fork  # noqa: E402
 import model as m  # noqa: E402
 from pivot import distributed  # noqa: E402, F401  (sets the environment transformers reads)
@@ -115,4 +115,4 @@ def tiny_model(vision="siglip", llm="qwen2", tie=True, seed=0, dtype=torch.float
             "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**TEXT, tie_word_embeddings=tie)),
             }[llm]()
     encoder = encoders.Encoder(encoders.truncate(eye), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    return model_io.refuse_dropout(m.MLLM(encoder, head, image_token_id=63)).to(dtype)
+    return published.refuse_dropout(m.MLLM(encoder, head, image_token_id=63)).to(dtype)

@@ -69,7 +69,7 @@ def count_bytes():
     device, (rank, size) = distributed.start(), distributed.world()
     model = distributed.shard(build(device), device, "fp32")
     optimizer = training.adamw(model, {"encoder": 1e-5, "projector": 1e-5, "llm": 0})
-    (-model(**batch_of(model, 1, 430, 60, 40, True)).sum()).backward()
+    (-model(**batch_of(model, 1, 430, 60, 40, "pair")).sum()).backward()
     optimizer.step()
 
     def here(tensor):                # a DTensor's shard, or a lone process's whole tensor
@@ -81,7 +81,7 @@ def count_bytes():
                              for k in ("exp_avg", "exp_avg_sq"))}
     empty = build("meta")
     training.freeze(empty, {"encoder": 1e-5, "projector": 1e-5, "llm": 0})
-    held, _ = plan.memory(empty, meta.trace(empty, 430, 60, 40, True), size, 1, 1, 4,
+    held, _ = plan.memory(empty, meta.trace(empty, 430, 60, 40, "pair"), size, 1, 1, 4,
                           sharded=distributed.is_sharded(size, "fp32"))
     if rank == 0:
         print(json.dumps({"real": real, "planned": {k: held[k] for k in real}}))
@@ -110,8 +110,8 @@ def main():
 
     empty = build("meta")
     training.freeze(empty, rates)
-    held, total = plan.memory(empty, meta.trace(empty, *length, pairs), size, rows, micro_steps,
-                              4, bool(checkpointing),
+    row = meta.trace(empty, *length, "pair" if pairs else "answers")
+    held, total = plan.memory(empty, row, size, rows, micro_steps, 4, bool(checkpointing),
                               sharded=distributed.is_sharded(size, "fp32"))
     if rank == 0:
         print(json.dumps({"measured": measured, "planned": total, "held": held}))

@@ -223,7 +223,7 @@ def scored(stage1, sixteen, tmp_path_factory):
     """A run folder whose model has answered all sixteen, in batches of three. Its LLM is the toy's
     shape with wild random weights: what it says hangs on every token and pixel."""
     import torch
-    from pivot import model_io
+    from pivot import model_io, published
     folder = tmp_path_factory.mktemp("scored")
     shutil.copytree(stage1 / "pretrain/final", folder / "m/final")
     model, tokenizer = model_io.load_mllm(folder / "m/final")
@@ -657,12 +657,12 @@ def test_two_encoders_see_what_each_sees_alone(tmp_path):
     """Channels side by side; the second's 6 × 6 grid resampled to the first's 4 × 4; each gets the
     picture squashed for its own size, its own statistics and its own prefix dropped."""
     import torch
-    from pivot import model_io
+    from pivot import model_io, published
     for name, vision in (("a", tiny_encoder("clip", 32, 8, 32)),
                          ("b", tiny_encoder("dinov2", 48, 8, 16, 1))):
         vision.save_pretrained(tmp_path / name)
-    two = model_io.load_encoder(f"{tmp_path}/a+{tmp_path}/b").eval()
-    a, b = (model_io.load_encoder(str(tmp_path / n)).eval() for n in "ab")
+    two = published.load_encoder(f"{tmp_path}/a+{tmp_path}/b").eval()
+    a, b = (published.load_encoder(str(tmp_path / n)).eval() for n in "ab")
     raw = [base64.b64decode(p) for p in P[:2]]
     pixels = torch.from_numpy(np.stack([images.load_image(x, two.image_size, "here") for x in raw]))
     assert pixels.shape == (2, 3 * 32 ** 2 + 3 * 48 ** 2) and pixels.dtype == torch.uint8
@@ -690,7 +690,7 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
     reads it; a second call finds it finished."""
     import torch
     from transformers import AutoModelForImageTextToText
-    from pivot import model_io
+    from pivot import model_io, published
     from conftest import COMMON
     tiny_encoder("dinov2", 32, 8, 16).save_pretrained(tmp_path / "dino")
     line = ["repair_eval.py", "--run-dir", tmp_path / "r", "--encoder", f"toy-vit+{tmp_path}/dino",
@@ -699,14 +699,14 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
     folder = tmp_path / "r/repair/toy-vit+dino"
     model, _ = model_io.load_mllm(folder / "final")
     for part, name in zip(model.encoder.parts, ("toy-vit", str(tmp_path / "dino"))):
-        for key, p in model_io.load_encoder(name).state_dict().items():
+        for key, p in published.load_encoder(name).state_dict().items():
             assert torch.equal(p, part.state_dict()[key]), key
     assert model.projector.linear_1.in_features == 128 + 16
     with pytest.raises(SystemExit, match="final has two encoders: probe each by itself"):
         probing.single_encoder(model, folder / "final")
     pixels = torch.randint(0, 256, (2, 3 * 48 ** 2 + 3 * 32 ** 2), dtype=torch.uint8)
     with torch.no_grad():
-        assert torch.equal(model.encoder(pixels), model_io.load_encoder(line[4]).eval()(pixels))
+        assert torch.equal(model.encoder(pixels), published.load_encoder(line[4]).eval()(pixels))
     with pytest.raises(Exception, match="pivot_two_encoders"):
         AutoModelForImageTextToText.from_pretrained(folder / "final")
     assert report.alike(dict.fromkeys("ab", folder / "config.json"), set())[1].startswith("Re-paired ")
@@ -720,7 +720,7 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
 def test_reused_layers_start_where_pivot_left_them(stage1, world, tmp_path):
     """"1+1": linear_1 is the trained one, linear_2 fresh, bit by bit, before the first step."""
     import torch
-    from pivot import model_io
+    from pivot import model_io, published
     import repair_eval
     from conftest import COMMON
     shutil.copytree(stage1 / "pretrain/final", tmp_path / "run/dpo/final")

@@ -14,16 +14,16 @@ from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 import data
 from conftest import COMMON, bit_equal, run
-from pivot import encoders, files, images, model_io, records
+from pivot import encoders, files, images, model_io, published, records
 import model as m
 
 
 @pytest.fixture(scope="module")
 def tools():
     """Tokenizer and encoder of the toy, as the stages use them."""
-    tokenizer = model_io.open_tokenizer(encoders.resolve("toy-lm"))
-    model_io.prepare_tokenizer(tokenizer, 10 ** 6)
-    return tokenizer, model_io.load_encoder("toy-vit")
+    tokenizer = published.open_tokenizer(encoders.resolve("toy-lm"))
+    published.prepare_tokenizer(tokenizer)
+    return tokenizer, published.load_encoder("toy-vit")
 
 
 @pytest.fixture

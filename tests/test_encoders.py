@@ -9,7 +9,7 @@ import transformers as t
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from pivot import convert, encoders, model_io
+from pivot import convert, encoders, model_io, published
 from tools import meta
 from conftest import COMMON, VISION, run
 from test_stages import opens_in_transformers
@@ -144,7 +144,7 @@ def test_presets_have_the_published_size(name):
     """The count of the class built from the preset = a closed formula = the published figure; what
     is cut off is exactly one block and the pooling head; the grid is the paper's."""
     geometry, exact, nominal, tokens = PUBLISHED[name]
-    vision = meta.published(name)
+    vision = meta.whole_encoder(name)
     formula = count_convnext((384, 768, 1536, 3072), (3, 4, 30, 3)) if geometry is None else \
         count(*geometry)
     assert sum(p.numel() for p in vision.parameters()) == formula == exact
@@ -187,7 +187,7 @@ def test_llm_presets_have_the_published_size(name, exact):
 def test_features_are_those_of_transformers(name, tmp_path):
     """Load what transformers wrote: bit-equal features, and a card of what no gradient reaches."""
     vision = write_checkpoint(name, tmp_path)
-    encoder = model_io.load_encoder(str(tmp_path)).eval()
+    encoder = published.load_encoder(str(tmp_path)).eval()
     pixels = pixels_for(encoder)
     got = encoder(pixels)
     assert torch.equal(got, theirs(name, vision, values_of(encoder, pixels)))
@@ -209,7 +209,7 @@ def test_the_published_pairs_of_encoders_are_read_too(tmp_path, kind, config):
                                    "num_attention_heads")}
     whole = kind(config(vision_config=VISION, text_config={**text, "vocab_size": 99})).eval()
     whole.save_pretrained(tmp_path)
-    encoder = model_io.load_encoder(str(tmp_path)).eval()
+    encoder = published.load_encoder(str(tmp_path)).eval()
     pixels = pixels_for(encoder)
     theirs = whole.vision_model(values_of(encoder, pixels), output_hidden_states=True)
     assert torch.equal(encoder(pixels), theirs.hidden_states[-2][:, encoder.prefix:])
@@ -219,7 +219,7 @@ def test_the_published_pairs_of_encoders_are_read_too(tmp_path, kind, config):
 def test_the_grid_is_in_reading_order(name, tmp_path):
     """Change one patch of the image: the feature that changes most is the one of that patch."""
     write_checkpoint(name, tmp_path, noise=0.02)
-    encoder = model_io.load_encoder(str(tmp_path)).eval()
+    encoder = published.load_encoder(str(tmp_path)).eval()
     grid, p = encoder.image_size // encoder.patch_size, encoder.patch_size
     image = pixels_for(encoder, 1)
     marked = image.repeat(grid ** 2, 1, 1, 1)
@@ -236,7 +236,7 @@ def test_mae_as_transformers_runs_it_would_ruin_the_grid(tmp_path):
     """Why it is opened as a ViT: ViTMAEModel permutes the patches even when it masks none."""
     vision = write_checkpoint("mae", tmp_path).vit
     vision.config.mask_ratio = 0.0
-    encoder = model_io.load_encoder(str(tmp_path)).eval()
+    encoder = published.load_encoder(str(tmp_path)).eval()
     pixels = pixels_for(encoder)
     shuffled = vision(values_of(encoder, pixels)).last_hidden_state[:, 1:]
     ours = encoder(pixels)
@@ -264,11 +264,11 @@ def test_the_round_trip(name, world, tmp_path):
     folder = tmp_path / "r/dpo/encoder"
 
     trained = model_io.load_mllm(tmp_path / "r/dpo/final")[0].encoder.eval()
-    again = model_io.load_encoder(str(folder)).eval()
+    again = published.load_encoder(str(folder)).eval()
     pixels = pixels_for(again)
     want = trained(pixels)
     assert torch.equal(again(pixels), want)
-    original = model_io.load_encoder(str(tmp_path / "published")).eval()
+    original = published.load_encoder(str(tmp_path / "published")).eval()
     assert not torch.equal(original(pixels), want), "training did not reach the eye"
 
     kind = type(again.vision)                     # reopened by transformers alone, as the card says
@@ -371,7 +371,7 @@ def test_moco_v3_as_it_was_published(tmp_path):
     statistics; and the features of timm's own forward."""
     state, file = timm_state(), tmp_path / "vit-b-300ep.pth.tar"
     torch.save(moco_checkpoint(state, timm_state(seed=1)), file)
-    encoder = model_io.load_encoder(str(file)).eval()
+    encoder = published.load_encoder(str(file)).eval()
     pixels = pixels_for(encoder)
     want = timm_forward(state, values_of(encoder, pixels), heads=3)
     assert (encoder(pixels) - want).abs().max() < 1e-5
@@ -382,11 +382,11 @@ def test_moco_v3_as_it_was_published(tmp_path):
 def test_moco_not_downloaded_yet_says_from_where(tmp_path, monkeypatch):
     monkeypatch.setattr(encoders, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match=f"download {encoders.MOCO_URL} to {tmp_path}/weights/"):
-        model_io.load_encoder("moco-v3-base")
+        published.load_encoder("moco-v3-base")
     (tmp_path / "weights").mkdir()
     torch.save(moco_checkpoint(timm_state(), timm_state(seed=1)),
                tmp_path / "weights/vit-b-300ep.pth.tar")
-    encoder = model_io.load_encoder("moco-v3-base")             # at its preset's 224 pixels
+    encoder = published.load_encoder("moco-v3-base")             # at its preset's 224 pixels
     assert encoder.num_tokens == 28 ** 2 and encoder.mean == encoders.IMAGENET_MEAN
 
 
@@ -397,7 +397,7 @@ def test_a_timm_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({
         "architecture": "vit_tiny_patch8_32", "pretrained_cfg": {"mean": [0.5, 0.5, 0.4],
                                                                  "std": [0.5, 0.5, 0.6]}}))
-    encoder = model_io.load_encoder(str(tmp_path)).eval()
+    encoder = published.load_encoder(str(tmp_path)).eval()
     assert (encoder.mean, encoder.std) == ((0.5, 0.5, 0.4), (0.5, 0.5, 0.6))     # the file's own
     pixels = pixels_for(encoder)
     want = timm_forward(state, values_of(encoder, pixels), heads=3)
@@ -419,11 +419,11 @@ def test_other_layouts_are_planned_from_the_header_alone(tmp_path, monkeypatch):
         meta.empty_encoder(str(tmp_path / "timm"))
     save_file(state, tmp_path / "timm/model.safetensors")
     for name in ("moco.pth.tar", "timm"):
-        real = shapes(model_io.load_encoder(str(tmp_path / name), 48))
+        real = shapes(published.load_encoder(str(tmp_path / name), 48))
         empty = meta.empty_encoder(str(tmp_path / name), 48)
         assert shapes(empty) == real and {p.device.type for p in empty.parameters()} == {"meta"}
         assert empty(torch.zeros(1, 3, 48, 48, dtype=torch.uint8, device="meta")).shape[1] == 36
-        row = meta.trace(meta.empty_mllm(str(tmp_path / name), "toy-lm"), 40, 5, 0, False)
+        row = meta.trace(meta.empty_mllm(str(tmp_path / name), "toy-lm"), 40, 5, 0, "answers")
         assert row.forward > 0 and len(row.blocks) == 2 + 6
     monkeypatch.setattr(encoders, "ROOT", tmp_path)
     assert meta.empty_encoder("moco-v3-base").num_tokens == 196
@@ -440,7 +440,7 @@ def test_a_file_that_is_nearly_right_is_refused(tmp_path, spoil, words):
     spoil(state)
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(SystemExit, match=words):
-        model_io.load_encoder(str(tmp_path / "x.pth"))
+        published.load_encoder(str(tmp_path / "x.pth"))
 
 
 def test_no_code_runs_from_a_pickle(tmp_path):
@@ -449,7 +449,7 @@ def test_no_code_runs_from_a_pickle(tmp_path):
             return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
     torch.save({"state_dict": timm_state(), "args": Evil()}, tmp_path / "x.pth.tar")
     with pytest.raises(SystemExit, match="cannot read"):
-        model_io.load_encoder(str(tmp_path / "x.pth.tar"))
+        published.load_encoder(str(tmp_path / "x.pth.tar"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -475,17 +475,17 @@ def test_open_clip_convnext(tmp_path):
     (tmp_path / "oc/open_clip_config.json").write_text(json.dumps(
         {"model_cfg": {"vision_cfg": {"timm_model_name": "convnext_x", "image_size": 96}},
          "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}}))
-    encoder = model_io.load_encoder(str(tmp_path / "oc")).eval()
+    encoder = published.load_encoder(str(tmp_path / "oc")).eval()
     assert encoder.mean == (0.5, 0.4, 0.3)
     pixels = pixels_for(encoder)
     assert torch.equal(encoder(pixels), theirs("convnext", vision, values_of(encoder, pixels)))
-    assert model_io.load_encoder(str(tmp_path / "oc"), 160).num_tokens == 25
+    assert published.load_encoder(str(tmp_path / "oc"), 160).num_tokens == 25
     assert shapes(meta.empty_encoder(str(tmp_path / "oc"))) == shapes(encoder)
 
 
 def test_convnext_xxl_norms_have_its_own_eps(tmp_path):
     """timm gives the XXL 1e-5 where the class hard-codes 1e-6; saved and reopened it stays."""
-    vision = meta.published("convnext-xxl")
+    vision = meta.whole_encoder("convnext-xxl")
     state = {timm_convnext_names(k): v for k, v in vision.state_dict().items()}
     config, names = convert.timm_convnext(state, {})
     assert config.depths == [3, 4, 30, 3] and config.pivot_norm_eps == 1e-5
@@ -516,7 +516,7 @@ def test_open_clip_vit(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {
         "quick_gelu": False, "vision_cfg": {"image_size": 32, "layers": 3, "width": d,
                                             "patch_size": 8}}}))
-    encoder = model_io.load_encoder(str(tmp_path)).eval()
+    encoder = published.load_encoder(str(tmp_path)).eval()
     assert shapes(meta.empty_encoder(str(tmp_path))) == shapes(encoder)
     pixels = pixels_for(encoder)
     x = F.conv2d(values_of(encoder, pixels), state["conv1.weight"], stride=8).flatten(2).mT
@@ -536,7 +536,7 @@ def test_open_clip_vit(tmp_path):
 @pytest.mark.parametrize("size", [48, 24])
 def test_another_input_size_interpolates_as_transformers_does(name, tmp_path, size):
     vision = write_checkpoint(name, tmp_path / "a")
-    encoder = model_io.load_encoder(str(tmp_path / "a"), size).eval()
+    encoder = published.load_encoder(str(tmp_path / "a"), size).eval()
     pixels = pixels_for(encoder)
     assert pixels.shape[-1] == size and encoder.num_tokens == (size // 8) ** 2
     option = {"interpolate_pos_encoding": True} if "Dinov2" not in type(vision).__name__ else {}
@@ -545,7 +545,7 @@ def test_another_input_size_interpolates_as_transformers_does(name, tmp_path, si
     out = out.hidden_states[-2] if layer == "hidden_states[-2]" else out.last_hidden_state
     assert torch.equal(encoder(pixels), out[:, prefix:])
     encoder.vision.save_pretrained(tmp_path / "b")          # now a plain model of that size
-    again = model_io.load_encoder(str(tmp_path / "b")).eval()
+    again = published.load_encoder(str(tmp_path / "b")).eval()
     assert again.image_size == size and torch.equal(again(pixels), encoder(pixels))
 
 
@@ -553,7 +553,7 @@ def test_an_input_size_between_patches_is_refused(tmp_path):
     write_checkpoint("siglip", tmp_path)
     with pytest.raises(SystemExit, match="--image-size 50 is no multiple of the patch size 8; the "
                                          "nearest is 48"):
-        model_io.load_encoder(str(tmp_path), 50)
+        published.load_encoder(str(tmp_path), 50)
 
 
 def test_image_size_goes_through_the_stages(world, tmp_path):
@@ -565,7 +565,7 @@ def test_image_size_goes_through_the_stages(world, tmp_path):
     text = run("train_dpo.py", *common, "--lr", 1e-3).stdout
     assert "--image-size 48 (inherited from pretrain)" in text and "image = 36 tokens" in text
     run("extract.py", "--run", tmp_path / "r", "--stage", "dpo")
-    assert model_io.load_encoder(str(tmp_path / "r/dpo/encoder")).num_tokens == 36
+    assert published.load_encoder(str(tmp_path / "r/dpo/encoder")).num_tokens == 36
     refused = run("train_dpo.py", *common, "--image-size", 32, check=False)
     assert "was made with --image-size 48, not 32" in refused.stderr
 
@@ -588,7 +588,7 @@ def test_any_other_vit_of_transformers(name, tmp_path):
     torch.manual_seed(0)
     vision = kind(config).eval()
     vision.save_pretrained(tmp_path)
-    encoder = model_io.load_encoder(str(tmp_path)).eval()
+    encoder = published.load_encoder(str(tmp_path)).eval()
     pixels = pixels_for(encoder)
     want = vision(values_of(encoder, pixels)).last_hidden_state[:, prefix:]
     assert encoder.prefix == prefix and torch.equal(encoder(pixels), want)
@@ -613,5 +613,5 @@ def test_any_other_vit_of_transformers(name, tmp_path):
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, kind, config, words):
     kind(config).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match=words) as e:
-        model_io.load_encoder(str(tmp_path))
+        published.load_encoder(str(tmp_path))
     assert len(str(e.value).splitlines()) == 1 and str(e.value).startswith("error: --encoder")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data
-from pivot import distributed, encoders, model_io, records
+from pivot import distributed, encoders, model_io, published, records
 import model as m
 from conftest import TEXT, run, tiny_model
 
@@ -32,7 +32,7 @@ def random_pairs(model, count=3, seed=0):
 def batch_of(pairs, pixels, layout):
     batch = data.collate([{"ids": i, "roles": r, "pixels": p, "index": n}
                           for n, ((i, r), p) in enumerate(zip(pairs, pixels))], layout)
-    assert ("index" in batch) == (layout == "pair")
+    assert ("index" in batch) == (layout != "answers")
     batch.pop("index", None)
     return batch
 
@@ -112,6 +112,30 @@ def test_fast_path_is_the_definition(monkeypatch, llm, vision, tie, patched):
             assert (p.grad - g).abs().max() < bound, name
             checked += 1
     assert checked > 40
+
+
+@pytest.mark.parametrize("vision", ["siglip", "clip"])
+def test_two_rows_are_the_definition_too(monkeypatch, vision):
+    """Layout "rows" in fp64: the pair layout's losses and gradients, without its mask."""
+    plain_norm(monkeypatch)
+    model, losses, grads = tiny_model(vision, dtype=torch.float64), [], []
+    pairs, pixels = random_pairs(model, 4)
+    ref = torch.randn(4, 2, dtype=torch.float64)
+    slow = slow_logps(llava_twin(model)[0], model, pairs, pixels)
+    for layout in ("pair", "rows"):
+        batch = batch_of(pairs, pixels, layout)
+        logps = m.answer_logps(model(**batch), batch.get("branch"))
+        assert (torch.stack(list(logps), 1) - slow).abs().max() < 1e-9
+        loss = m.dpo_loss(*logps, *ref.unbind(1), 0.1)[0].sum()
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert batch["input_ids"].shape[0] == 8 and len(batch["pixel_values"]) == 4
+    assert abs(losses[0] - losses[1]) < 1e-9 and grads[0].keys() == grads[1].keys()
+    largest = max(g.abs().max() for g in grads[0].values())
+    for name, grad in grads[0].items():
+        assert (grad - grads[1][name]).abs().max() < 1e-9 * largest, name
 
 
 def test_mask_by_brute_force():
@@ -316,7 +340,7 @@ def other_llm(name):
 def test_other_llms_keep_the_two_answers_apart(name):
     """Any causal LM of full attention: the rejected answer does not see the chosen one."""
     llm = other_llm(name)
-    model_io.refuse_llm(llm, name)
+    published.refuse_llm(llm, name)
     model = m.MLLM(tiny_model().encoder, llm, IMAGE).eval()
     pairs, pixels = random_pairs(model, 1)
     batch = batch_of(pairs, pixels, "pair")
@@ -332,10 +356,26 @@ def test_other_llms_keep_the_two_answers_apart(name):
     assert torch.allclose(model(**plain).sum(1), twice, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mamba", "gpt2", "gemma3_text"])
-def test_an_llm_that_cannot_hold_two_answers_is_refused(name):
-    with pytest.raises(SystemExit, match=f"--llm x is a {name}: only models whose layers are all"):
-        model_io.refuse_llm(other_llm(name), "x")
+@pytest.mark.parametrize("name", ["mamba", "gpt2"])
+def test_an_llm_that_others_would_not_open_is_refused(name):
+    with pytest.raises(SystemExit, match=f"--llm x is a {name}: only causal LMs with their blocks"):
+        published.refuse_llm(other_llm(name), "x")
+
+
+def test_an_llm_that_cannot_hold_two_answers_takes_rows():
+    """Sliding attention: no row of two answers, neither for the stage nor for whoever forks it."""
+    llm = other_llm("gemma3_text")
+    published.refuse_llm(llm, "x")
+    published.refuse_layout(llm, "rows")
+    with pytest.raises(SystemExit, match="not every layer of a gemma3_text heeds; use --layout ro"):
+        published.refuse_layout(llm, "pair")
+    model = m.MLLM(tiny_model().encoder, llm, IMAGE).eval()
+    pairs, pixels = random_pairs(model)
+    with pytest.raises(ValueError, match="cannot hold two answers in one row"):
+        model(**batch_of(pairs, pixels, "pair"))
+    chosen, rejected = m.answer_logps(model(**batch_of(pairs, pixels, "rows")))
+    alone = [model(**batch_of(pairs[i:i + 1], pixels[i:i + 1], "answers")).sum() for i in range(3)]
+    assert torch.allclose(chosen, torch.stack(alone), atol=1e-4) and len(rejected) == 3
 
 
 @pytest.mark.parametrize("width", [1, 3])

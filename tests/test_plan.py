@@ -43,7 +43,7 @@ def real_flops(model, batch):
     return forward, counter.get_total_flops() - forward
 
 
-@pytest.mark.parametrize("layout", ["pair", "answers"])
+@pytest.mark.parametrize("layout", ["pair", "answers", "rows"])
 @pytest.mark.parametrize("vision,llm,tie", [("siglip", "qwen2", True), ("clip", "llama", False),
                                             ("dinov2", "qwen2", True)])
 @pytest.mark.parametrize("frozen", [(), ("encoder",), ("encoder", "llm")])
@@ -56,7 +56,7 @@ def test_flops_are_those_torch_counts(layout, vision, llm, tie, frozen):
     for each in (model, empty):
         training.freeze(each, rates)
     counts = [int((pairs[0][1] == role).sum()) for role in range(3)]
-    row = meta.trace(empty, *counts, layout == "pair")
+    row = meta.trace(empty, *counts, layout)
     assert (row.forward, row.backward) == real_flops(model, batch)
     assert row.rows == int((batch["labels"] != m.IGNORE).sum())
 
@@ -73,7 +73,7 @@ def test_flops_and_bytes_of_two_encoders():
     pairs, _ = random_pairs(model, 1)
     batch = batch_of(pairs, torch.zeros(1, 2 * 3 * 32 ** 2, dtype=torch.uint8), "answers")
     counts = [int((pairs[0][1] == role).sum()) for role in range(3)]
-    row = meta.trace(empty, *counts, False)
+    row = meta.trace(empty, *counts, "answers")
     assert (row.forward, row.backward) == real_flops(model, batch)
     assert len(row.blocks) == 2 + 3 + 2 and not any(row.blocks[:5]) and all(row.blocks[5:])
 
@@ -81,7 +81,7 @@ def test_flops_and_bytes_of_two_encoders():
 def test_flops_by_hand():
     """2 × weights × tokens, and attention's two products: nobody's counter, one row of SFT."""
     model = tiny_model().to("meta")
-    row = meta.trace(model, 20, 5, 0, False)
+    row = meta.trace(model, 20, 5, 0, "answers")
     d, mlp, n, t = 32, 48, 16, 25
     eye = 2 * n * d * 3 * 64 + 2 * (n * 2 * (4 * d * d + 2 * d * mlp) + 4 * n * n * d)
     bridge = 2 * n * (d * d + d * d)
@@ -111,7 +111,7 @@ def test_peak_memory_of_a_real_run(arguments, processes):
 
 def test_the_fitting_micro_batch_is_the_largest_that_fits():
     model = tiny_model().to("meta")
-    row = meta.trace(model, 20, 5, 5, True)
+    row = meta.trace(model, 20, 5, 5, "pair")
 
     def total(b, limit=16):
         return plan.memory(model, row, 2, b, -(-limit // b), 4)[1]

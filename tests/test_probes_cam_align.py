@@ -11,7 +11,7 @@ from PIL import Image
 
 import data
 from judge import intervals, probing
-from pivot import distributed, encoders, images, model_io, records
+from pivot import distributed, encoders, images, published, records
 import gradcam
 import probe_align
 import model as m
@@ -73,7 +73,7 @@ def losses(model, ref=None):
     sft, dpo = batches()
     if ref is None:
         with torch.no_grad():
-            ref = m.branch_logps(model(**dpo), dpo["branch"])
+            ref = m.answer_logps(model(**dpo), dpo["branch"])
     return {"sft": partial(gradcam.sft_loss, model, sft),
             "dpo": partial(gradcam.dpo_loss, model, dpo, ref, BETA)}
 
@@ -117,7 +117,7 @@ def test_gradients_are_the_finite_differences(fp64, loss, at, vision):
 def test_dpo_at_step_0_is_half_beta_of_the_difference(fp64):
     model = tiny_model(dtype=torch.float64)
     _, dpo = batches()
-    grads = [gradcam.gradients(model, lambda b=b: m.branch_logps(
+    grads = [gradcam.gradients(model, lambda b=b: m.answer_logps(
         model(**dpo), dpo["branch"])[b].sum(), "encoder")[1] for b in (0, 1)]
     _, grad, loss = gradcam.gradients(model, losses(model)["dpo"], "encoder")
     torch.testing.assert_close(grad, BETA / 2 * (grads[1] - grads[0]), rtol=1e-9, atol=1e-15)
@@ -416,7 +416,7 @@ def test_vision_features_are_the_blocks_and_llm_features_the_layers(stage1, worl
     from transformers import AutoModelForCausalLM, AutoTokenizer
     pairs = probe_align.read_items(world / "align")[:5]
     (blocks,), rows = probe_align.vision_features("toy-vit", pairs, "cpu")
-    eye = model_io.load_encoder("toy-vit").eval()
+    eye = published.load_encoder("toy-vit").eval()
     assert rows == ["1", "2", "3", "4"] and blocks.shape == (5, 4, eye.hidden_size)
     (also, projected), rows = probe_align.vision_features(str(stage1 / "pretrain/final"), pairs,
                                                           "cpu")
@@ -445,7 +445,7 @@ def test_prefix_tokens_are_dropped(tmp_path, world):
     vision.save_pretrained(tmp_path / "eye")
     pairs = probe_align.read_items(world / "align")[:2]
     (blocks,), _ = probe_align.vision_features(str(tmp_path / "eye"), pairs, "cpu")
-    encoder, seen = model_io.load_encoder(str(tmp_path / "eye")).eval(), []
+    encoder, seen = published.load_encoder(str(tmp_path / "eye")).eval(), []
     encoder.blocks[1].register_forward_hook(lambda module, inputs, out: seen.append(out))
     encoder(torch.from_numpy(np.stack([images.load_image(x, 32, "") for _, x, _ in pairs])))
     out = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
@@ -457,7 +457,7 @@ def random_eye(tmp_path_factory):
     """toy-vit's shape with random weights."""
     out = tmp_path_factory.mktemp("random") / "random-eye"
     shutil.copytree(encoders.resolve("toy-vit"), out)
-    eye = model_io.load_encoder(str(out)).vision
+    eye = published.load_encoder(str(out)).vision
     torch.manual_seed(0)
     with torch.no_grad():
         for p in eye.parameters():
@@ -490,7 +490,7 @@ def test_align_of_stages_of_several_widths(world, tmp_path):
     write_checkpoint("convnext", tmp_path / "eye")
     pairs = probe_align.read_items(world / "align")[:6]
     stacks, rows = probe_align.vision_features(str(tmp_path / "eye"), pairs, "cpu")
-    blocks = model_io.load_encoder(str(tmp_path / "eye")).blocks
+    blocks = published.load_encoder(str(tmp_path / "eye")).blocks
     assert len({s.shape[2] for s in stacks}) > 1 and all(s.shape[0] == 6 for s in stacks)
     assert sum(s.shape[1] for s in stacks) == len(blocks) == len(rows)
     assert len(probe_align.neighbours(stacks, 2)) == len(rows)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from judge import intervals, logistic, probing
-from pivot import distributed, encoders, images, model_io
+from pivot import distributed, encoders, images, model_io, published
 import probe_linear
 import probe_seg
 from conftest import ROOT
@@ -161,7 +161,7 @@ class Fake(nn.Module):
 @pytest.fixture
 def eyes(tmp_path, monkeypatch):
     """Folders seer and blind under runs/x/, opened as Fakes."""
-    monkeypatch.setattr(model_io, "load_encoder", lambda path: Fake(Path(path).parent.name))
+    monkeypatch.setattr(published, "load_encoder", lambda path: Fake(Path(path).parent.name))
     folders = [tmp_path / "runs" / "x" / name / "encoder" for name in ("seer", "blind")]
     for folder in folders:
         folder.mkdir(parents=True)

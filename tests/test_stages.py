@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pivot import checkpoints, model_io, tensors
+from pivot import checkpoints, model_io, published, tensors
 from conftest import COMMON, ROOT, bit_equal, metrics, run
 
 
@@ -364,8 +364,8 @@ def test_extracted_encoder_is_what_was_trained(trained):
     with torch.no_grad():
         want = theirs(values, output_hidden_states=True).hidden_states[-1]
         assert torch.equal(model.encoder(pixels), want)
-        assert torch.equal(model_io.load_encoder(str(trained[0] / "dpo/encoder"))(pixels), want)
-        original = model_io.load_encoder("toy-vit")(pixels)
+        assert torch.equal(published.load_encoder(str(trained[0] / "dpo/encoder"))(pixels), want)
+        original = published.load_encoder("toy-vit")(pixels)
     assert not torch.equal(original, want), "DPO did not reach the eye"
     text = trained[1]["extract", "dpo"]
     assert re.search(r"encoder\.layers\.3 +[1-9]\.\d+e-0\d", text), text
@@ -398,7 +398,7 @@ def test_repairing_keeps_the_eye_and_scores(trained, world, tmp_path):
                "--limit", 12, processes=2)
     folder = trained[0] / "repair/dpo"
     model, _ = model_io.load_mllm(folder / "final")
-    for name, p in model_io.load_encoder(str(encoder)).named_parameters():
+    for name, p in published.load_encoder(str(encoder)).named_parameters():
         assert torch.equal(p, model.encoder.get_parameter(name)), name
     starts = [json.loads((d / "config.json").read_text())["projector_digest"]
               for d in (folder, trained[0] / "pretrain")]

@@ -936,10 +936,10 @@ def test_every_run_reads_what_its_commands_write_and_every_finding_is_fed(tmp_pa
 
 @pytest.mark.parametrize("name", ["toy-vit-supervised", "toy-vit-masked"])
 def test_other_encoders_open_and_are_the_same_twice(name, tmp_path):
-    from pivot import model_io
+    from pivot import published
     for out in ("one", "two"):
         run("-m", "study.models", name, "--out", tmp_path / out, "--steps", 2)
     one, two = ((tmp_path / out / name / "model.safetensors").read_bytes() for out in
                 ("one", "two"))
     assert one == two
-    assert model_io.load_encoder(str(tmp_path / "one" / name)).num_tokens == 36
+    assert published.load_encoder(str(tmp_path / "one" / name)).num_tokens == 36

@@ -11,11 +11,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as m
-from pivot import convert, encoders, model_io, printing
+from pivot import convert, encoders, published
 
 # ---------------------------------------------------------------------------------- without weights
 
-def published(name):
+def whole_encoder(name):
     """The published class of a preset, folder or file, whole (but for a ViT's pooler, which MAE and
     MoCo do not have), on the meta device. A timm, open_clip or MoCo file says its shapes itself: it
     must be there, and its header alone is read."""
@@ -24,7 +24,7 @@ def published(name):
         path = encoders.resolve(name)
         if file := convert.find(path):
             return convert.load(file, "meta")[0]
-        config = convert.as_vit(model_io.config_of(name, path))
+        config = convert.as_vit(published.config_of(name, path))
     else:
         kind, hidden, depth, heads, mlp, patch, size = encoders.ENCODERS[name].geometry
         if kind == "convnext":
@@ -44,7 +44,7 @@ def empty_encoder(name, image_size=None):
     """The encoder as load_encoder would give it, without weights, on the meta device."""
     if len(parts := encoders.parts_of(name)) == 2:
         return encoders.TwoEncoders(*(empty_encoder(part, image_size) for part in parts))
-    vision = encoders.truncate(published(name))
+    vision = encoders.truncate(whole_encoder(name))
     with torch.device("meta"):
         size = image_size or encoders.side(vision.config.image_size)
         vision = convert.resize_positions(vision, size)
@@ -53,28 +53,26 @@ def empty_encoder(name, image_size=None):
 
 def empty_llm(name):
     """The LLM of a preset or local folder without weights, on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoModelForCausalLM, Qwen2Config
     if name in encoders.LLMS and encoders.LLMS[name].geometry:
         hidden, layers, heads, kv, mlp, rows, tied = encoders.LLMS[name].geometry
         config = Qwen2Config(hidden_size=hidden, num_hidden_layers=layers, vocab_size=rows,
                              num_attention_heads=heads, num_key_value_heads=kv,
                              intermediate_size=mlp, tie_word_embeddings=tied)
     else:
-        try:
-            config = AutoConfig.from_pretrained(encoders.resolve(name), trust_remote_code=False)
-        except (OSError, ValueError) as e:
-            raise SystemExit(f"error: cannot open --llm {name}: {printing.first_line(e)}")
+        config = published.llm_config(name, encoders.resolve(name))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=published.attention_of(config))
 
 
 def empty_mllm(encoder, llm, image_size=None, dtype="bf16"):
     """The model without weights, on the meta device, in the dtype that it computes in."""
     encoder, llm = empty_encoder(encoder, image_size), empty_llm(llm)
-    model_io.refuse_llm(llm, llm.config.model_type)
+    published.refuse_llm(llm, llm.config.model_type)
     with torch.device("meta"):
         model = m.MLLM(encoder, llm, image_token_id=0)
-    return model_io.refuse_dropout(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32))
+    return published.refuse_dropout(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32))
 
 
 # ------------------------------------------------------------------------------------------ one row
@@ -91,9 +89,12 @@ class Trace(NamedTuple):
     rows: int
 
 
-def row_length(prompt, chosen, rejected, pair_layout):
-    """Tokens of one row: prompt + answer, or the pair layout of model.py."""
-    return prompt + chosen + (rejected + 1 if pair_layout else 0)
+def row_length(prompt, chosen, rejected, layout):
+    """Tokens of one row: prompt + answer, or the pair layout of model.py; of layout "rows" the
+    longer of the two rows."""
+    if layout == "pair":
+        return prompt + chosen + rejected + 1
+    return prompt + (max(chosen, rejected) if layout == "rows" else chosen)
 
 
 class Fused(torch.autograd.Function):
@@ -178,9 +179,9 @@ class Ledger:
         return hooks
 
 
-def run_row(model, length, rows, pair_layout):
-    """Forward of one row as MLLM.forward does it, up to the states that lm_head reads: their (R,
-    d_llm), and the mask, which is None for a plain row."""
+def run_row(model, length, rows, layout):
+    """Forward of one row (layout "rows": of a pair's two) as MLLM.forward does it, up to the states
+    that lm_head reads: their (R, d_llm), and the mask, which is None for a plain row."""
     encoder, llm = model.encoder, model.llm
     pixels = [torch.zeros(1, 3, part.image_size, part.image_size, dtype=torch.uint8)
               for part in encoder.parts]
@@ -190,32 +191,33 @@ def run_row(model, length, rows, pair_layout):
         pixels = torch.cat([p.flatten(1) for p in pixels], 1)
     with torch.set_grad_enabled(any(p.requires_grad for p in encoder.parameters())):
         features = encoder(pixels)
-    features = model.projector(features)
+    copies = 2 if layout == "rows" else 1
+    features = model.projector(features).repeat(copies, 1, 1)
     # Stands for masked_scatter, whose backward depends on data: the same bytes, no FLOPs.
-    words = torch.nn.functional.embedding(torch.zeros(1, length, dtype=torch.long),
+    words = torch.nn.functional.embedding(torch.zeros(copies, length, dtype=torch.long),
                                           llm.get_input_embeddings().weight)
-    embeds = torch.cat([features, words[:, encoder.num_tokens:]], 1)             # (1, T, d_llm)
-    mask = torch.zeros(1, 1, length, length, dtype=embeds.dtype) if pair_layout else None
+    embeds = torch.cat([features, words[:, encoder.num_tokens:]], 1)        # (copies, T, d_llm)
+    mask = torch.zeros(1, 1, length, length, dtype=embeds.dtype) if layout == "pair" else None
     hidden = llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
                             position_ids=torch.zeros(1, length, dtype=torch.long)
                             ).last_hidden_state
-    return hidden[:, :rows].flatten(0, 1).clone(), mask
+    return hidden.flatten(0, 1)[:rows].clone(), mask
 
 
-def trace(model, prompt, chosen, rejected, pair_layout):
-    """Run one row of an MLLM on the meta device and write down what it takes. → Trace. Afterwards
-    the model, with its attention that computes nothing, is good for this alone."""
+def trace(model, prompt, chosen, rejected, layout):
+    """Run one row of an MLLM (layout "rows": both of a pair) on the meta device and write down what
+    it takes. → Trace. Afterwards the model, with its attention that computes nothing, is good for
+    this alone."""
     use_counted_attention(model)
-    length = row_length(prompt, chosen, rejected, pair_layout)
-    rows = chosen + (rejected if pair_layout else 0)
+    length = row_length(prompt, chosen, rejected, layout)
+    rows = chosen + (rejected if layout != "answers" else 0)
     ledger = Ledger(model)
     hooks = ledger.hook()
     with ledger.counter, torch.device("meta"):
         with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda x: x):
-            picked, mask = run_row(model, length, rows, pair_layout)
+            picked, mask = run_row(model, length, rows, layout)
         # lm_head's own tensors are counted in plan.memory, by hand: they come in chunks
-        logps = m.token_logps(picked, model.llm.get_output_embeddings(),
-                              torch.zeros(rows, dtype=torch.long))
+        logps = m.token_logps(picked, model.llm, torch.zeros(rows, dtype=torch.long))
         forward = ledger.flops()
         logps.sum().backward()
     for hook in hooks:

@@ -19,7 +19,7 @@ import numpy as np
 
 import data
 import model as m
-from pivot import distributed, encoders, model_io, records, training
+from pivot import distributed, encoders, published, records, training
 from pivot.distributed import print0
 from tools import meta
 
@@ -144,7 +144,7 @@ def assumed_lengths(args, model, phase, why):
 
 def sampled_lengths(args, model, phase, tokenizer):
     """Of SAMPLE records of the phase's file."""
-    model_io.prepare_tokenizer(tokenizer, model.llm.config.vocab_size)
+    published.prepare_tokenizer(tokenizer)
     sources = [(phase.file, args.images)]
     if phase.kind == "pairs":
         sources = data.pair_files(args, phase.file)
@@ -170,7 +170,7 @@ def lengths(args, model, phase):
     if not Path(phase.file).is_file():
         return assumed_lengths(args, model, phase, f"no {phase.file}")
     try:
-        tokenizer = model_io.open_tokenizer(encoders.resolve(args.llm))
+        tokenizer = published.open_tokenizer(encoders.resolve(args.llm))
     except SystemExit:                       # a preset's, with no network to fetch it
         return assumed_lengths(args, model, phase, f"the tokenizer of {args.llm} is not here")
     return sampled_lengths(args, model, phase, tokenizer)
@@ -202,11 +202,14 @@ def phase_plan(args, model, phase, spec=DEFAULT):
         raise SystemExit(f"error: --global-batch {args.global_batch} or --replicas "
                          f"{args.replicas} does not fit {gpus} GPUs")
     training.freeze(model, phase.rates)
-    reference = getattr(args, "reference", None)       # a stage that has one scores both answers
-    pair_layout, live = reference is not None, reference == "live"
+    reference, live = getattr(args, "reference", None), False
+    layout = "answers"
+    if reference:                                      # a stage that has one scores both answers
+        layout, live = getattr(args, "layout", "pair"), reference == "live"
+        published.refuse_layout(model.llm, layout)
     long = lengths(args, model, phase)
-    mean = meta.trace(model, *long.mean, pair_layout)
-    worst = meta.trace(model, *long.longest, pair_layout)
+    mean = meta.trace(model, *long.mean, layout)
+    worst = meta.trace(model, *long.longest, layout)
     steps = phase.epochs * (long.records // args.global_batch)
     steps = steps if phase.max_steps is None else min(steps, phase.max_steps)
     options = dict(processes=gpus // args.replicas, compute=2 if args.dtype == "bf16" else 4,
@@ -220,11 +223,11 @@ def phase_plan(args, model, phase, spec=DEFAULT):
     per_row, of_reference = mean.forward + mean.backward, 0
     if args.activation_checkpointing:
         per_row += mean.in_blocks
-    if pair_layout:
+    if reference:
         of_reference = mean.forward * (args.global_batch * steps if live else long.records)
     step = per_row * args.global_batch
     run = step * steps + of_reference
-    return dict(name=phase.name, rates=phase.rates, lengths=long, pair_layout=pair_layout,
+    return dict(name=phase.name, rates=phase.rates, lengths=long, layout=layout,
                 steps=steps, fits=fits, micro=micro, held=held, total=total, usable=USABLE * size,
                 step=step, run=run, plain=worst.outside + sum(worst.blocks),
                 saved=worst.outside + sum(worst.inputs) + max(worst.blocks),
@@ -237,11 +240,12 @@ def show_phase(args, p):
     long, gb = p["lengths"], 1e9
     print0(f"{p['name']}: " + ", ".join(f"{k} at {v:g}" if v else f"{k} frozen"
                                         for k, v in p["rates"].items()))
-    print0(f"  rows of {meta.row_length(*long.mean, p['pair_layout'])} tokens, at most "
-           f"{meta.row_length(*long.longest, p['pair_layout'])} ({long.source})")
+    count = "two rows" if p["layout"] == "rows" else "rows"
+    print0(f"  {count} of {meta.row_length(*long.mean, p['layout'])} tokens, at most "
+           f"{meta.row_length(*long.longest, p['layout'])} ({long.source})")
     print0(f"  {p['steps']:,} steps of {args.global_batch}: {p['step'] / 1e15:.2f} PFLOP a "
            f"step, {p['run'] / 1e18:.3f} EFLOP in all"
-           + (", the reference included" if p["pair_layout"] else ""))
+           + (", the reference included" if p["layout"] != "answers" else ""))
     print0(f"  {p['seconds']:.1f} s a step, {p['hours']:.2f} h, if {UTILISATION:.0%} of the "
            f"GPUs' FLOP/s are reached")
     print0(f"  memory a GPU at --micro-batch {p['micro']}, longest rows, "
