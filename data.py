@@ -51,15 +51,17 @@ class Samples(torch.utils.data.Dataset):
 
     kind: "captions" | "conversations" | "pairs"; sources: [(file, image root), …].
     num_samples: stop after so many usable ones, drawn by a seeded shuffle (None: all, file order).
-    raises SystemExit at the first bad record, unless skip_bad, which counts it.
+    raises SystemExit at the first bad record, unless skip_bad, which counts it. follow_links: links
+    inside an image root may lead out of it.
     """
 
     def __init__(self, kind, sources, tokenizer, encoder, max_length, num_samples=None, seed=0,
-                 skip_bad=False, verbose=True):
+                 skip_bad=False, follow_links=False, verbose=True):
         self.kind, self.size, self.num_image_tokens = kind, encoder.image_size, encoder.num_tokens
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.max_length = min(MAX_LENGTH, max_length)
-        self.dropped, self.read = Counter(), 0
+        self.dropped, self.unread, self.read = Counter(), Counter(), 0
+        self.follow_links = follow_links
         special = {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", IMAGE_TOKEN} - {""}
         wanted = math.inf if num_samples is None else num_samples
         shown = verbose and distributed.is_main()
@@ -156,10 +158,11 @@ class Samples(torch.utils.data.Dataset):
     def record(self, make, where, item, root, special):
         """One raw item → Record, or None, counted, where the recipe has no use for it."""
         item = records.parse(where, item)
-        image = records.image_of(item, root, where)
+        image = records.image_of(item, root, where, self.follow_links)
         if image == "many":
             self.dropped["multi-image"] += 1
             return None
+        self.unread.update(records.other_pictures(item))
         record = make(where, item, image)
         # The template's own special tokens are ours; any in the data's text would be read as
         # structure (a second image, a forged turn), so the item is dropped.
@@ -209,8 +212,9 @@ class Samples(torch.utils.data.Dataset):
     def summary(self):
         """One line for the log and config.json: what was read, kept and dropped, and why."""
         drops = ", ".join(f"{n} {why}" for why, n in sorted(self.dropped.items())) or "none"
+        unread = ", ".join(f"{n} under '{key}'" for key, n in sorted(self.unread.items()))
         return (f"{len(self)} {self.kind} of {self.read} records; dropped: {drops}; "
-                f"{self.text_only} text-only")
+                f"{self.text_only} text-only" + (unread and f"; pictures not read: {unread}"))
 
 
 def raw_items(sources, num_samples, seed):
@@ -237,7 +241,8 @@ def preference_pairs(args, path, tokenizer, model, keep_all=False):
     (held-out pairs)."""
     return Samples("pairs", pair_files(args, path), tokenizer, model.encoder,
                    model.llm.config.max_position_embeddings,
-                   None if keep_all else args.num_samples, args.seed, args.skip_bad)
+                   None if keep_all else args.num_samples, args.seed, args.skip_bad,
+                   args.follow_links)
 
 
 # ----------------------------------------------------------------------------------------- batches

@@ -25,6 +25,7 @@ Reads   runs/NAME/STAGE/final; pairs in MMPR's layout; masks: the image's path w
 Writes  runs/NAME/probes/gradcam/: gradcam.png (image | SFT | DPO), results.json.
 """
 import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
+import os
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def get_args():
         f"shuffle; some hundreds make a measurement (default {PICTURES})")
     add("--seed", type=flags.NATURAL, default=0, help="which pairs are drawn (default 0)")
     add("--skip-bad", **flag, help="drop and count bad records")
+    flags.add_follow_links(parser)
     add("--at", default="encoder", choices=["encoder", "projector"], help="default encoder")
     add("--classic", **flag, help="gradient-weighted activations and a ReLU")
     add("--steps", type=flags.NATURAL, default=0, help="train on each pair so long first "
@@ -122,13 +124,14 @@ def train_on(model, loss_of, lr, steps):
 
 
 def mask_path(args, image):
-    """Where a picture's mask lies: in --masks, or where `masks` stands for `images` in its path;
-    None where there is no such file."""
-    above, _, below = f"{Path(image).parent}/".rpartition("/images/")
-    if not (args.masks or above):
-        return None
-    folder = Path(args.masks or f"{above}/masks/{below}")
-    candidates = (folder / Path(image).name, folder / f"{Path(image).stem}.png")
+    """Where a picture's mask lies: in --masks, or where `masks` stands for `images` in its path,
+    with its links or without; None where there is no such file."""
+    folders = [args.masks] if args.masks else []
+    for path in () if args.masks else (image, os.path.realpath(image)):
+        above, found, below = f"{Path(path).parent}/".rpartition("/images/")
+        folders += [f"{above}/masks/{below}"] if found else []
+    candidates = [Path(folder, name) for folder in folders
+                  for name in (Path(image).name, f"{Path(image).stem}.png")]
     return next((path for path in candidates if path.is_file()), None)
 
 

@@ -54,7 +54,7 @@ def train(args, run, device, model, tokenizer, facts, phases):
         records.require_file(phase.file)
     longest = model.llm.config.max_position_embeddings
     samples = [data.Samples(phase.kind, [(phase.file, args.images)], tokenizer, model.encoder,
-                            longest, args.num_samples, args.seed, args.skip_bad)
+                            longest, args.num_samples, args.seed, args.skip_bad, args.follow_links)
                for phase in phases]
     orders = [data.BatchOrder(items, args.global_batch, args.micro_batch, args.seed,
                               *distributed.world()) for items in samples]

@@ -25,6 +25,7 @@ Writes  align.png (every block against every LLM layer) and results.json to runs
 import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 import math
 import os
+from collections import Counter
 from itertools import combinations, groupby, product
 from pathlib import Path
 
@@ -55,20 +56,24 @@ def get_args():
     add("--seeds", type=flags.COUNT, default=3, help="how many subsets (default 3)")
     add("--seed", type=flags.NATURAL, default=0, help="the first one's seed (default 0)")
     add("--out", help="where to write; default: see above")
+    flags.add_follow_links(parser)
     args = parser.parse_args()
     args.out = args.out or str(probing.default_out(args.encoder, "align"))
     return args
 
 
-def read_items(folder):
+def read_items(folder, follow_links=False):
     """[(where, image path, caption)]; the first bad record ends the run with its file and line."""
-    items = []
+    items, unread = [], Counter()
     for where, item in records.read_lines(Path(folder, "pairs.jsonl")):
         item = records.parse(where, item)
-        image = records.image_of(item, os.path.join(folder, "images"), where)
+        image = records.image_of(item, os.path.join(folder, "images"), where, follow_links)
         if image in (None, "many"):
             raise records.BadRecord(f"{where}: a pair needs one image")
+        unread.update(records.other_pictures(item))
         items.append((where, image, records.text_of(item, "caption", where)))
+    for key, n in unread.items():
+        print0(f"  {n} pictures under '{key}' are not read: 'image' and 'images' are")
     return items
 
 
@@ -228,7 +233,7 @@ def main():
     device = distributed.start()
 
     # ---- one subset a seed; features of their union, once; neighbours in each subset
-    items = read_items(args.data)
+    items = read_items(args.data, args.follow_links)
     drawn = subsets(args, len(items))
     size, union = len(drawn[0]), np.unique(drawn)
     shown, language, vision = [items[i] for i in union], {}, {}

@@ -63,14 +63,21 @@ def get_args():
 # -------------------------------------------------------------------------------- images → features
 
 def class_folders(root):
-    """{class: sorted image paths}; every class has images."""
-    found = {p.name: sorted(map(str, p.glob("[!.]*"))) for p in sorted(root.glob("[!.]*/"))}
-    if len(found) < 2:
-        raise SystemExit(f"error: no class folders in {root}: expected {root}/CLASS/*.jpg")
-    for name in found:
-        if not found[name]:
-            raise SystemExit(f"error: class folder {root / name} holds no image")
-    return found
+    """Train and val, each {class: paths of its pictures, in the order of names}; both have the same
+    classes, and every class has pictures."""
+    splits = {folder: sorted(folder.glob("[!.]*/")) for folder in (root / "train", root / "val")}
+    pictures = images.pictures_in([folder for classes in splits.values() for folder in classes])
+    for split, classes in splits.items():
+        if len(classes) < 2:
+            raise SystemExit(f"error: no class folders in {split}: expected {split}/CLASS/*.jpg")
+        for folder in classes:
+            if not pictures[folder]:
+                raise SystemExit(f"error: class folder {folder} holds no image")
+    train, val = ({folder.name: pictures[folder] for folder in classes}
+                  for classes in splits.values())
+    if alone := sorted(train.keys() ^ val.keys()):
+        raise SystemExit(f"error: class {alone[0]} is not in both {root}/train and {root}/val")
+    return train, val
 
 
 def balanced(train, per_class, seed):
@@ -222,9 +229,7 @@ def main():
     names += [f"{n}/final" for n in probing.short_names(args.mllm, "mllm")]
     root = Path(args.data)
     out = Path(args.out or probing.default_out(args.encoder + args.mllm, "linear"))
-    train, val = class_folders(root / "train"), class_folders(root / "val")
-    if alone := sorted(train.keys() ^ val.keys()):
-        raise SystemExit(f"error: class {alone[0]} is not in both {root}/train and {root}/val")
+    train, val = class_folders(root)
     lists = {f"seed{s}": balanced(train, args.per_class, s) for s in range(args.seeds)}
     lists["val"] = [path for paths in val.values() for path in paths[:args.limit]]
     test_y = torch.tensor([c for c, paths in enumerate(val.values()) for _ in paths[:args.limit]])

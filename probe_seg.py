@@ -12,7 +12,8 @@ classes its patch holds, "other" only where it is alone. BCE, AdamW 1e-3, weight
   mIoU-0  the same by ADE20K's convention: pixels of "other" are not asked about
 
 Reads   DATA/images/{training,validation}/*.jpg, DATA/annotations/…/*.png, 0 = other: SceneParse150
-        (151 classes) or the toy's (those of ../world.json). Both are cropped to
+        (151 classes) or the toy's (those of ../world.json). Pixels of label 255 are ignored: they
+        count in no score, and a patch that holds nothing else in no loss. Both are cropped to
         the largest centred square; masks are resized by the nearest pixel.
 Writes  --out (default runs/NAME/probes/seg): results.json, overlays.png
         (image | truth | each encoder, head of seed 0).
@@ -36,10 +37,13 @@ from torch.nn import functional as F
 
 from judge import intervals, probing
 from pivot import distributed, files, flags, images, printing, published
+from pivot.distributed import print0
 from pivot.records import BadRecord
 
 BATCH, CHUNK, TILE = 32, 256, 192      # images a step; encoded at a time; pixels of an overlay
 SCORES = ("recall", "mIoU", "mIoU-0")
+IGNORED = 255                          # the label of pixels that published masks say nothing about
+SPLITS = ("training", "validation")
 
 
 def get_args():
@@ -58,26 +62,32 @@ def get_args():
 
 # --------------------------------------------------------------------------------- images and masks
 
-def list_split(root, split, limit):
-    """[(image, mask)] of a split, in the order of names; every image has its mask."""
-    found = sorted((root / "images" / split).glob("[!.]*"))[:limit]
-    if not found:
-        raise SystemExit(f"error: no images in {root}/images/{split}")
-    split = [(i, root / "annotations" / split / f"{i.stem}.png") for i in found]
-    for image, mask in split:
-        if not mask.exists():
-            raise SystemExit(f"error: {image} has no mask: expected {mask}")
-    return split
+def list_splits(root, limit):
+    """[(image, mask)] of training and of validation, in the order of names; every image has its
+    mask."""
+    splits = []
+    for folder, found in images.pictures_in([root / "images" / s for s in SPLITS]).items():
+        if not found:
+            raise SystemExit(f"error: no images in {folder}")
+        masks = root / "annotations" / folder.name
+        splits.append([(Path(image), masks / f"{Path(image).stem}.png")
+                       for image in found[:limit]])
+        for image, mask in splits[-1]:
+            if not mask.exists():
+                raise SystemExit(f"error: {image} has no mask: expected {mask}")
+    return splits
 
 
 def square(image, mask, size, classes):
     """Paths → their largest centred squares: pixels (size, size, 3), labels (size, size), uint8."""
     pixels = images.load_image(image, None, "--data").transpose(1, 2, 0)
     labels = images.read_mask(mask, image, "--data")
-    if labels.ndim != 2:
-        raise BadRecord(f"--data: mask {mask} is in colours, one number a pixel is expected")
-    if labels.max() >= classes:
-        raise BadRecord(f"--data: mask {mask} has label {labels.max()}, the last is {classes - 1}")
+    if labels.ndim != 2 or labels.dtype.kind == "f":
+        what = "in colours" if labels.ndim != 2 else "of fractions"
+        raise BadRecord(f"--data: mask {mask} is {what}, one whole number a pixel is expected")
+    unknown = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED)]
+    if unknown.size:
+        raise BadRecord(f"--data: mask {mask} has label {unknown.max()}, the last is {classes - 1}")
     side, h, w = min(labels.shape), *labels.shape
     box = ((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2)
     return [np.asarray(Image.fromarray(x.astype(np.uint8)).crop(box).resize((size, size), how))
@@ -86,7 +96,7 @@ def square(image, mask, size, classes):
 
 def read_batch(masked, size, grid, classes):
     """→ pixels (B, 3, S, S), and how many pixels of each class every patch holds (B, N, K) int16,
-    N = grid² row by row; raises BadRecord."""
+    N = grid² row by row, ignored ones not counted; raises BadRecord."""
     pixels = np.zeros((len(masked), 3, size, size), np.uint8)
     counts = np.zeros((len(masked), grid * grid * classes), np.int16)
     p = size // grid                           # 384 / 14: the convolution leaves 6 pixels out, too
@@ -95,8 +105,8 @@ def read_batch(masked, size, grid, classes):
     for i, (image, mask) in enumerate(masked):
         picture, labels = square(image, mask, size, classes)
         pixels[i] = picture.transpose(2, 0, 1)
-        counts[i] = np.bincount((cell + labels[:p * grid, :p * grid]).ravel(),
-                                minlength=counts.shape[1])
+        labels = labels[:p * grid, :p * grid]
+        counts[i] = np.bincount((cell + labels)[labels != IGNORED], minlength=counts.shape[1])
     return pixels, counts.reshape(len(masked), grid * grid, classes)    # numpy: by pipe, not by shm
 
 
@@ -120,8 +130,16 @@ def union(counts):
     return target
 
 
+def ignored(counts, encoder, num_images):
+    """The share of pixels of label 255, by the pixels that were counted in so many images."""
+    grid = math.isqrt(encoder.num_tokens)
+    side = encoder.image_size // grid * grid
+    return 1 - float(counts) / max(1, num_images * side ** 2)
+
+
 def train(args, name, encoder, masked, classes, device):
-    """→ [head] a seed. A process encodes every world-th image; gradients are summed."""
+    """→ [head] a seed, share of ignored pixels. A process encodes every world-th image; gradients
+    are summed."""
     heads, orders = [], [torch.Generator().manual_seed(s) for s in range(args.seeds)]
     for seed in range(args.seeds):
         torch.manual_seed(seed)
@@ -133,18 +151,24 @@ def train(args, name, encoder, masked, classes, device):
     for _ in range(args.epochs):
         chunks += torch.randperm(len(masked), generator=shuffle).split(CHUNK)
     steps, step = sum(math.ceil(len(c) / BATCH) for c in chunks), 0
+    counted = torch.zeros(1, dtype=torch.float64)
     warmup = min(500, steps // 4)
     shares = encoded(args, encoder, [[masked[i] for i in c[rank::world]] for c in chunks], classes,
                      device)
     bar = distributed.progress(0, len(chunks), f"{name}, {steps} steps", shares)
     for (tokens, counts), chunk in zip(bar, chunks):
+        if step == 0 and ignored(counts.sum(), encoder, len(counts)) and not counts[..., 1:].any():
+            raise SystemExit(f"error: --data {args.data}: its masks hold label {IGNORED}, which is "
+                             f"ignored, and no class; are they masks of one object, 0 and 255?")
+        counted += counts.sum().cpu()
         orders_here = [torch.randperm(len(chunk), generator=g).split(BATCH) for g in orders]
         for picks in zip(*orders_here):                             # one (batch,) a head
             optimizer.zero_grad()
             for head, pick in zip(heads, picks):
                 mine = pick[pick % world == rank] // world
+                asked = counts[mine].sum(-1, keepdim=True) > 0      # (b, N, 1): not all ignored
                 loss = F.binary_cross_entropy_with_logits(          # logits (b, N, K)
-                    head(tokens[mine]), union(counts[mine]), reduction="sum")
+                    head(tokens[mine]), union(counts[mine]), asked.float(), reduction="sum")
                 (loss / (len(pick) * tokens.shape[1] * classes)).backward()
             for p in weights:
                 distributed.sum_tensor(p.grad)
@@ -153,7 +177,7 @@ def train(args, name, encoder, masked, classes, device):
                 1e-4 + 0.45e-3 * (1 + math.cos(late))
             optimizer.step()
             step += 1
-    return heads
+    return heads, ignored(distributed.sum_tensor(counted), encoder, args.epochs * len(masked))
 
 
 @torch.no_grad()
@@ -194,7 +218,8 @@ def miou(confusion, skip=0):
 def overlays(path, masked, classes, drawn):
     """image | truth | each encoder; drawn {name: classes of patches (n, N)}."""
     palette = np.array([(0, 0, 0)] + [[255 * v for v in colorsys.hsv_to_rgb(k * 0.618 % 1, 0.9, 1)]
-                                      for k in range(1, classes)]).astype(np.uint8)
+                                      for k in range(1, IGNORED)] + [(255, 255, 255)])
+    palette = palette.astype(np.uint8)                       # ignored pixels are white
     sheet = Image.new("RGB", (TILE * (2 + len(drawn)), 16 + TILE * len(masked)), "white")
     for column, title in enumerate(["image", "truth", *drawn]):
         ImageDraw.Draw(sheet).text((column * TILE + 4, 2), title, fill="black")
@@ -220,20 +245,27 @@ def main():
         labels = files.read_json(facts, "ade20k_classes")["ade20k_classes"]
     else:
         labels += [f"class {k}" for k in range(1, 151)]
-    learn, check = (list_split(root, s, args.limit) for s in ("training", "validation"))
+    if len(labels) > IGNORED:
+        raise SystemExit(f"error: {facts}: {len(labels)} classes, at most {IGNORED} are possible")
+    learn, check = list_splits(root, args.limit)
     device, results, spread, drawn = distributed.start(), {}, {}, {}
     out.mkdir(parents=True, exist_ok=True)
     times = torch.from_numpy(intervals.resampling(len(check))).float()               # (1000, n)
     for name, path in zip(names, args.encoder):
         encoder = published.load_encoder(path).eval().to(device)
-        heads = train(args, name, encoder, learn, len(labels), device)
+        heads, left_out = train(args, name, encoder, learn, len(labels), device)
         hits, there, confusion, best = test(args, name, encoder, heads, check, len(labels), device)
+        left_out = left_out, ignored(confusion[0].sum(), encoder, len(check))
+        if any(left_out):
+            print0(f"  {name}: label {IGNORED} is ignored, {100 * left_out[0]:.2f} % of the pixels "
+                   f"in training, {100 * left_out[1]:.2f} % in validation")
         drawn[name] = best[:args.pictures].numpy()
         spread[name] = recall(times @ hits.mean(0), times @ there)       # (1000,)
         by_class = (hits.mean(0).sum(0) / there.sum(0)).tolist()         # NaN: no patch has it
         results[name] = {"recall": recall(hits.sum(1), there.sum(0)).tolist(),
                          "mIoU": [miou(c) for c in confusion],
                          "mIoU-0": [miou(c, skip=1) for c in confusion],
+                         "ignored_pixels": left_out,
                          "recall_by_class": {k: r for k, r in zip(labels, by_class) if r == r}}
     differences = {}
     for a, b in combinations(names, 2):

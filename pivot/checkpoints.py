@@ -27,7 +27,7 @@ from pivot.distributed import (asked_to_stop, barrier, end_at_signals, from_main
 STOPPED = 75          # exit code of a run that was asked to stop and saved first (EX_TEMPFAIL)
 # Arguments of every stage that may differ on resume: they do not change the numbers.
 FREE = {"run", "run_typed", "workers", "keep", "save_every", "log_every", "micro_batch",
-        "overwrite", "replicas", "activation_checkpointing", "stall_timeout"}
+        "overwrite", "replicas", "activation_checkpointing", "stall_timeout", "follow_links"}
 LOGS = ("metrics.jsonl", "timing.jsonl")
 
 
@@ -93,7 +93,7 @@ def starts_anew(folder, args):
     def begun():
         path = folder / "config.json"
         return restarted() and path.exists() and \
-            json.loads(path.read_text()).get("anew_by") == torchrun_id()
+            files.read_json(path).get("anew_by") == torchrun_id()
     return args.overwrite and not from_main(begun)
 
 

@@ -7,10 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def json_of(raw):
+    """What JSON says, from bytes: in UTF-8, with or without a byte order mark; raises ValueError.
+    Every JSON file is read by it."""
+    return json.loads(raw.decode("utf-8").lstrip("\ufeff"))
+
+
 def read_json(path, *keys, remedy=""):
     """The object in a JSON file; raises SystemExit, one line, unless it is one with these keys."""
     try:
-        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+        facts = json_of(Path(path).read_bytes())
     except OSError as e:
         raise SystemExit(f"error: cannot read {path}: {e.strerror}{remedy}")
     except (ValueError, RecursionError) as e:

@@ -71,6 +71,7 @@ def arguments(doc, paper):
     parser.add_argument("--seed", type=NATURAL, default=0, help="order of samples, fresh projector")
     parser.add_argument("--skip-bad", action="store_true",
                         help="drop and count bad records instead of refusing the run")
+    add_follow_links(parser)
     parser.add_argument("--save-every", type=COUNT, default=200, help="steps between checkpoints")
     parser.add_argument("--keep", type=COUNT, default=2, help="how many checkpoints stay on disk")
     parser.add_argument("--overwrite", action="store_true",
@@ -94,6 +95,12 @@ def arguments(doc, paper):
                         "its records are named (default 30)")
     parser.add_argument("--log-every", type=COUNT, default=50, help="steps between printed lines")
     return parser
+
+
+def add_follow_links(parser):
+    """The flag of every command that reads pictures by the names in records."""
+    parser.add_argument("--follow-links", action="store_true", help="links in the folder of images "
+                        "may lead out of it (a name with .. in it may not)")
 
 
 # ----------------------------------------------------------------------------- stages by their name

@@ -1,10 +1,12 @@
 """Pictures and masks on disk → arrays, the same everywhere: in training, benchmarks and probes."""
 import io
+import os
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from pivot.records import BadRecord
+from pivot.distributed import print0
+from pivot.records import PICTURES, BadRecord
 
 MAX_PIXELS = 50_000_000     # a larger image is refused before it is decoded
 Image.MAX_IMAGE_PIXELS = None     # our own bound, above, is checked first
@@ -14,6 +16,9 @@ TURNED = {       # EXIF's orientation → what turns the picture upright
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
+FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+DARK = 16                   # of 255: values of 12 bits in a file of 16 reach no further
+BITS, PHOTOMETRIC, MAXIMUM, S_MAXIMUM = 258, 262, 281, 341      # tags of a TIFF
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")         # not LAB, whose A is a colour
 SIDEWAYS = [TURNED[orientation] for orientation in (5, 6, 7, 8)]     # these swap width and height
 
@@ -35,21 +40,113 @@ def turn_of(image):
         return None
 
 
+def is_picture(entry):
+    """Is an entry of a folder a picture, by the end of its name, or, where that says nothing, by
+    its first bytes? Hidden files (.DS_Store, ._x.jpg) are none."""
+    if entry.name.startswith("."):
+        return False
+    if entry.name.lower().endswith(PICTURES):
+        return True
+    with open(entry.path, "rb") as file:
+        head = file.read(12)
+    return head.startswith(FIRST_BYTES) or head[4:] == b"ftypavif" or head[8:] == b"WEBP" or \
+        (head[:2] == b"BM" and head[6:10] == bytes(4))
+
+
+def pictures_in(folders):
+    """{folder: the paths of its pictures, in the order of names}; prints once how many files are
+    none and were left out. raises SystemExit, naming it, at a folder among them."""
+    found, others = {}, []
+    for folder in folders:
+        found[folder] = []
+        for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+            if entry.is_file():
+                (found[folder] if is_picture(entry) else others).append(entry.path)
+            elif entry.is_dir() and not entry.name.startswith("."):
+                raise SystemExit(f"error: {entry.path} is a folder among pictures; they are read "
+                                 f"from {folder} itself, so move it elsewhere")
+            elif not entry.is_dir():
+                raise SystemExit(f"error: {entry.path} is no file; is it a link to nothing?")
+        found[folder].sort()
+    if others:
+        print0(f"  {len(others)} files are no pictures and are left out: {min(others)}"
+               + (" …" if len(others) > 1 else ""))
+    return found
+
+
+def over_8_bits(image):
+    """Does the file hold 16 bits a value? Asked before it is decoded: of colours Pillow keeps 8."""
+    def of_16(codec, extents, offset, how):
+        most = how[-1] if codec.startswith("ppm") else None         # these say it as a number
+        return ";16" in str(how) or (isinstance(most, int) and most > 255)
+    return any(of_16(*tile) for tile in image.tile)
+
+
+def white_of(image, deep, most):
+    """The value that is white in a decoded picture of one band, whole numbers of over 8 bits or
+    fractions; None where that is not certain. most: the largest value there is."""
+    if image.mode == "F":
+        return next((white for white in (1, 255) if most <= white), None)
+    tags = getattr(image, "tag_v2", {})                 # a TIFF's
+    said = [2 ** tags.get(BITS, (16,))[0] - 1, *tags.get(MAXIMUM, ()), *tags.get(S_MAXIMUM, ())]
+    for white in (255, 1023, 4095, 16383):              # another maximum is this picture's alone
+        if white in said and most <= white:
+            return white
+    if not deep and most <= 255:                        # 32 bits, of which 8 are used
+        return 255
+    return 65535 if most <= 65535 else None
+
+
+def eight_bits(image, deep, name):
+    """A decoded picture of one band, whole numbers of over 8 bits or fractions → 8 bits, (H, W).
+    Never black in silence: raises BadRecord where it is not certain which value is white."""
+    values = np.asarray(image)
+    least, most = values.min(), values.max()            # NaN, if there is one
+    white = white_of(image, deep, most) if np.isfinite([least, most]).all() else None
+    if white is None or least < 0:
+        raise BadRecord(f"{name} holds values from {least:g} to {most:g}, and which of them is "
+                        f"white is not known; save it with 8 bits")
+    if image.mode == "F":
+        shown = np.rint(values * (255 / white))
+    else:
+        shown = values.astype(np.uint32) * 255 // white
+    if 0 < most and shown.max() <= DARK:
+        raise BadRecord(f"{name} would be nearly black: its largest value is {most:g}, and white "
+                        f"may be {white}; save it with 8 bits")
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:      # white is zero
+        shown = 255 - shown
+    return shown.astype(np.uint8)
+
+
+def refuse_dark(image, name):
+    """A file of 16 bits a colour, of which Pillow keeps the upper 8: raises BadRecord where those
+    are next to nothing, as in a file that uses 12."""
+    colours = image.getbands()[:-1] if image.mode in TRANSPARENT else image.getbands()
+    most = max(image.getchannel(band).getextrema()[1] for band in colours)
+    if most <= DARK:
+        raise BadRecord(f"{name} would be nearly black: it has 16 bits a colour, and none reaches "
+                        f"over {most} of 255; save it with 8 bits")
+
+
 def load_image(source, size, where):
     """A path or bytes → uint8 pixels as `planes` gives them; raises BadRecord.
-    EXIF rotation is applied, 16-bit grey scaled to 8, transparency laid on white, the first frame
+    EXIF rotation is applied, over 8 bits scaled to 8, transparency laid on white, the first frame
     of an animation taken: what a person sees. HF's processors apply the same bicubic squash.
     """
+    name = f"{where}: " + ("embedded image" if isinstance(source, bytes) else f"image {source}")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadRecord(f"{where}: image of {image.width} × {image.height} pixels, over "
                                 f"the bound of {MAX_PIXELS // 10 ** 6} million")
+            deep = over_8_bits(image)
             image.load()                                         # broken pixels raise here
             turn = turn_of(image)
+            if image.mode[0] in "IF":
+                image = Image.fromarray(eight_bits(image, deep, name))
+            elif deep:
+                refuse_dark(image, name)
             image = image if turn is None else image.transpose(turn)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             if image.mode in TRANSPARENT or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -57,8 +154,7 @@ def load_image(source, size, where):
     except BadRecord:
         raise
     except Exception as e:   # Pillow's decoders raise nearly anything on broken files
-        name = "embedded image" if isinstance(source, bytes) else f"image {source}"
-        raise BadRecord(f"{where}: {name} cannot be read ({type(e).__name__}: {e})")
+        raise BadRecord(f"{name} cannot be read ({type(e).__name__}: {e})")
 
 
 def read_mask(mask, image, where):

@@ -7,14 +7,23 @@ A record's text comes in pieces, each with its role. They are tokenised one by o
 concatenated, never the strings: the border between prompt and answer is then where we say it is,
 in training and in generation alike.
 """
+import codecs
 import functools
 import json
 import os
 from pathlib import Path
 from typing import NamedTuple
 
+from pivot import files
+
 MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
+MAX_NAME = 1024             # characters of an image name; a picture in base64 has more
 PROMPT, ANSWER, OTHER = 0, 1, 2   # role of a piece's tokens; OTHER is a pair's rejected answer
+PICTURES = (                # how the names of pictures end, in small letters
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".jp2", ".j2k", ".avif", ".heic")
+FILMS = (".mp4", ".webm", ".avi", ".mov", ".mkv")
+OF_TEXT = {"id", "conversations", "question", "chosen", "rejected", "caption"}
 real_folder = functools.lru_cache(os.path.realpath)
 
 
@@ -54,7 +63,7 @@ def read_lines(path):
     path = require_file(path)
     if path.suffix == ".json":
         try:
-            items = json.loads(path.read_text(encoding="utf-8"))
+            items = files.json_of(path.read_bytes())
         except (ValueError, RecursionError) as e:
             raise SystemExit(f"error: {path}:{getattr(e, 'lineno', 1)}: not JSON ({e})")
         if not isinstance(items, list):
@@ -67,14 +76,14 @@ def read_lines(path):
                 if len(line) > MAX_LINE:
                     raise SystemExit(f"error: {path}: a line of over {MAX_LINE >> 20} MB at byte "
                                      f"{f.tell() - len(line)}; is this a .jsonl?")
-                if line.strip():
+                if line.removeprefix(codecs.BOM_UTF8).strip():
                     yield f"{path}:{number}", line
 
 
 def parse(where, item):
     """A raw line (bytes) or an object already parsed → dict; raises BadRecord."""
     try:
-        item = json.loads(item) if isinstance(item, bytes) else item
+        item = files.json_of(item) if isinstance(item, bytes) else item
         json.dumps(item, ensure_ascii=False).encode()     # half a surrogate pair is no character
     except RecursionError:
         raise BadRecord(f"{where}: JSON nested too deeply")
@@ -85,30 +94,85 @@ def parse(where, item):
     return item
 
 
+def what_is(value):
+    """A JSON value in words, for a message."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"the number {json.dumps(value)}"
+    return {str: "a string", list: "a list", dict: "an object"}.get(type(value), json.dumps(value))
+
+
 def text_of(item, key, where):
+    """A text of the record, not empty. A whole number is its digits; a fraction is refused: how it
+    was written (7, 7.0 or 7.00) is no longer known."""
     value = item.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise BadRecord(f"{where}: '{key}' is {'empty' if isinstance(value, str) else 'missing'}")
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if value is None:
+        raise BadRecord(f"{where}: '{key}' is missing")
+    if not isinstance(value, str):
+        raise BadRecord(f"{where}: '{key}' is {what_is(value)}; write it in quotes, as it is to "
+                        f"be read")
+    if not value.strip():
+        raise BadRecord(f"{where}: '{key}' is empty")
     return value
 
 
-def image_of(item, root, where):
-    """The record's one image as a path inside root, None for text alone, "many" for several."""
-    name = item.get("image")
-    if isinstance(name, list):
-        if len(name) > 1:
-            return "many"
-        name = name[0] if name else None
-    if name is None or name == "":
+def names_of(item, key):
+    """The file names under `image` or `images`: [] where there is none."""
+    value = item.get(key)
+    names = value if isinstance(value, list) else [value]
+    return [name for name in names if name is not None and name != ""]
+
+
+def names_a_picture(value):
+    """Is it a file name of a picture or film, a picture itself, or does it hold one?"""
+    if isinstance(value, (list, dict)):
+        return any(map(names_a_picture, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and (value.lower().endswith(PICTURES + FILMS)
+                                       or value.startswith("data:image/"))
+
+
+def other_pictures(item):
+    """The keys that name pictures but are not read: all but `image` and `images`, and what repeats
+    these."""
+    read = names_of(item, "image") + names_of(item, "images")
+    return [key for key, value in item.items() if key not in OF_TEXT | {"image", "images"}
+            and names_a_picture(value) and names_of(item, key) != read]
+
+
+def image_of(item, root, where, follow_links=False):
+    """The record's one image, under `image` or `images`, as a path inside root; None for text
+    alone, "many" for several. follow_links: links inside root may lead out of it."""
+    names, others = names_of(item, "image"), names_of(item, "images")
+    if names and others and names != others:
+        raise BadRecord(f"{where}: 'image' and 'images' name different pictures")
+    key, names = ("image", names) if names else ("images", others)
+    if len(names) > 1:
+        return "many"
+    if not names:
+        for key in other_pictures(item):
+            raise BadRecord(f"{where}: '{key}' names a picture, and only 'image' and 'images' are "
+                            f"read; rename the key, or take it out")
         return None
-    if not isinstance(name, str) or "\0" in name:
-        raise BadRecord(f"{where}: 'image' is not a file name")
-    path = os.path.realpath(os.path.join(root, name))
-    if os.path.isabs(name) or not path.startswith(real_folder(root) + os.sep):
-        raise BadRecord(f"{where}: image {name} leaves its folder {root}")
-    if not os.path.isfile(path):
+    if not isinstance(names[0], str) or "\0" in names[0] or len(names[0]) > MAX_NAME:
+        raise BadRecord(f"{where}: '{key}' is not a file name")
+    return path_inside(names[0], root, where, follow_links)
+
+
+def path_inside(name, root, where, follow_links):
+    """The absolute path of a file that lies inside root; raises BadRecord. It keeps the name that
+    the record gives: masks are found by it, whatever links stand between."""
+    folder = os.path.join(os.getcwd(), root, "")
+    top, path = os.path.join(real_folder(folder), ""), os.path.join(folder, name)
+    real, climbs = os.path.realpath(path), ".." in name.split("/")
+    if not real.startswith(top):
+        by_link = path.startswith((top, folder)) and not climbs
+        if not (by_link and follow_links):
+            raise BadRecord(f"{where}: image {name} leaves its folder {root}"
+                            + (" by a link; --follow-links allows it" if by_link else ""))
+    if not os.path.isfile(real):
         raise BadRecord(f"{where}: image {name} not found in {root}")
-    return path
+    return real if climbs else path
 
 
 # ----------------------------------------------------------------------------------------- template
@@ -148,14 +212,20 @@ def caption_record(where, item, image):
 def turns_of(where, item):
     """LLaVA's `conversations` → [(question, answer), …], roles checked."""
     turns = item.get("conversations")
-    if not isinstance(turns, list) or not turns:
+    if turns and not isinstance(turns, list):
+        raise BadRecord(f"{where}: 'conversations' is {what_is(turns)}, a list of turns is expected"
+                        + ("; is it JSON inside a string?" if isinstance(turns, str) else ""))
+    if not turns:
         raise BadRecord(f"{where}: 'conversations' is missing or empty")
     if isinstance(turns[0], dict) and turns[0].get("from") == "system":
         turns = turns[1:]            # ours is explicit and the same everywhere
     if len(turns) % 2 or not turns:
         raise BadRecord(f"{where}: 'conversations' must alternate human and gpt")
     for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get("from") != ("human", "gpt")[i % 2]:
+        if not isinstance(turn, dict):
+            raise BadRecord(f"{where}: turn {i + 1} is {what_is(turn)}, an object of 'from' and "
+                            f"'value' is expected")
+        if turn.get("from") != ("human", "gpt")[i % 2]:
             raise BadRecord(f"{where}: turn {i + 1} is not from '{('human', 'gpt')[i % 2]}'")
     return [(text_of(q, "value", f"{where}, turn {2 * i + 1}"),
              text_of(a, "value", f"{where}, turn {2 * i + 2}"))
@@ -204,7 +274,7 @@ def pair_sources(path):
     if path.suffix != ".json":
         return [(path, None)]
     try:
-        sets = json.loads(path.read_text(encoding="utf-8"))
+        sets = files.json_of(path.read_bytes())
         if not sets:
             raise ValueError("no set in it")
         # Published beside its folders, or one level inside them (MMPR-v1.2/meta.json).

@@ -7,6 +7,7 @@ says "finished".
 """
 import base64
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,8 +16,10 @@ import struct
 import zlib
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import conftest
@@ -130,8 +133,15 @@ HELD, FINAL = "toy/preferences/heldout.jsonl", "run/pretrain/final"
 
 
 def every_image(b, spoil, folder="preferences"):
-    for path in (b / "toy" / folder / "images").glob("*.png"):
+    for path in (b / "toy" / folder / "images").rglob("*.png"):
         spoil(path)
+
+
+def grey(values):
+    """A picture of one band, as a TIFF."""
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "TIFF")
+    return file.getvalue()
 
 
 def nan_weights(b):
@@ -197,6 +207,33 @@ ROWS = [Row(*row) for row in [
      lambda b: [bomb(p) for p in (b / "toy/images/captions").glob("*.png")]),
     ("pretrain", "image is a folder", "", ["captions.json:item 1: image captions/000001.png"],
      lambda b: instead(b / "toy/images/captions/000001.png", True)),
+    ("pretrain", "12 bits in images of 16", "", ["captions.json:item ", "would be nearly black: its "
+     "largest value is 4095, and white may be 65535; save it with 8 bits"], lambda b: every_image(
+         b, lambda p: put(p, grey(np.arange(4096, dtype=np.uint16).reshape(64, 64))), "")),
+    ("pretrain", "fractions up to 4095", "", ["captions.json:item ", "holds values from 0 to 4095"],
+     lambda b: every_image(b, lambda p: put(
+         p, grey(np.arange(4096, dtype=np.float32).reshape(64, 64))), "")),
+    ("pretrain", "image under another key", "",
+     ["DATA/instruct.jsonl:2: 'image_path' names a picture, and only 'image' and 'images' are read"],
+     lambda b: record(b / "toy/instruct.jsonl", 2, image=None, image_path="a.png", conversations=[
+         {"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}])),
+    ("pretrain", "image and images disagree", "",
+     ["DATA/instruct.jsonl:1: 'image' and 'images' name different pictures"],
+     lambda b: record(b / "toy/instruct.jsonl", 1, images=["b.png"])),
+    ("pretrain", "images are links that lead out", "", ["DATA/captions.json:item 1: image captions/"
+     "000001.png leaves its folder", "by a link; --follow-links allows it"], lambda b: [
+         (b / "toy/images/captions").rename(b / "elsewhere"),
+         (b / "toy/images/captions").symlink_to(b / "elsewhere")]),
+    ("pretrain", "an absolute image name, with --follow-links", "--follow-links",
+     ["DATA/captions.json:item 2: image /etc/hostname leaves its folder"],
+     lambda b: change(b / "toy/captions.json", "1.image", "/etc/hostname")),
+    ("pretrain", "turns are JSON inside a string", "",
+     ["DATA/instruct.jsonl:3: 'conversations' is a string, a list of turns is expected; is it JSON"],
+     lambda b: record(b / "toy/instruct.jsonl", 3, conversations=json.dumps([
+         {"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]))),
+    ("pretrain", "an answer is a fraction", "", ["DATA/instruct.jsonl:4, turn 2: 'value' is the "
+     "number 7.0; write it in quotes"], lambda b: record(b / "toy/instruct.jsonl", 4, conversations=[
+         {"from": "human", "value": "What?"}, {"from": "gpt", "value": 7.0}])),
     ("pretrain", "two encoders at once", "--encoder toy-vit+toy-vit",
      ["--encoder toy-vit+toy-vit: two encoders are judged together, by repair_eval.py"]),
     ("pretrain", "lr NaN", "--lr nan", ["--lr: nan must be at least 0"]),

@@ -1,16 +1,20 @@
 """What is on disk → batches: layouts, masks, order, odd images."""
+import io
 import json
 import os
 import re
+import shutil
 import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 import data
-from pivot import encoders, images, model_io, published, records
+from conftest import COMMON, bit_equal, run
+from pivot import encoders, files, images, model_io, published, records
 import model as m
 
 
@@ -146,11 +150,219 @@ def test_skip_bad_sees_a_truncated_image(tools, folder, capsys):
     assert re.search(r"  dropped: \S+:2: image \S+cut.png cannot be read", capsys.readouterr().out)
 
 
+def chat_of(**fields):
+    """CHAT without its placeholder and picture, with these fields."""
+    turns = [{"from": "human", "value": "What colour?"}, {"from": "gpt", "value": "red"}]
+    return {"id": "x.png", "conversations": turns, **fields}
+
+
+@pytest.mark.parametrize("fields", [
+    {"images": ["a.png"]}, {"images": "a.png"}, {"image": ["a.png"]},
+    {"image": "a.png", "images": ["a.png"]}, {"image": "", "images": ["a.png"]},
+    {"image": "a.png", "images": []}, {"image": "a.png", "image_path": "a.png"}])
+def test_a_picture_under_images_is_read_as_under_image(tools, folder, fields):
+    """The same tokens, the same picture, the same key of the data digest."""
+    plain, other = (samples("conversations", folder, [record], tools)
+                    for record in (chat_of(image="a.png"), chat_of(**fields)))
+    assert other.text_only == 0 and other.images[0] == str(folder.resolve() / "images/a.png")
+    assert other.keys.tolist() == plain.keys.tolist() and not other.unread
+    assert other[0]["pixels"].max() == 255 and (other[0]["ids"] == plain[0]["ids"]).all()
+
+
+@pytest.mark.parametrize("fields, says", [
+    ({"image_path": "a.png"}, "'image_path' names a picture, and only 'image' and 'images' are"),
+    ({"img": "coco/A.JPG"}, "'img' names a picture"), ({"Image": "a.png"}, "'Image' names a"),
+    ({"pictures": ["a.webp", "b.webp"]}, "'pictures' names a picture"),
+    ({"picture": {"path": "a.png", "bytes": None}}, "'picture' names a picture"),
+    ({"url": "https://example.org/a.jpeg"}, "'url' names a picture"),
+    ({"video": "a.mp4"}, "'video' names a picture"),
+    ({"image_base64": "data:image/png;base64,AAAA"}, "'image_base64' names a picture"),
+    ({"image": "", "file": "a.tif"}, "'file' names a picture"),
+    ({"images": [{"path": "a.png"}]}, "'images' is not a file name"),
+    ({"image": "A" * 2000}, "'image' is not a file name"),
+    ({"image": "a.png", "images": ["b.png"]}, "'image' and 'images' name different pictures"),
+    ({"image": "a.png", "images": ["a.png", "b.png"]}, "'image' and 'images' name different")])
+def test_no_picture_is_passed_over_in_silence(tools, folder, fields, says):
+    with pytest.raises(SystemExit, match=re.escape(f"x.jsonl:1: {says}")):
+        samples("conversations", folder, [chat_of(**fields)], tools)
+
+
+def test_pictures_beside_the_one_that_is_read_are_counted_by_name(tools, folder):
+    """As in published captions, whose url is the picture's origin."""
+    records = [chat_of(image="a.png", url=f"https://example.org/{i}.jpg") for i in range(3)]
+    made = samples("conversations", folder, [*records, chat_of(image="a.png")], tools)
+    assert made.summary() == ("4 conversations of 4 records; dropped: none; 0 text-only; "
+                              "pictures not read: 3 under 'url'")
+    several = samples("conversations", folder, [*records, chat_of(images=["a.png", "b.png"])],
+                      tools)
+    assert several.dropped == {"multi-image": 1}
+
+
+def test_text_alone_stays_text_alone(tools, folder):
+    records = [chat_of(), chat_of(image=None, images=[]), chat_of(source="a page", number=7)]
+    assert samples("conversations", folder, records, tools).text_only == 3
+
+
+@pytest.mark.parametrize("form", ["x.jsonl", "x.json"])
+def test_a_byte_order_mark_is_no_part_of_json(tools, folder, form):
+    """As Windows' editors and PowerShell write it; also before a blank line, and twice."""
+    mark, line = b"\xef\xbb\xbf", json.dumps(PAIR).encode()
+    for raw in (mark + line + b"\n", mark + mark + line, mark + b"\n" + line, line):
+        raw = raw if form == "x.jsonl" else raw.replace(line, b"[" + line + b"]")
+        (folder / form).write_bytes(raw)
+        made = data.Samples("pairs", [(folder / form, folder / "images")], *tools, 1024,
+                            verbose=False)
+        assert len(made) == 1 and made.read == 1
+    meta = {"toy": {"root": "images", "annotation": form}}
+    (folder / "meta.json").write_bytes(mark + json.dumps(meta).encode())
+    assert records.pair_sources(folder / "meta.json") == [(folder / form, folder / "images")]
+    assert files.read_json(folder / "meta.json", "toy") == meta
+
+
+def test_json_in_another_encoding_is_refused_in_one_line(tools, folder):
+    for form in ("x.json", "meta.json"):
+        (folder / form).write_text(json.dumps([PAIR]), encoding="utf-16")
+    with pytest.raises(SystemExit, match="x.json:1: not JSON .*utf-8"):
+        data.Samples("pairs", [(folder / "x.json", folder / "images")], *tools, 1024)
+    with pytest.raises(SystemExit, match="meta.json: not JSON .*utf-8"):
+        files.read_json(folder / "meta.json")
+    with pytest.raises(SystemExit, match="meta.json: not an MMPR meta.json .*utf-8"):
+        records.pair_sources(folder / "meta.json")
+
+
+def test_a_whole_number_is_its_text(tools, folder):
+    """As an answer that counts: the same tokens as "7", also of a pair."""
+    for number in (7, 0, -12, 10 ** 20):
+        turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": number}]
+        said = [{**turns[1], "value": str(number)}]
+        a, b = (samples("conversations", folder, [chat_of(conversations=t)], tools)
+                for t in (turns, turns[:1] + said))
+        assert a.ids.tolist() == b.ids.tolist()
+        c, d = (samples("pairs", folder, [{**PAIR, "chosen": x}], tools)
+                for x in (number, str(number)))
+        assert c.ids.tolist() == d.ids.tolist()
+    with pytest.raises(SystemExit, match="chosen and rejected are the same"):
+        samples("pairs", folder, [{**PAIR, "chosen": 7, "rejected": "7"}], tools)
+
+
+@pytest.mark.parametrize("value, says", [
+    ("7.0", "is the number 7.0; write it in quotes"), ("7.50", "is the number 7.5; write it in"),
+    ("NaN", "is the number NaN"), ("true", "is true; write it in quotes"), ("null", "is missing"),
+    ('["red"]', "is a list"), ('{"text": "red"}', "is an object"), ('""', "is empty")])
+def test_what_is_no_text_is_named(tools, folder, value, says):
+    """Of 7.0 nobody knows whether 7, 7.0 or 7.00 was meant."""
+    turn = json.dumps(chat_of()).replace('"red"', value)
+    with pytest.raises(SystemExit, match=f"x.jsonl:1, turn 2: 'value' {says}"):
+        samples("conversations", folder, [turn], tools)
+    pair = json.dumps({**PAIR, "chosen": "X"}).replace('"X"', value)
+    with pytest.raises(SystemExit, match=f"x.jsonl:1: 'chosen' {says}"):
+        samples("pairs", folder, [pair], tools)
+
+
+@pytest.mark.parametrize("turns, says", [
+    (json.dumps(CHAT["conversations"]), "'conversations' is a string, a list of turns is expected;"
+     " is it JSON inside a string?"),
+    (CHAT["conversations"][0], "'conversations' is an object, a list of turns is expected"),
+    (7, "'conversations' is the number 7, a list"), (True, "'conversations' is true, a list"),
+    (["What colour?", "red"], "turn 1 is a string, an object of 'from' and 'value' is expected"),
+    ([["What?"], ["red"]], "turn 1 is a list"), ([None, None], "turn 1 is null"),
+    ([], "'conversations' is missing or empty"), ("", "'conversations' is missing or empty"),
+    (None, "'conversations' is missing or empty")])
+def test_turns_that_are_none_are_named(tools, folder, turns, says):
+    with pytest.raises(SystemExit, match=re.escape(f"x.jsonl:1: {says}")):
+        samples("conversations", folder, [{**CHAT, "conversations": turns}], tools)
+
+
 def test_links_may_not_leave_the_folder(tools, folder):
     (folder / "secret.png").write_bytes((folder / "images" / "a.png").read_bytes())
     (folder / "images" / "link.png").symlink_to(folder / "secret.png")
     with pytest.raises(SystemExit, match="leaves its folder"):
         samples("pairs", folder, [{**PAIR, "image": "link.png"}], tools)
+
+
+@pytest.fixture
+def linked(folder):
+    """images/out is a link to a folder elsewhere, images/in to one inside; all is a link to images.
+    """
+    for name in ("elsewhere", "images/sub"):
+        (folder / name).mkdir()
+        Image.new("RGB", (9, 9), "blue").save(folder / name / "b.png")
+    Image.new("RGB", (9, 9), "blue").save(folder / "secret.png")
+    (folder / "images/out").symlink_to(folder / "elsewhere")
+    (folder / "images/in").symlink_to(folder / "images/sub")
+    (folder / "images/one.png").symlink_to(folder / "secret.png")
+    (folder / "all").symlink_to(folder / "images")
+    return folder.resolve()
+
+
+@pytest.mark.parametrize("root", ["images", "all"])
+@pytest.mark.parametrize("name, found", [
+    ("a.png", "a.png"), ("in/b.png", "sub/b.png"), ("ABOVE/images/a.png", "a.png"),
+    ("ABOVE/all/a.png", "a.png"), ("ABOVE/all/in/b.png", "sub/b.png"), ("sub/../a.png", "a.png"),
+    ("../images/a.png", "a.png")])
+def test_what_resolves_inside_the_root_is_read(linked, monkeypatch, root, name, found):
+    """Absolute names, too, and by way of links that stay inside; with the flag or without."""
+    monkeypatch.chdir(linked)
+    name = name.replace("ABOVE", str(linked))
+    for follow_links in (False, True):
+        for where in (root, linked / root):
+            path = records.image_of({"image": name}, where, "x.jsonl:1", follow_links)
+            assert os.path.isabs(path) and os.path.realpath(path) == f"{linked}/images/{found}"
+            assert ".." in name or path == os.path.join(linked, root, name)
+
+
+@pytest.mark.parametrize("root", ["images", "all"])
+@pytest.mark.parametrize("name", ["out/b.png", "ABOVE/images/out/b.png", "one.png"])
+def test_links_that_leave_are_followed_where_a_flag_says_so(linked, monkeypatch, root, name):
+    """The path keeps the name inside: masks are found by it, and the data digest is a copy's."""
+    monkeypatch.chdir(linked)
+    name = name.replace("ABOVE", str(linked))
+    for where in (root, linked / root):
+        with pytest.raises(records.BadRecord, match="by a link; --follow-links allows it"):
+            records.image_of({"image": name}, where, "x.jsonl:1")
+        path = records.image_of({"image": name}, where, "x.jsonl:1", follow_links=True)
+        assert path == os.path.join(linked, root, name)
+        assert images.load_image(path, None, "here")[2].min() == 255
+        with pytest.raises(records.BadRecord, match="not found"):
+            records.image_of({"image": "out/none.png"}, where, "x.jsonl:1", True)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "out/../secret.png", "ABOVE/secret.png",
+                                  "ABOVE/images/../secret.png", "ABOVE/elsewhere/b.png",
+                                  "out/../elsewhere/b.png", "ABOVE/images2/a.png"])
+def test_what_leaves_by_its_name_is_refused_whatever_the_flag(linked, name):
+    for follow_links in (False, True):
+        with pytest.raises(records.BadRecord, match="leaves its folder") as said:
+            records.image_of({"image": name.replace("ABOVE", str(linked))}, linked / "images",
+                             "x.jsonl:1", follow_links)
+        assert "--follow-links" not in str(said.value)
+
+
+def test_a_run_over_links_is_the_run_over_copies(world, stage1, tmp_path):
+    """Bit by bit, and of one data digest: pictures in a cache under other names, `images` for
+    `image`, an absolute name, a mark at the beginning."""
+    for i, picture in enumerate((world / "images").rglob("*.png")):
+        (tmp_path / "images" / picture.relative_to(world / "images")).parent.mkdir(
+            parents=True, exist_ok=True)
+        shutil.copy(picture, tmp_path / f"{i:05d}")
+        (tmp_path / "images" / picture.relative_to(world / "images")).symlink_to(
+            tmp_path / f"{i:05d}")
+    items = json.loads((world / "captions.json").read_text())
+    items = [{**item, "images": [item["image"]], "image": None} for item in items]
+    items[0]["images"] = [f"{tmp_path}/images/{items[0]['images'][0]}"]
+    (tmp_path / "captions.json").write_text("\ufeff" + json.dumps(items))
+    run("pretrain.py", "--run", tmp_path / "run", "--encoder", "toy-vit", *COMMON, "--data", world,
+        "--projector-max-steps", 2, "--max-steps", 3, "--captions", tmp_path / "captions.json",
+        "--images", tmp_path / "images", "--follow-links")
+    bit_equal(tmp_path / "run/pretrain", stage1 / "pretrain")
+    a, b = (json.loads((folder / "pretrain/config.json").read_text())["data_digest"]
+            for folder in (tmp_path / "run", stage1))
+    assert a == b
+
+
+def test_the_root_of_all_is_a_root(linked):
+    assert records.image_of({"image": str(linked / "secret.png")}, "/", "x:1") == \
+        str(linked / "secret.png")
 
 
 def test_workers_share_what_the_records_are(tools, folder):
@@ -218,6 +430,104 @@ def test_images_look_as_a_person_sees_them(tmp_path, mode, colour, want):
     assert pixels.shape == (3, 16, 16) and pixels.dtype == np.uint8
     if want:
         assert np.abs(pixels.reshape(3, -1).T.astype(int) - want).max() <= 1
+
+
+RAMP = np.linspace(0, 1, 256).reshape(16, 16)                # of it every shown value is known
+
+
+def saved(values, form="TIFF", **tags):
+    """A file of one band, as bytes; tags of a TIFF: t258=…"""
+    file, ifd = io.BytesIO(), TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        ifd[int(tag[1:])] = value
+    options = {"tiffinfo": ifd} if form == "TIFF" else {}
+    Image.fromarray(values).save(file, form, **options)
+    return file.getvalue()
+
+
+def png_of_16_bits(values):
+    """(H, W, C) → a PNG of 16 bits a colour, which Pillow does not write."""
+    def chunk(kind, content):
+        length, check = (struct.pack(">I", n) for n in (len(content), zlib.crc32(kind + content)))
+        return length + kind + content + check
+    height, width, bands = values.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in values.astype(">u2"))
+    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + \
+        chunk(b"IEND", b"")
+
+
+def pnm(head, top):
+    """A binary PGM or PPM of 16 × 16."""
+    values = (RAMP * top).astype(">u2").repeat(3 if head.startswith("P6") else 1)
+    return f"{head}\n".encode() + values.tobytes()
+
+
+def u16(top):
+    return (RAMP * top).astype(np.uint16)
+
+
+@pytest.mark.parametrize("name, raw, white", [
+    ("fractions", saved(RAMP.astype(np.float32)), 255),
+    ("fractions of a bright picture", saved((RAMP / 2 + 0.5).astype(np.float32)), 255),
+    ("float, 0 to 255", saved((RAMP * 255).astype(np.float32)), 255),
+    ("a PFM", b"Pf 16 16 -1.0\n" + RAMP[::-1].astype(np.float32).tobytes(), 255),
+    ("32 bits, 0 to 255", saved((RAMP * 255).astype(np.int32)), 255),
+    ("32 bits, 0 to 65535", saved((RAMP * 65535).astype(np.int32)), 255),
+    ("16 bits", saved(u16(65535), "PNG"), 255),
+    ("16 bits, the other order", saved(u16(65535).astype(">u2")), 255),
+    ("12 bits, says the largest value", saved(u16(4095), t281=(4095,)), 255),
+    ("10 bits, says the largest value", saved(u16(1023), t341=(1023.0,)), 255),
+    ("a largest value that is the picture's own", saved(u16(30000), t281=(30000,)), 116),
+    ("12 bits, says the PGM", pnm("P5 16 16 4095", 4095), 255),
+    ("12 bits, says the PPM", pnm("P6 16 16 4095", 4095), 255),
+    ("white is zero", saved(u16(65535), t262=0), 255),
+    ("a dim picture of 16 bits", saved(u16(16383), "PNG"), 63),
+    ("16 bits a colour", png_of_16_bits(np.stack([u16(65535)] * 3, -1)), 255),
+    ("black", saved(u16(0), "PNG"), 0), ("black fractions", saved(RAMP.astype("f4") * 0), 0)])
+def test_what_has_over_8_bits_is_scaled_where_white_is_known(name, raw, white):
+    shown = images.load_image(raw, None, "here")[0].astype(int)
+    assert shown.max() == white
+    want = RAMP * white
+    if "bright" in name:
+        want = RAMP * 127.5 + 127.5
+    if name == "white is zero":
+        want = 255 - want
+    assert np.abs(shown - want).max() <= 1
+
+
+def test_twelve_bits_that_a_tiff_declares(tmp_path):
+    """BitsPerSample 12: two values in three bytes, which Pillow does not write."""
+    entries = [(256, 3, 2), (257, 3, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 122),
+               (277, 3, 1), (278, 3, 1), (279, 4, 3)]
+    raw = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    raw += b"".join(struct.pack("<HHII", tag, kind, 1, n) for tag, kind, n in entries)
+    raw = (raw + b"\0" * 122)[:122] + bytes([0xff, 0xf8, 0x00])          # 4095, 2048
+    assert images.load_image(raw, None, "here")[0].tolist() == [[255, 127]]
+
+
+@pytest.mark.parametrize("raw, says", [
+    (saved(u16(4095), "PNG"), "nearly black: its largest value is 4095, and white may be 65535"),
+    (saved(u16(255), "PNG"), "nearly black"), (saved(u16(4095)), "nearly black"),
+    (saved(u16(4095).astype(np.int32)), "nearly black"),
+    (pnm("P5 16 16 65535", 4095), "nearly black"), (pnm("P6 16 16 65535", 4095), "nearly black"),
+    *[(png_of_16_bits(np.dstack([u16(4095)] * colours + [u16(0) + 65535] * alpha)),
+       "nearly black: it has 16 bits a colour, and none reaches over 15 of 255")
+      for colours in (1, 3) for alpha in (0, 1) if colours + alpha > 1],
+    (png_of_16_bits(np.stack([u16(255)] * 3, -1)), "nearly black"),
+    (saved((RAMP * 3).astype(np.float32)), "nearly black"),
+    (saved((RAMP * 4095).astype(np.float32)), "holds values from 0 to 4095, and which of them"),
+    (saved((RAMP * 70000).astype(np.int32)), "holds values from 0 to 70000"),
+    (saved((RAMP * 99 - 1).astype(np.int32)), "holds values from -1 to 98"),
+    (saved((RAMP - 0.1).astype(np.float32)), "holds values from -0.1 to 0.9"),
+    (saved(np.where(RAMP > 0.5, np.nan, RAMP).astype(np.float32)), "holds values from nan"),
+    (saved(np.where(RAMP > 0.5, np.inf, RAMP).astype(np.float32)), "to inf")])
+def test_what_has_over_8_bits_is_never_black_in_silence(raw, says):
+    with pytest.raises(records.BadRecord, match=says) as said:
+        images.load_image(raw, None, "x.json:item 1")
+    text = str(said.value)
+    assert text.startswith("x.json:item 1: embedded image ") and text.endswith("with 8 bits")
+    assert "\n" not in text
 
 
 def test_exif_rotation_palette_alpha_animation_and_one_pixel(tmp_path):

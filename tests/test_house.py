@@ -158,6 +158,14 @@ def test_one_module_knows_about_processes():
             assert "get_rank(" not in text and not re.search(r"\brank\s*[=!]=", text), path.name
 
 
+def test_json_files_are_read_by_one_function():
+    """files.json_of knows of byte order marks. (The study reads what it wrote itself.)"""
+    for path in FILES:
+        if path.parent.name != "study":
+            for line in lines(path):
+                assert not re.search(r"json\.loads?\(.*(read_text|read_bytes|open\()", line), path
+
+
 def test_stage_names_are_not_wired_into_the_ground_floor():
     """A new stage needs no edit elsewhere: pivot/ knows no stage by its name."""
     for path in (ROOT / "pivot").glob("*.py"):

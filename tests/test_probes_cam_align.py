@@ -260,6 +260,66 @@ def test_gradcam_refuses_in_one_line(stage1, cam_world, tmp_path):
     image.write_bytes(whole)
 
 
+def test_gradcam_follows_links_where_a_flag_says_so(stage1, cam_world, tmp_path, capsys):
+    """Pictures linked one by one into a folder: refused, or the numbers of a copy; their masks lie
+    beside the folder that names them."""
+    linked, store = tmp_path / "data/preferences", tmp_path / "store"
+    shutil.copytree(cam_world / "preferences", linked, ignore=lambda *_: ["images"])
+    shutil.copytree(cam_world / "preferences/images", store)
+    (linked / "images").mkdir()
+    for i, picture in enumerate(store.iterdir()):
+        picture.rename(store / f"{i:05d}")                   # as a cache of the hub stores them
+        (linked / "images" / picture.name).symlink_to(store / f"{i:05d}")
+    common = ["--run", stage1, "--num-samples", 2]
+    refuses(gradcam, *common, "--data", tmp_path / "data", "--out", tmp_path,
+            match="leaves its folder .* by a link; --follow-links allows it")
+    call(gradcam, capsys, *common, "--data", cam_world, "--out", tmp_path / "a")
+    call(gradcam, capsys, *common, "--data", tmp_path / "data", "--follow-links",
+         "--out", tmp_path / "b")
+    a, b = (json.loads((tmp_path / x / "results.json").read_text()) for x in "ab")
+    assert [row[1:] for row in a["samples"]] == [row[1:] for row in b["samples"]]
+    assert a["share_inside"] == b["share_inside"] and a["share_inside"]
+
+
+def test_masks_of_a_linked_folder(tmp_path):
+    """Beside the name, or beside what the link names."""
+    args = type("Args", (), {"masks": None, "mask_label": None})
+    for folder in ("store/images", "store/masks", "data/masks"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data/images").symlink_to(tmp_path / "store/images")
+    Image.new("RGB", (2, 2)).save(tmp_path / "store/images/x.jpg")
+    Image.fromarray(np.uint8([[0, 1], [0, 0]])).save(tmp_path / "store/masks/x.png")
+    picture = tmp_path / "data/images/x.jpg"
+    assert gradcam.mask_path(args, picture) == tmp_path / "store/masks/x.png"
+    Image.fromarray(np.uint8([[0, 1], [0, 0]])).save(tmp_path / "data/masks/x.png")
+    assert gradcam.mask_path(args, picture) == tmp_path / "data/masks/x.png"
+    args.masks = str(tmp_path / "data")
+    assert gradcam.mask_path(args, picture) is None
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_object_turns_with_its_picture(tmp_path, orientation):
+    """Its share of every patch is the upright picture's, for a mask as stored and an upright one.
+    """
+    args = type("Args", (), {"masks": str(tmp_path / "masks"), "mask_label": None})
+    (tmp_path / "masks").mkdir()
+    upright = np.zeros((6, 9), np.uint8)
+    upright[:2, 5:] = 255
+    picture, exif = Image.fromarray(upright).convert("RGB"), Image.Exif()
+    back = {6: 8, 8: 6}.get(orientation, orientation)
+    stored = picture.transpose(images.TURNED[back]) if orientation > 1 else picture
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "x.png", exif=exif)
+    want = gradcam.coverage(upright > 0, 3, 1.0)
+    masks = [stored.convert("L")] + ([Image.fromarray(upright)] if orientation > 4 else [])
+    for mask in masks:
+        mask.save(tmp_path / "masks/x.png")
+        found = gradcam.coverage(gradcam.object_mask(args, tmp_path / "x.png", "f:1"), 3, 1.0)
+        assert found.tolist() == want.tolist() and 0 < want.mean() < 1
+    shown = images.load_image(str(tmp_path / "x.png"), None, "f:1")[0]
+    assert (shown == upright).all()
+
+
 def test_masks_by_name_by_label_and_none(tmp_path):
     """ADE20K's layout: X.jpg has X.png in another folder, one number a class."""
     args = type("Args", (), {"masks": None, "mask_label": None})
@@ -464,6 +524,30 @@ def test_align_refuses_in_one_line(world, tmp_path):
     write(*lines)
     (tmp_path / "images" / first["image"]).write_bytes(b"no image")
     refuses(probe_align, *good, "--k", 3, match="pairs.jsonl:1: image .*cannot be read")
+
+
+def test_align_reads_what_the_stages_read(world, tmp_path, capsys):
+    """Captions that are numbers, `images`, links by a flag, a mark at the beginning; what else
+    names a picture is counted."""
+    (tmp_path / "images").mkdir()
+    records_ = [json.loads(x) for x in (world / "align/pairs.jsonl").read_text().splitlines()[:3]]
+    for record in records_:
+        (tmp_path / "images" / record["image"]).symlink_to(world / "align/images" / record["image"])
+    records_[0] = {"images": [records_[0]["image"]], "caption": 7}
+    records_[1]["url"] = "https://example.org/x.jpg"
+    (tmp_path / "pairs.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, records_)))
+    with pytest.raises(records.BadRecord, match="pairs.jsonl:1: .* --follow-links allows it"):
+        probe_align.read_items(tmp_path)
+    items = probe_align.read_items(tmp_path, follow_links=True)
+    assert [caption for *_, caption in items] == ["7", *(r["caption"] for r in records_[1:])]
+    assert items[0][1] == str(tmp_path / "images" / records_[0]["images"][0])
+    assert capsys.readouterr().out == \
+        "  1 pictures under 'url' are not read: 'image' and 'images' are\n"
+    refuses(probe_align, "--encoder", "toy-vit", "--llm", "toy-lm", "--data", tmp_path, "--out",
+            tmp_path, match="--follow-links allows it")
+    out = call(probe_align, capsys, "--encoder", "toy-vit", "--llm", "toy-lm", "--data", tmp_path,
+               "--out", tmp_path, "--k", 1, "--follow-links")
+    assert "mutual k-NN alignment, k = 1" in out
 
 
 def test_short_names_are_unique(tmp_path, monkeypatch):

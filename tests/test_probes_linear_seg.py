@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
 
 from judge import intervals, logistic, probing
-from pivot import distributed, encoders, model_io
+from pivot import distributed, encoders, images, model_io, published
 import probe_linear
 import probe_seg
 from conftest import ROOT
@@ -160,7 +161,7 @@ class Fake(nn.Module):
 @pytest.fixture
 def eyes(tmp_path, monkeypatch):
     """Folders seer and blind under runs/x/, opened as Fakes."""
-    monkeypatch.setattr(model_io, "load_encoder", lambda path: Fake(Path(path).parent.name))
+    monkeypatch.setattr(published, "load_encoder", lambda path: Fake(Path(path).parent.name))
     folders = [tmp_path / "runs" / "x" / name / "encoder" for name in ("seer", "blind")]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -337,7 +338,7 @@ def test_patches_and_targets_by_loops(tmp_path):
 def test_recall_and_miou_by_loops(tmp_path, ade):
     """The scores of two heads that know nothing, patch by patch and pixel by pixel."""
     args = type("", (), {"workers": 0})()
-    pairs, device = probe_seg.list_split(ade, "validation", None), distributed.start()
+    (_, pairs), device = probe_seg.list_splits(ade, None), distributed.start()
     torch.manual_seed(0)
     heads = [nn.Sequential(nn.Linear(16, 6)) for _ in range(2)]
     seen, eye = [], Fake("seer")
@@ -388,6 +389,162 @@ def test_seg_tells_seer_from_blind(call, eyes, ade, capsys):
     call(probe_seg, "--encoder", eyes[1], *words[3:])            # alone and again: the same numbers
     assert json.loads((out / "results.json").read_text())["encoders"] \
         == {"blind": r["encoders"]["blind"]}
+
+
+def label_255(ade, colour):
+    """One whole patch of every picture says nothing: its mask 255, its red 20 × colour."""
+    for mask in ade.glob("annotations/*/*.png"):
+        labels = np.asarray(Image.open(mask)).copy()
+        labels[0:4, 2:6] = colour
+        picture(labels).save(str(mask).replace("annotations", "images"))
+        labels[0:4, 2:6] = 255
+        Image.fromarray(labels).save(mask)
+
+
+def test_label_255_is_ignored(call, eyes, ade, tmp_path, capsys):
+    """Whatever the encoder sees there: the same heads, the same scores, and a line that says so."""
+    words = ["--encoder", *eyes, "--data", ade, "--seeds", 2, "--epochs", 10, "--workers", 0]
+    found = []
+    for colour in (0, 3, 5):
+        label_255(ade, colour)
+        call(probe_seg, *words, "--out", tmp_path / str(colour))
+        found.append(json.loads((tmp_path / str(colour) / "results.json").read_text())["encoders"])
+        said = capsys.readouterr().out
+        assert said.count("seer: label 255 is ignored, 11.11 % of the pixels in training, "
+                          "11.11 % in validation") == 1
+    assert found[0] == found[1] == found[2]
+    assert min(found[0]["seer"]["recall"]) > 0.95
+    assert found[0]["seer"]["ignored_pixels"] == pytest.approx([1 / 9, 1 / 9])
+    assert max(found[0]["blind"]["recall"]) < 0.3
+
+
+def test_ignored_pixels_by_loops(tmp_path):
+    """A patch with some of them asks about the others; one of them alone about nothing."""
+    labels = np.random.default_rng(0).choice([0, 0, 1, 4, 255], (12, 12)).astype(np.uint8)
+    labels[:4, :4], labels[:4, 4:8], labels[0, 4] = 255, 255, 0
+    picture(np.zeros((12, 12))).save(tmp_path / "i.png")
+    Image.fromarray(labels).save(tmp_path / "m.png")
+    _, counts = probe_seg.read_batch([(tmp_path / "i.png", tmp_path / "m.png")], 12, 3, 5)
+    target = probe_seg.union(torch.from_numpy(counts))[0]
+    for n in range(9):
+        patch = labels[n // 3 * 4:n // 3 * 4 + 4, n % 3 * 4:n % 3 * 4 + 4].ravel().tolist()
+        assert counts[0, n].tolist() == [patch.count(k) for k in range(5)]
+        there = set(patch) - {255}
+        assert {k for k in range(5) if target[n, k]} == (there - {0} or there)
+    assert counts[0, 0].sum() == target[0].sum() == 0 and target[1].tolist() == [1, 0, 0, 0, 0]
+    assert probe_seg.ignored(counts.sum(), Fake("seer"), 1) == \
+        pytest.approx((labels == 255).mean())
+
+
+@pytest.mark.parametrize("spoil, says", [
+    ("minus", "001.png has label -1, the last is 5"), ("fractions", "001.png is of fractions, one"),
+    ("16 bits", "001.png has label 65535, the last is 5"), ("254", "001.png has label 254, the")])
+def test_labels_that_are_none(tmp_path, spoil, says):
+    kind = {"minus": np.int32, "fractions": np.float32, "16 bits": np.uint16}.get(spoil, np.uint8)
+    labels = np.full((4, 4), 255).astype(kind)
+    labels[1, 1] = {"minus": -1, "fractions": 0.5, "16 bits": 65535, "254": 254}[spoil]
+    picture(np.zeros((4, 4))).save(tmp_path / "i.png")
+    Image.fromarray(labels).save(tmp_path / "001.png", "TIFF")
+    with pytest.raises(distributed.BadRecord, match=says):
+        probe_seg.square(tmp_path / "i.png", tmp_path / "001.png", 4, 6)
+
+
+def test_masks_of_one_object_are_no_classes(call, eyes, ade, tmp_path):
+    """0 and 255, as an object's masks are published: nothing would be asked but "other"."""
+    for mask in ade.glob("annotations/*/*.png"):
+        Image.fromarray(np.uint8(255) * (np.asarray(Image.open(mask)) > 0)).save(mask)
+    assert "its masks hold label 255, which is ignored, and no class" in error_of(
+        call, probe_seg, "--encoder", eyes[0], "--data", ade, "--workers", 0, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("orientation", [3, 5, 6, 8])
+def test_pictures_that_exif_turns_score_as_upright_ones(call, eyes, ade, tmp_path, orientation):
+    """Pictures and masks stored turned, as a camera leaves them: the very same scores."""
+    words = ["--encoder", eyes[0], "--data", ade, "--seeds", 1, "--epochs", 3, "--workers", 0]
+    call(probe_seg, *words, "--out", tmp_path / "upright")
+    exif, back = Image.Exif(), {3: 3, 5: 5, 6: 8, 8: 6}
+    exif[0x0112] = orientation
+    for file in ade.glob("*/*/*.png"):
+        stored = Image.open(file).transpose(images.TURNED[back[orientation]])
+        stored.save(file, **({"exif": exif} if file.parts[-3] == "images" else {}))
+    call(probe_seg, *words, "--out", tmp_path / "turned")
+    a, b = (json.loads((tmp_path / way / "results.json").read_text())["encoders"]
+            for way in ("upright", "turned"))
+    assert a == b and a["seer"]["mIoU"][0] > 0.3
+    assert (tmp_path / "upright/overlays.png").read_bytes() == \
+        (tmp_path / "turned/overlays.png").read_bytes()
+
+
+# ------------------------------------------------------------------------------ what is in a folder
+
+JUNK = {"Thumbs.db": b"\xd0\xcf\x11\xe0", "desktop.ini": b"[.ShellClassInfo]", ".DS_Store": b"\0",
+        "._1.png": b"\0\5\x16\7", "README.txt": b"BM of the pictures", "list.csv": b"", "0.json": b"{}"}
+
+
+def junk(*folders):
+    for folder in folders:
+        for name, content in JUNK.items():
+            (folder / name).write_bytes(content)
+
+
+def test_a_folders_pictures(tmp_path, capsys):
+    """By name, in the order of names, or by the first bytes; broken ones stay to be refused."""
+    for name, form in (("b.PNG", "PNG"), ("a.JPEG", "JPEG"), ("no suffix", "WEBP"), ("d.1", "GIF"),
+                       ("e.raw", "TIFF"), ("f.x", "BMP"), ("g.blob", "JPEG"), ("h.y", "AVIF")):
+        Image.new("RGB", (3, 3)).save(tmp_path / name, form)
+    (tmp_path / "c.jpg").write_bytes(b"")
+    (tmp_path / "link.png").symlink_to(tmp_path / "b.PNG")
+    (tmp_path / ".hidden").mkdir()
+    junk(tmp_path)
+    found = images.pictures_in([tmp_path, tmp_path / "none"])
+    assert [p[len(str(tmp_path)) + 1:] for p in found[tmp_path]] == [
+        "a.JPEG", "b.PNG", "c.jpg", "d.1", "e.raw", "f.x", "g.blob", "h.y", "link.png", "no suffix"]
+    assert found[tmp_path / "none"] == []
+    assert capsys.readouterr().out == \
+        f"  {len(JUNK)} files are no pictures and are left out: {tmp_path}/.DS_Store …\n"
+    images.pictures_in([tmp_path / ".hidden"])
+    assert not capsys.readouterr().out
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    with pytest.raises(SystemExit, match="gone.png is no file; is it a link to nothing?"):
+        images.pictures_in([tmp_path])
+
+
+def test_names_of_pictures_are_not_opened(tmp_path, monkeypatch):
+    """A million of them: their names alone are looked at."""
+    for i in range(9):
+        (tmp_path / f"{i}.JPEG").write_bytes(b"")
+    monkeypatch.setattr("builtins.open", None)
+    assert len(images.pictures_in([tmp_path])[tmp_path]) == 9
+
+
+def test_what_is_no_picture_changes_no_score(call, eyes, classes8, ade, tmp_path, capsys):
+    """Neither the draw of the linear probe nor anything of the other; one line says how many."""
+    linear = ["--encoder", eyes[0], "--data", classes8, "--per-class", 5, "--workers", 0]
+    seg = ["--encoder", eyes[0], "--data", ade, "--seeds", 1, "--epochs", 1, "--workers", 0]
+    for way in ("clean", "junk"):
+        if way == "junk":
+            junk(classes8 / "train/class2", classes8 / "val/class0", ade / "images/training")
+        capsys.readouterr()
+        call(probe_linear, *linear, "--out", tmp_path / way)
+        call(probe_seg, *seg, "--out", tmp_path / way / "seg")
+        said = capsys.readouterr().out
+        assert said.count("files are no pictures and are left out") == (2 if way == "junk" else 0)
+    assert f"  {2 * len(JUNK)} files are no" in said and f"  {len(JUNK)} files are no" in said
+    for name in ("results.json", "seg/results.json"):
+        assert (tmp_path / "clean" / name).read_bytes() == (tmp_path / "junk" / name).read_bytes()
+    a, b = (safe_open(tmp_path / way / "features/seer-seed0.safetensors", "pt").metadata()
+            for way in ("clean", "junk"))
+    assert a == b                                                      # of the same images
+
+
+@pytest.mark.parametrize("module", [probe_linear, probe_seg])
+def test_a_folder_among_pictures_is_named(call, eyes, classes8, ade, tmp_path, module):
+    root = classes8 if module == probe_linear else ade
+    sub = root / {probe_linear: "val/class3/more.jpg", probe_seg: "images/validation/a"}[module]
+    sub.mkdir()
+    words = ["--encoder", eyes[0], "--data", root, "--workers", 0, "--out", tmp_path]
+    said = error_of(call, module, *words)
+    assert f"{sub} is a folder among pictures; they are read from {sub.parent} itself" in said
 
 
 @pytest.mark.parametrize("spoil, says", [

@@ -150,7 +150,7 @@ def sampled_lengths(args, model, phase, tokenizer):
         sources = data.pair_files(args, phase.file)
     samples = data.Samples(phase.kind, sources, tokenizer, model.encoder,
                            model.llm.config.max_position_embeddings, SAMPLE, args.seed,
-                           args.skip_bad)
+                           args.skip_bad, args.follow_links)
     rows = []
     for i in range(len(samples)):
         ids, roles = samples.tokens(i)
