@@ -57,6 +57,7 @@ def new_folder(path):
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    sync(*aside.rglob("*"), aside)
     old = Path(f"{path}.old")
     shutil.rmtree(old, ignore_errors=True)
     if Path(path).exists():

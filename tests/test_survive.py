@@ -2,12 +2,14 @@
 
 A few kills here; `make kill` (PIVOT_KILLS=long) goes through every moment and stage.
 """
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -170,3 +172,27 @@ def test_two_runs_in_one_folder(commands):
         fcntl.lockf(lock, fcntl.LOCK_EX)
         done = run(*line, check=False)
     assert done.returncode == 1 and "another process is training in" in done.stderr
+
+
+def test_nothing_older_goes_before_what_replaces_it_is_on_disk(fresh, world, tmp_path):
+    """Power may fail: files are fsynced before their folder gets its name, the name (its parent
+    folder) before the older checkpoint, the checkpoints or the older encoder are deleted."""
+    log, (one, two) = tmp_path / "log", ("train_dpo.py", "extract.py")
+    dpo = [one, "--run-dir", fresh, "--data", world, *COMMON[2:], "--max-steps", 3, "--num-samples",
+           24, "--lr", 1e-3, "--save-every", 1, "--keep", 1]
+    extract = [two, "--run-dir", fresh, "--stage", "dpo"]
+    for words in (dpo, extract, [*extract, "--overwrite"]):
+        subprocess.run([sys.executable, "tests/durable.py", *map(str, words)], cwd=ROOT, check=True,
+                       capture_output=True, env={**os.environ, "DURABLE": str(log)})
+    events, lasting, named, deleted = [json.loads(line) for line in log.open()], set(), None, []
+    for what, path, *more in events:
+        if what == "fsync":
+            lasting.add(path)
+        elif what == "rename" and more[1:] and ".old" not in more[0]:   # a folder gets its name
+            assert lasting >= set(more[1:]), (path, set(more[1:]) - lasting)
+            named = str(Path(more[0]).parent)
+            lasting.discard(named)
+        elif what == "delete" and ".tmp" not in path and "writing" not in path:
+            assert named in lasting, (path, named)
+            deleted.append(Path(path).name)
+    assert deleted == ["step-1", "checkpoints", "encoder.old"]
