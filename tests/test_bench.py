@@ -24,13 +24,80 @@ OPTIONS = {"A": "dog", "B": "cat"}
     ("B", True), ("b", True), ("B.", True), ("(B)", True), ("(b) cat", True), ("B. cat", True),
     ("B: cat", True), ("B)", True), ("B\ncat", True), ("Answer: B.", True), ("answer is B", True),
     ("Not A. The answer is (B).", True), ("cat", True), ("Cat.", True), ("It is a cat.", True),
-    ("a cat", True), ("A", False), ("A, B", False), ("A and B", False), ("B or A", True),
+    ("a cat", True), ("A", False), ("A, B", False), ("A and B", False), ("B or A", False),
     ("cat or dog", False), ("category", False), ("Because of its tail", False), ("", False),
     ("B\nThe dog is left of the cat.", True), ("**B**", True), ("b \n\nNot a dog.", True), ("B .", True),
     ("A\nIt is not a cat.", False), ("  \n", False), ("C", False), ("café", False), ("Ⓑ", False), ("BB", False)])
 def test_letter(prediction, right):
     """The gold is B, a cat."""
     assert score.letter(prediction, "B", OPTIONS) == right
+
+
+FOUR = {"A": "dog", "B": "cat", "C": "cow", "D": "fox"}
+
+
+def chosen(prediction, options=FOUR):
+    """All options that a prediction is credited with: one at most."""
+    return "".join(k for k in options if score.letter(prediction, k, options))
+
+
+@pytest.mark.parametrize("prediction", [
+    "Option B", "The correct option is B.", "[B]", '"B"', "`B`", "\\boxed{B}", "B!", "B</s>", "B?",
+    "<answer>B</answer>", "B。", "（B）", "答案：B", "答案是B。", "选B", "Ｂ", "【B】", "「B」", "“B”", "_B_",
+    "$B$", "{B}", "- B", "> B", "B<|im_end|>", "<answer>\nB\n</answer>", "B项",
+    "Answer: (B)", "Answer - B", "Answer B", "ANSWER: b", "**Answer:** B", "**Answer**: B",
+    "The answer is: **B**", "Correct answer: B", "The answer is option B", "The best answer is B.",
+    "The answer would be B", "The answer to the question is B", "The correct choice is (B).",
+    "$\\boxed{\\text{B}}$", "The answer is \\boxed{B}.", "<|begin_of_box|>B<|end_of_box|>",
+    "Final Answer\nB", "**Final Answer**\n\n**B**", "## Answer\nB", "The answer is\nB",
+    "Answer: B\nExplanation: A is wrong because of the cow.", "The answer is B. Option A is a dog.",
+    "Answer: B. The other option is A.", "B. The answer is clear from the tail.",
+    "Answer: B\n\nThis answer is supported by the dog.", "Answer: the cat. The other option is A.",
+    "B because the dog is small", "B is right", "B, not A", "B, A is wrong", "B and not A",
+    "B, a cat", "B - cat", "B.cat", "B: dog", "Option B: cat", "I choose B.", "It is B.",
+    "I would go with option B", "<think>The cow? A?</think>\nB", "<think>A</think>B</s>"])
+def test_one_letter_said_is_chosen(prediction):
+    assert chosen(prediction) == "B"
+
+
+@pytest.mark.parametrize("prediction", [
+    "A and B", "A, B", "A or B", "B or A", "A/B", "A & B", "A + B", "A B", "A\nB", "A;B", "[A, B]",
+    "A、B", "A, B, C", "A, B and C", "Both A and C", "Either A or B", "A or B?", "(A) and (B)",
+    "**A** or **B**", "Option A or B", "Option A and Option B", "A and B are right",
+    "A, B are both right", "The answer is A and B", "The answer is A or B.", "Answer: A, C",
+    "Neither", "Neither A nor B", "None of A, B", "Not B", "The answer is not B", "AB", "B's",
+    "B-cell", "Because", "Beta", "Ⓑ", "", "</s>", "<think>B", "<think>The cat is B", "cat or dog"])
+def test_no_letter_or_two_choose_nothing(prediction):
+    assert chosen(prediction) == ""
+
+
+@pytest.mark.parametrize("prediction,letter", [
+    ("The answer is B because the cat is small.", "B"), ("B because the cat is small", "B"),
+    ("A because of the dog", "A"), ("The answer is A because the dog barks.", "A"),
+    ("A is right, no dog is", "A"), ("A - not the dog", "A"), ("Option A dog", "A"),
+    ("A cat", "A"), ("A dog", "B"), ("I see a dog", "B"), ("The answer is a dog.", "B"),
+    ("Answer: A dog", "B"), ("<think>The cat?</think> B", "B"), ("<think>A</think>the dog", "B")])
+def test_a_letter_goes_before_a_text_unless_it_is_a_word(prediction, letter):
+    assert chosen(prediction, {"A": "cat", "B": "dog"}) == letter
+
+
+def test_options_in_latex_or_full_width_are_named_as_they_stand():
+    options = {"A": "$5\\text{ cm}$", "B": "（一）", "C": "$7\\text{ cm}$"}
+    for letter, text in options.items():
+        assert chosen(text, options) == chosen(f"The answer is {text}.", options) == letter
+
+
+def test_yes_goes_before_the_no_of_a_sentence():
+    options = {"A": "Yes", "B": "No"}
+    assert [chosen(x, options) for x in ("Yes, there is no cat", "No, yes is wrong", "yes or no",
+                                         "there is no cat", "A", "Answer: No, not yes.")] == \
+        ["A", "B", "", "B", "A", "B"]
+
+
+def test_an_option_that_names_letters_is_named_by_its_whole_text():
+    options = {"A": "1", "B": "2", "C": "Both A and B", "D": "A or B"}
+    assert [chosen(x, options) for x in ("A or B", "Both A and B.", "A and B", "D", "The answer is "
+                                         "A or B.")] == ["D", "C", "", "D", "D"]
 
 
 def test_an_option_inside_another_one():
@@ -47,6 +114,20 @@ def test_an_option_inside_another_one():
     (score.yes_no, "Yes", ["Yes"], 1), (score.yes_no, "yes, it is.", ["Yes"], 1),
     (score.yes_no, "No", ["Yes"], 0), (score.yes_no, "yes and no", ["Yes"], 0),
     (score.yes_no, "not", ["No"], 0), (score.yes_no, "", ["No"], 0),
+    (score.yes_no, "Yes, there is no cat", ["Yes"], 1), (score.yes_no, "No, yes is wrong", ["No"], 1),
+    (score.yes_no, "Yes, there is no cat", ["No"], 0), (score.yes_no, "**Yes**, no cat", ["Yes"], 1),
+    (score.yes_no, "Answer: Yes, there is no cat", ["Yes"], 1), (score.yes_no, "Yes/No", ["Yes"], 0),
+    (score.yes_no, "Yes or no? Yes", ["Yes"], 0), (score.yes_no, "yes, no", ["Yes"], 0),
+    (score.yes_no, "There is no cat", ["No"], 1), (score.yes_no, "It is yes or no", ["No"], 0),
+    (score.yes_no, "<think>yes</think> No", ["No"], 1), (score.yes_no, "<think>No", ["No"], 0),
+    (score.exact, "<think>blue</think>\nRed.", ["red"], 1), (score.exact, "red</s>", ["red"], 1),
+    (score.exact, "<think>red</think>blue", ["red"], 0), (score.exact, "<think>red", ["red"], 0),
+    (score.exact, "The answer is red.", ["red"], 0), (score.relaxed, "The answer is 24.", ["24"], 0),
+    (score.relaxed, "<think>3</think>105", ["100"], 1), (score.relaxed, "105</s>", ["100"], 1),
+    (score.contains, "<think>stop</think>go", ["stop"], 0),
+    (score.contains, "<think>go</think>stop", ["stop"], 1),
+    (score.anls, "<think>x</think>hello", ["hello"], 1), (score.anls, "hello</s>", ["hello"], 1),
+    (score.vqa_soft, "<think>a cat</think>dog", ["dog"] * 10, 1),
     (score.relaxed, "105", ["100"], 1), (score.relaxed, "105.1", ["100"], 0),
     (score.relaxed, "95", ["100"], 1), (score.relaxed, "100", ["105.2"], 1),
     (score.relaxed, "100", ["105.3"], 0),          # 5 % of the gold, not of the prediction
@@ -61,7 +142,8 @@ def test_an_option_inside_another_one():
     (score.contains, "main\nstreet", ["Main Street"], 1), (score.contains, "", ["a"], 0),
     (score.contains, "anything", [""], 0), (score.contains, "b", ["a", "B"], 1),
     (score.anls, "hello", ["Hello"], 1), (score.anls, "helo", ["hello"], 0.8),
-    (score.anls, "a  b", ["A B"], 1), (score.anls, "ab", ["abcd"], 0),     # a distance of half
+    (score.anls, "a  b", ["A B"], 1), (score.anls, "ab", ["abcd"], 0.5),   # a distance of half
+    (score.anls, "11", ["12"], 0.5), (score.anls, "ab", ["abcde"], 0),     # beyond it
     (score.anls, "abc", ["abcd"], 0.75), (score.anls, "", ["x"], 0),
     (score.anls, "helo", ["zzz", "hello"], 0.8), (score.anls, "straße", ["strasse"], 5 / 7),
     (score.vqa_soft, "2", ["two"] * 3 + ["2"] * 7, 1), (score.vqa_soft, "A dog.", ["dog"] * 10, 1),
@@ -71,6 +153,30 @@ def test_an_option_inside_another_one():
 ])
 def test_rule(rule, prediction, answers, worth):
     assert rule(prediction, answers) == pytest.approx(worth)
+
+
+@pytest.mark.parametrize("prediction", [
+    "24", "The answer is 24.", "Answer: 24\nExplanation: 23 and 1.", "**Answer:** 24", "答案：24。",
+    "The answer is: **24**.", "The answer is $24$.", "Final Answer\n24", "<answer>24</answer>",
+    "So the final answer is $\\boxed{24}$.", "<think>The answer is 3.</think>The answer is 24.",
+    'The answer is "24".', "The answer is 24</s>"])
+@pytest.mark.parametrize("name,announced", [
+    ("MMMU_DEV_VAL", True), ("RealWorldQA", True), ("MathVista_MINI", True),
+    ("GQA_TestDev_Balanced", False), ("ChartQA_TEST", False)])
+def test_what_is_announced_counts_where_the_yardstick_extracts_it(name, announced, prediction):
+    """Open MMMU and RealWorldQA, and with them MathVista: what follows "answer is"; elsewhere the
+    answer must be the whole of what is said, as in Cambrian's own rules."""
+    row = {"answer": "24", "where": "x.tsv:2"}
+    assert score.value(name, row, prediction) == float(announced or prediction == "24")
+    assert score.value(name, row, "The answer is 3, not 24.") == 0
+    assert score.value(name, row, "It is not 24. The answer is 3.") == 0
+
+
+def test_what_is_announced_keeps_its_own_signs():
+    for said, told in (("The answer is -3.5.", "-3.5"), ("The answer is $5", "$5"),
+                       ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("Answer:", "Answer:"),
+                       ("no answer", "no answer")):
+        assert score.conclusion(said) == told
 
 
 def test_handwritten_maths_minds_case_but_no_blanks():
@@ -477,6 +583,22 @@ def test_mmvp_pairs_start_at_the_first_published_index():
         assert sorted(v for *_, v in score.units("MMVP", rows, said)) == [0, 1]
         assert "incomplete" not in score.notes("MMVP", rows)
         assert "1 of 2 pairs incomplete" in score.notes("MMVP", rows[:3])
+
+
+def test_pairs_of_mmvp_ask_the_same_or_the_file_is_refused(tmp_path):
+    """Without its first row a file would pair (2, 3), (4, 5): every pair of two questions."""
+    path, asked = tmp_path / "MMVP.tsv", ("is the door open ?", "how many legs has the dog ?")
+    rows = [[i, P[i], asked[(i - 1) // 2], "x", "y", "(a)"] for i in (1, 2, 3, 4)]
+    write_tsv(path, "index image question A B answer", rows)
+    assert len(score.units("MMVP", answer.read_tsv(path)[0], dict.fromkeys("1234", "A"))) == 2
+    for left in (rows[1:], rows[::-1][:3]):
+        write_tsv(path, "index image question A B answer", left)
+        with pytest.raises(SystemExit, match="MMVP.tsv:[23]: index 3 and 2 are a pair of MMVP and "
+                           "ask two different things; is the file's first row lost"):
+            answer.read_tsv(path)
+    rows[1][2] = "Is the door opne?"                            # a typing error is no difference
+    write_tsv(path, "index image question A B answer", rows)
+    assert len(answer.read_tsv(path)[0]) == 4
 
 
 def test_mmbench_without_rotations_is_plain_accuracy_and_says_so():
