@@ -418,6 +418,79 @@ def test_neither_batches_nor_processes_change_an_answer(scored, sixteen, tmp_pat
     assert results(tmp_path / "m")["benchmarks"] == results(scored[0])["benchmarks"]
 
 
+def test_a_changed_file_costs_the_answers_of_its_changed_rows(scored, sixteen, tmp_path):
+    """A mended picture and a mended question are asked again, a mended gold answer is not; nor is
+    anything of the other files. --rescore says what is missing."""
+    shutil.copytree(scored[0], tmp_path / "m")
+    shutil.copytree(sixteen, tmp_path / "bench")
+    folder, name = tmp_path / "m/bench", "ChartQA_TEST"
+    columns, rows, *_ = PUBLISHED[name]
+    rows = [list(r) for r in rows]
+    rows[0][2], rows[2][1], rows[3][3] = "how high ?", P[5], "No"
+    before = {f.name: f.read_text() for f in folder.glob("*.jsonl")}
+    old = answer.predictions(folder, name)
+    (folder / f"{name}.0.jsonl").rename(folder / f"{name}.1.jsonl")    # two processes had answered
+    write_tsv(tmp_path / "bench" / f"{name}.tsv", columns, rows)
+    line = command(tmp_path / "m", tmp_path / "bench")
+    done = run(*line, "--rescore", check=False)
+    assert done.returncode and "holds no answer to 2 of 4 questions of ChartQA_TEST, first: " \
+        "index 0; without --rescore they are answered" in done.stdout + done.stderr
+    assert f"{name}: 2 of 4 rows have changed since they were answered" in run(*line).stdout
+    after = {f.name: f.read_text() for f in folder.glob("*.jsonl")}
+    again = [json.loads(x)["index"] for x in after.pop(f"{name}.0.jsonl").splitlines()]
+    assert sorted(again) == ["0", "2"]
+    assert after.pop(f"{name}.1.jsonl") == before.pop(f"{name}.0.jsonl")
+    assert {k: v for k, v in after.items() if v} == before
+    whole = answer.asked_of(tmp_path / "bench" / f"{name}.tsv",
+                            *[answer.read_tsv(tmp_path / "bench" / f"{name}.tsv")[0]] * 2, False)
+    new = answer.predictions(folder, name, whole)
+    assert len(new) == 4 and [new[i] for i in "13"] == [old[i] for i in "13"]
+    assert [new[i] for i in "02"] != [old[i] for i in "02"], "what was asked first counts no more"
+    assert "rows have changed" not in run(*line).stdout
+    run(*command(tmp_path / "m", sixteen), "--rescore")        # the file as it was: all are there
+    assert results(tmp_path / "m")["benchmarks"] == results(scored[0])["benchmarks"]
+    (tmp_path / "m/final/extra.safetensors").write_bytes(
+        (tmp_path / "m/final/model.safetensors").read_bytes())
+    done = run(*line, "--max-new-tokens", 7, check=False)
+    assert "(max_new_tokens: 6, now 7)" in done.stdout + done.stderr
+
+
+def test_answers_that_do_not_say_what_was_asked_are_for_the_whole_file(scored, sixteen, tmp_path):
+    """Those of older versions: they count for the file that they were given to, and for no other."""
+    shutil.copytree(scored[0], tmp_path / "m")
+    shutil.copytree(sixteen, tmp_path / "bench")
+    file = tmp_path / "m/bench/ChartQA_TEST.0.jsonl"
+    items = [json.loads(x) for x in file.read_text().splitlines()]
+    assert all(len(x.pop("asked")) == 16 for x in items)
+    file.write_text("".join(json.dumps(x) + "\n" for x in items))
+    line = command(tmp_path / "m", tmp_path / "bench")
+    run(*line)
+    assert len(file.read_text().splitlines()) == len(items), "none is asked again"
+    columns, rows, *_ = PUBLISHED["ChartQA_TEST"]
+    write_tsv(tmp_path / "bench/ChartQA_TEST.tsv", columns, rows[::-1])
+    done = run(*line, check=False)
+    assert "holds the answers of another model or setting (ChartQA_TEST.tsv: " in \
+        done.stdout + done.stderr
+
+
+def test_what_was_asked_is_the_prompt_and_the_picture_shown(tmp_path):
+    """Not where the files lie, not the gold answer; of a picture in a file, its bytes."""
+    for name in "ab":
+        (tmp_path / name / "images").mkdir(parents=True)
+        (tmp_path / name / "images/1.png").write_bytes(base64.b64decode(P[0]))
+        write_tsv(tmp_path / name / "RealWorldQA.tsv", "index image image_path question answer", [
+            [1, "", "1.png", Q, name], [2, P[1], "", Q, name]])
+
+    def asked(name, swap=False):
+        path = tmp_path / name / "RealWorldQA.tsv"
+        rows, _ = answer.read_tsv(path)
+        return answer.asked_of(path, rows, rows[::-1] if swap else rows, False)
+    assert asked("a") == asked("b") and len(set(asked("a").values())) == 2
+    assert list(asked("a", swap=True).values()) == list(asked("a").values())[::-1]
+    (tmp_path / "b/images/1.png").write_bytes(base64.b64decode(P[2]))
+    assert [asked("a")[i] == asked("b")[i] for i in "12"] == [False, True]
+
+
 def test_an_interrupted_evaluation_goes_on(scored, sixteen, tmp_path):
     """Some answers are there, the last one cut off; the others are asked, by two processes."""
     shutil.copytree(scored[0], tmp_path / "m")
@@ -560,6 +633,63 @@ def test_what_cannot_be_scored_is_refused_before_it_is_asked(tmp_path, name, col
     write_tsv(tmp_path / f"{name}.tsv", columns, rows)
     with pytest.raises(SystemExit, match=re.escape(words)):
         answer.read_tsv(tmp_path / f"{name}.tsv")
+
+
+def test_pictures_as_data_uris_and_without_padding_are_read(tmp_path):
+    """The same picture, however it is written, has the same id."""
+    png = base64.b64decode(P[0])
+    whole = base64.b64encode(png + b"\0" * ((1 - len(png)) % 3)).decode()
+    assert whole.endswith("==")
+    uri = f"data:image/png;base64,{whole}"
+    cells = [whole, whole.rstrip("="), uri, uri.rstrip("="), str([uri, P[1]]), whole[:70] + "\n"
+             + whole[70:]]
+    path = tmp_path / "GQA_TestDev_Balanced.tsv"
+    write_tsv(path, "index image question answer", [[i, c, Q, "x"] for i, c in enumerate(cells)])
+    rows, _ = answer.read_tsv(path)
+    assert {answer.picture_of(path, r) for r in rows} == {base64.b64decode(whole)}
+    assert len({r["image_id"] for r in rows}) == 1
+    assert images.load_image(answer.picture_of(path, rows[3]), None, "here").shape == (3, 20, 24)
+
+
+@pytest.mark.parametrize("cell", ["?" * 99, P[0][:90] + "*", "A" * 97, "data:image/svg+xml,<svg/>",
+                                  str(["?" * 99, P[0]])])
+def test_every_picture_cell_is_checked_before_the_first_answer(tmp_path, cell):
+    path = tmp_path / "GQA_TestDev_Balanced.tsv"
+    write_tsv(path, "index image question answer", [[1, P[0], Q, "x"], [2, cell, Q, "x"]])
+    with pytest.raises(records.BadRecord, match="Balanced.tsv:3: 'image' is not base64; mend"):
+        answer.read_tsv(path)
+
+
+def test_a_cell_that_says_nan_is_empty(tmp_path):
+    """As pandas writes an empty one; the answer alone may be that word."""
+    path = tmp_path / "AI2D_TEST.tsv"
+    write_tsv(path, "index image image_path hint question A B C D answer", [
+        [1, P[0], "nan", "nan", Q, "x", "y", "nan", "NaN", "B"],
+        [2, "nan", "nan", "nan", Q, "x", "y", "nan", "nan", "A"]])
+    rows, dropped = answer.read_tsv(path)
+    assert score.options_of(rows[0]) == {"A": "x", "B": "y"}
+    assert score.prompt_of("AI2D_TEST", rows[0]) == f"{Q}\nA. x\nB. y\n{score.LETTER}"
+    assert dropped == {"without an image": 1} and len(rows) == 1
+    path = tmp_path / "MathVista_MINI.tsv"
+    write_tsv(path, "index image question choices answer_option answer", [
+        [1, P[0], Q, "nan", "nan", "nan"], [2, P[0], Q, "['u', 'v']", "nan", "v"]])
+    open_one, choice = answer.read_tsv(path)[0]
+    assert score.value("MathVista_MINI", open_one, "nan") == 1 and not score.options_of(open_one)
+    assert score.references("MathVista_MINI", choice) == ["B"]
+    write_tsv(path, "index image question answer", [[1, P[0], "nan", "x"]])
+    with pytest.raises(SystemExit, match="MathVista_MINI.tsv:2: no 'question'"):
+        answer.read_tsv(path)
+
+
+def test_a_column_of_options_is_read_as_choices(tmp_path):
+    path = tmp_path / "MMMU_DEV_VAL.tsv"
+    write_tsv(path, "index image question options answer split", [
+        [1, P[0], Q, "['left', 'right']", "B", "validation"],
+        [2, P[0], Q, "[]", "7", "validation"]])
+    (choice, open_one), _ = answer.read_tsv(path)
+    assert score.prompt_of("MMMU_DEV_VAL", choice) == f"{Q}\nA. left\nB. right\n{score.LETTER}"
+    assert [score.value("MMMU_DEV_VAL", choice, x) for x in ("B", "right", "A")] == [1, 1, 0]
+    assert score.value("MMMU_DEV_VAL", open_one, "7") == 1
 
 
 def test_a_quote_left_open_does_not_read_on_for_ever(tmp_path, monkeypatch):
