@@ -836,7 +836,7 @@ def half_width(units):
 
 def resampled(ours, theirs):
     change = score.unit_differences(ours, theirs)
-    return None if change is None else intervals.stratified_bootstrap(change)
+    return None if change is None else intervals.stratified_bootstrap(change, "GQA")
 
 
 def test_intervals_cover_and_pairing_narrows_them():
@@ -855,6 +855,24 @@ def test_intervals_cover_and_pairing_narrows_them():
     assert np.array_equal(draws, resampled(b, a)), "the same figures every time"
     assert resampled(b[1:], a) is None and resampled([], []) is None
     assert np.all(resampled(a, a[::-1]) == 0), "paired by id, not by order"
+
+
+def test_each_benchmark_resamples_with_a_seed_of_its_own_name():
+    """Two of one size do not draw the same units: their mean is as sure as theory has it."""
+    values = np.random.default_rng(2).normal(size=400)
+    names = [n for n, b in score.BENCHES.items() if b.suite == "paper"]
+    draws = [intervals.stratified_bootstrap({"": values}, n) for n in names]
+    apart = np.corrcoef(draws)[np.triu_indices(len(names), 1)]
+    assert np.abs(apart).max() < 0.1
+    assert np.mean(draws, 0).std() == pytest.approx(draws[0].std() / len(names) ** 0.5, rel=0.1)
+
+    units = {n: [["", str(i), float(v)] for i, v in enumerate(values > 0)] for n in names[:2]}
+    none = {n: [[s, u, 0.0] for s, u, _ in rows] for n, rows in units.items()}
+    columns = {who: {"benchmarks": {n: {"score": x} for n in names[:2]}, "groups": {}, "average": x}
+               for who, x in (("a", 0.0), ("b", 50.0))}
+    table = report.differences(columns, {"a": none, "b": units})
+    cells = {row[0].strip(): row[1] for row in table}
+    assert cells[names[0]] != cells[names[1]], "the same values, but not the same draws"
 
 
 def test_strata_weigh_the_same():
