@@ -64,7 +64,9 @@ def read_tsv(path):
             raise SystemExit(f"error: {where}: {len(cells)} cells in a table of {len(header)} "
                              f"columns; is a quote left open?")
         row = dict(zip(header, cells + [""] * (len(header) - len(cells))))
-        row = {c: "" if c != "answer" and v.strip().lower() == "nan" else v for c, v in row.items()}
+        for column, text in row.items():
+            if column != "answer" and text.strip() in ("nan", "NaN"):
+                row[column] = ""
         missing = [c for c in ("index", "question", "answer") if not row.get(c, "").strip()]
         if missing or not {"image", "image_path"} & row.keys():
             raise SystemExit(f"error: {where}: no '{(missing or ['image'])[0]}'")
