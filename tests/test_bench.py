@@ -479,16 +479,16 @@ def test_what_was_asked_is_the_prompt_and_the_picture_shown(tmp_path):
         (tmp_path / name / "images").mkdir(parents=True)
         (tmp_path / name / "images/1.png").write_bytes(base64.b64decode(P[0]))
         write_tsv(tmp_path / name / "RealWorldQA.tsv", "index image image_path question answer", [
-            [1, "", "1.png", Q, name], [2, P[1], "", Q, name]])
+            [1, "", "1.png", Q, name], [2, P[1], "", Q, name], [3, P[3], "", Q, name]])
 
     def asked(name, swap=False):
         path = tmp_path / name / "RealWorldQA.tsv"
         rows, _ = answer.read_tsv(path)
         return answer.asked_of(path, rows, rows[::-1] if swap else rows, False)
-    assert asked("a") == asked("b") and len(set(asked("a").values())) == 2
+    assert asked("a") == asked("b") and len(set(asked("a").values())) == 3
     assert list(asked("a", swap=True).values()) == list(asked("a").values())[::-1]
     (tmp_path / "b/images/1.png").write_bytes(base64.b64decode(P[2]))
-    assert [asked("a")[i] == asked("b")[i] for i in "12"] == [False, True]
+    assert [asked("a")[i] == asked("b")[i] for i in "123"] == [False, True, True]
 
 
 def test_an_interrupted_evaluation_goes_on(scored, sixteen, tmp_path):
