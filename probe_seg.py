@@ -9,7 +9,8 @@ classes its patch holds, "other" only where it is alone. BCE, AdamW 1e-3, weight
   recall  at probability 0.5 over all patches; mean over the classes that have a positive
   mIoU    each patch's likeliest class painted on its pixels, one summed confusion matrix, mean over
           classes that occur; no interpolation, by which a token would borrow from its neighbours
-  mIoU-0  the same by ADE20K's convention: pixels of "other" are not asked about
+  mIoU-0  the same without the pixels of "other". An answer "other" elsewhere is a miss; by ADE20K's
+          convention no head could give it
 
 Reads   DATA/images/{training,validation}/*.jpg, DATA/annotations/…/*.png, 0 = other: SceneParse150
         (151 classes) or the toy's (those of ../world.json). Pixels of label 255 are ignored: they

@@ -137,8 +137,8 @@ def read_files(args):
 
 
 def stored_answers(args, folder, key):
-    """Refuse a folder that holds answers of another model, setting or file; --overwrite empties
-    it. → the key of all answers there."""
+    """Refuse a folder that holds answers of another model or setting; --overwrite empties it. A
+    file may have changed where every answer to it says what was asked. → the key of all answers."""
     config = folder / "config.json"
     if args.overwrite and not args.rescore and not distributed.restarted():
         if distributed.is_main():
@@ -147,7 +147,10 @@ def stored_answers(args, folder, key):
     if config.exists():
         old = files.read_json(config, remedy="; --overwrite deletes these answers")
         for what in key:
-            if old.get(what, key[what]) != key[what]:
+            changed = old.get(what, key[what]) != key[what]
+            if changed and what.endswith(".tsv"):
+                changed = not all("asked" in item for item in answer.stored(folder, what[:-4]))
+            if changed:
                 raise SystemExit(f"error: {folder} holds the answers of another model or setting "
                                  f"({what}: {old[what]}, now {key[what]}); --overwrite deletes "
                                  f"them")
@@ -162,7 +165,8 @@ def stored_answers(args, folder, key):
 
 
 def file_key(path, rows, args):
-    """What the answers to a file depend on: its bytes, and the prompts made of them."""
+    """What the answers to a file depend on, taken together: its bytes, and the prompts made of
+    them. By it --compare knows that two models were asked the same."""
     prompts = "\0".join(score.prompt_of(path.stem, r, args.ocr_tokens) for r in rows)
     return f"{files.sha256(path)}-{hashlib.sha256(prompts.encode()).hexdigest()[:8]}"
 
@@ -214,10 +218,13 @@ def evaluate(args, mllm, device, folder):
     for path, (rows, dropped) in benches.items():
         name, shown = path.stem, answer.wrong_pictures(rows) if args.wrong_image else rows
         rows, shown = rows[:args.limit], shown[:args.limit]     # the same pictures for any --limit
+        asked = distributed.from_main(
+            lambda: answer.asked_of(path, rows, shown, args.ocr_tokens))
         if args.rescore:
-            answers = answer.predictions(folder, name)
+            answers = answer.predictions(folder, name, asked)
         else:
-            answers = answer.answer(args, model, tokenizer, device, path, rows, shown, folder)
+            answers = answer.answer(args, model, tokenizer, device, path, rows, shown, folder,
+                                    asked)
         found[name], units[name] = scored(args, folder, path, rows, dropped, answers)
         answered.append((path, rows, shown, answers))
     results = {"mllm": str(mllm), **key, "limit": args.limit, "benchmarks": found,

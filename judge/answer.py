@@ -2,7 +2,8 @@
 
 A TSV holds its pictures as base64, and may be of gigabytes. `read_tsv` goes through it once and
 keeps the text alone, with the place of every picture; a worker reads one when its question is
-asked. Answers are appended to a .jsonl a process as they come: an interrupted call goes on.
+asked. Answers are appended to a .jsonl a process as they come, each with a digest of what was
+asked: an interrupted call goes on, and a changed file costs the answers of its changed rows alone.
 """
 import base64
 import csv
@@ -17,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from judge import score
-from pivot import distributed, images, model_io, records
+from pivot import distributed, files, images, model_io, records
 
 MAX_CELL = 256 * 2 ** 20         # characters; an unclosed quote would read on to the file's end
 
@@ -46,9 +47,11 @@ def read_tsv(path):
 
     A row is a dict of its columns but `image`; added are `where` (file:line), `image_id` (equal for
     equal pictures) and `picture`: the bytes of the record that holds it, or a file's path. `image`
-    may be base64, a list of such (the first is shown), or, up to 64 characters, the index of the
-    row that has it; without one `image_path` names a file below images/ beside the TSV.
-    raises SystemExit, one line, for a row that lacks something or whose answer is no option.
+    may be base64, also as a data URI, a list of such (the first is shown), or, up to 64 characters,
+    the index of the row that has it; without one `image_path` names a file below images/ beside the
+    TSV. A cell that says nan is empty, as pandas writes one; but an answer may be "nan".
+    raises SystemExit or BadRecord, one line, for a row that lacks something, whose picture is not
+    base64, or whose answer is no option: before the first question is asked, not after hours.
     """
     path, name = Path(path), Path(path).stem
     kept, pictures, seen, dropped, header = [], {}, set(), Counter(), None
@@ -61,6 +64,9 @@ def read_tsv(path):
             raise SystemExit(f"error: {where}: {len(cells)} cells in a table of {len(header)} "
                              f"columns; is a quote left open?")
         row = dict(zip(header, cells + [""] * (len(header) - len(cells))))
+        for column, text in row.items():
+            if column != "answer" and text.strip() in ("nan", "NaN"):
+                row[column] = ""
         missing = [c for c in ("index", "question", "answer") if not row.get(c, "").strip()]
         if missing or not {"image", "image_path"} & row.keys():
             raise SystemExit(f"error: {where}: no '{(missing or ['image'])[0]}'")
@@ -69,8 +75,10 @@ def read_tsv(path):
                              "is it an old copy of the file?")
         seen.add(row["index"])
         row["where"], cell = where, row.pop("image", "").strip()
-        if len(cell) > 64:
-            row["image_id"] = hashlib.sha1(cell.encode()).hexdigest()
+        if len(cell) > 64 or cell.startswith("data:"):
+            text = base64_of(cell)
+            decoded(text, where)
+            row["image_id"] = hashlib.sha1(text.encode()).hexdigest()
             row["picture"] = (header.index("image"), *span)
             row["more_images"] = cell.startswith("[") and cell.count("'") > 2
             pictures[row["index"]] = {k: row[k] for k in ("image_id", "picture", "more_images")}
@@ -89,7 +97,7 @@ def read_tsv(path):
         raise SystemExit(f"error: {path}: no question in it"
                          + "".join(f"; {n} {why}" for why, n in dropped.items()))
     unit = score.unit_of(name, kept)
-    for row in kept:                                    # refuse now, not after hours of answering
+    for row in kept:
         if "same_as" in row:
             if row["same_as"] not in pictures:
                 raise SystemExit(f"error: {row['where']}: image {row['same_as']!r} is neither "
@@ -109,6 +117,23 @@ def picture_file(tsv, cell, where):
     return {"image_id": path, "picture": path, "more_images": len(names) > 1}
 
 
+def base64_of(cell):
+    """The base64 of a cell's first picture: without the head of a data URI, with its padding."""
+    text = "".join((score.listed(cell) or [cell])[0].split())
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    return text + "=" * (-len(text) % 4)
+
+
+def decoded(text, where):
+    """base64 → bytes; raises BadRecord."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise records.BadRecord(f"{where}: 'image' is not base64; mend the cell, or empty it: then "
+                                f"the row is left out")
+
+
 def picture_of(tsv, row):
     """The picture as images.load_image takes it: bytes, or a path; raises records.BadRecord."""
     if isinstance(row["picture"], str):
@@ -119,10 +144,7 @@ def picture_of(tsv, row):
         text = file.read(length).decode("utf-8-sig")
     csv.field_size_limit(MAX_CELL)                      # a spawned worker has its own
     cell = next(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))[column].strip()
-    try:
-        return base64.b64decode("".join((score.listed(cell) or [cell])[0].split()), validate=True)
-    except ValueError:
-        raise records.BadRecord(f"{row['where']}: 'image' is not base64")
+    return decoded(base64_of(cell), row["where"])
 
 
 def wrong_pictures(rows):
@@ -176,18 +198,48 @@ def collate(items):
 
 # ---------------------------------------------------------------------------------- the answers
 
-def predictions(folder, name):
-    """{index: prediction} of what has been answered so far, by any number of processes."""
-    done = {}
+def asked_of(path, rows, shown, ocr_tokens):
+    """{index: a digest of what is asked: the prompt, and the picture of the row `shown`}."""
+    found, pictures = {}, {}
+    for row, other in zip(rows, shown):
+        picture = other["picture"]
+        if not isinstance(picture, str):
+            picture = other["image_id"]
+        elif picture in pictures:
+            picture = pictures[picture]
+        else:
+            picture = pictures[picture] = files.sha256(picture)
+        prompt = score.prompt_of(path.stem, row, ocr_tokens)
+        found[row["index"]] = hashlib.sha256(f"{prompt}\0{picture}".encode()).hexdigest()[:16]
+    return found
+
+
+def stored(folder, name):
+    """Yield {"index", "prediction" and, but for those of older versions, "asked"}: all that has
+    been answered so far, by any number of processes; raises SystemExit."""
     for file in sorted(folder.glob(f"{name}.*.jsonl")):
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
         for number, line in enumerate(lines[:-1], 1):     # the last line may have been cut off
             try:
                 item = json.loads(line)
-                done[item["index"]] = item["prediction"]
-            except (ValueError, KeyError, TypeError):
+                whole = {"index", "prediction"} <= item.keys()
+            except (ValueError, AttributeError):
+                whole = False
+            if not whole:
                 raise SystemExit(f"error: {file}:{number}: not an answer; delete the line, and its "
                                  f"question is answered again")
+            yield item
+
+
+def predictions(folder, name, asked=None):
+    """{index: prediction} of what has been answered so far; with `asked`, as asked_of gives it,
+    only of what is still asked. An answer without a digest counts: repair_eval.py has refused a
+    file that is not the one it was given to."""
+    done = {}
+    for item in stored(folder, name):
+        index = item["index"]
+        if asked is None or item.get("asked", asked.get(index)) == asked.get(index):
+            done[index] = item["prediction"]
     return done
 
 
@@ -196,15 +248,25 @@ def seed_of(*what):
     return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:4], "big")
 
 
-def answer(args, model, tokenizer, device, path, rows, shown, folder):
+def still_valid(folder, name, asked):
+    """The stored answers to what is asked now; one line says how many others there are."""
+    kept, known = predictions(folder, name, asked), predictions(folder, name)
+    if changed := sum(index in known and index not in kept for index in asked):
+        distributed.print0(f"  {name}: {changed} of {len(asked)} rows have changed since they were "
+                           f"answered, and are asked again")
+    return kept
+
+
+def answer(args, model, tokenizer, device, path, rows, shown, folder, asked):
     """Answer the rows of one TSV, with the pictures of the rows `shown`: greedily, or as drawn at
     --temperature, by --seed and the question's index. Each process appends its share to a file of
-    its own, as it comes. → {index: prediction}. What an earlier, interrupted call answered stays.
+    its own, as it comes, with the digests `asked`. → {index: prediction}. What an earlier,
+    interrupted call answered stays, where the same is asked.
     """
     name = path.stem
     rank, world = distributed.world()
     # By one, for all: the nodes of a cluster may see a shared folder differently for a while.
-    done, mine = distributed.from_main(lambda: predictions(folder, name)), {}
+    done, mine = distributed.from_main(lambda: still_valid(folder, name, asked)), {}
     own = folder / f"{name}.{rank}.jsonl"
     if own.exists():
         whole = own.read_bytes()
@@ -224,8 +286,10 @@ def answer(args, model, tokenizer, device, path, rows, shown, folder):
             tokens = model.generate(pixels.to(device), ids.to(device), mask.to(device),
                                     args.max_new_tokens, stops, args.temperature, seeds)
             for i, text in zip(index, tokenizer.batch_decode(tokens)):
-                mine[rows[i]["index"]] = text
-                file.write(json.dumps({"index": rows[i]["index"], "prediction": text}) + "\n")
+                number = rows[i]["index"]
+                mine[number] = text
+                file.write(json.dumps({"index": number, "asked": asked[number],
+                                       "prediction": text}) + "\n")
             file.flush()
     for answers in distributed.gather(mine):
         done |= answers

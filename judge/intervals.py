@@ -1,7 +1,7 @@
 """All intervals, 95 %: of shares, means, scores and differences; over questions, images or seeds.
 
 Pure functions of numbers and arrays. Random draws are seeded: the same values give the same
-interval.
+interval. Where intervals are averaged, each benchmark draws with a seed of its own name.
 """
 from statistics import mean, stdev
 
@@ -52,10 +52,11 @@ def bootstrap(values, draws=10_000):
     return middle_95(drawn @ distinct / len(values))
 
 
-def stratified_bootstrap(strata, draws=2000):
+def stratified_bootstrap(strata, name, draws=2000):
     """Draws of 100 × the mean over strata of their means, units drawn within strata: (draws,).
-    strata: {name: values (n,)}."""
-    rng = np.random.default_rng(0)
+    strata: {stratum: values (n,)}. name: the benchmark's, which is the seed: two benchmarks of one
+    size must not draw the same units."""
+    rng = np.random.default_rng(list(name.encode()))
     means = [[values[rng.integers(0, len(values), len(values))].mean() for _ in range(draws)]
              for _, values in sorted(strata.items())]
     return 100 * np.mean(means, 0)

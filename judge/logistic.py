@@ -82,9 +82,10 @@ def fit(x, y, classes, grid, start=None, gap=1e-6, gtol=0.0, memory=10, most=100
     """Yield (C, W (D, K), b (K,), facts) for each C of the grid, ascending.
 
     x (n, D) fp32, y (n,) int64, start (W, b). Within, everything is divided by C·n: mean loss
-    + λ/2 ‖W‖², λ = 1/(C·n). A fit ends when its value is within `gap` (relative) of the optimum,
-    for strong convexity says f − f* ≤ ‖g‖²/2λ; or when no entry of the gradient is over gtol, which
-    is scikit-learn's `tol` in the same scaling.
+    + λ/2 ‖W‖², λ = 1/(C·n). A fit ends when its value is within `gap` (relative) of the optimum, by
+    an estimate: f − f* ≤ ‖g‖²/2λ by strong convexity, which holds for W; the intercepts, whose λ is
+    0, are given the curvature 1/K that they have at W = 0, and elsewhere it may be less. Or it ends
+    when no entry of the gradient is over gtol, which is scikit-learn's `tol` in the same scaling.
     """
     rotated = Rotated(x)
     x = rotated.x
@@ -97,11 +98,11 @@ def fit(x, y, classes, grid, start=None, gap=1e-6, gtol=0.0, memory=10, most=100
         # Hessian at W = 0: (I − 11ᵀ/K)/K ⊗ covariance + λ; no gradient has a part along 1
         curvature = torch.cat([rotated.variances, x.new_ones(1)])[:, None] / classes
         inverse = 1 / (lam + curvature)
-        least = lam + (lam == 0) / classes               # curvature below which there is none
+        least = lam + (lam == 0) / classes       # of W no curvature is below, of b at W = 0 alone
         value, gradient, history = loss + dot(lam * theta, theta) / 2, pull + lam * theta, []
         for _ in range(most):
-            bound = dot(gradient / least, gradient) / 2 / value
-            if bound <= gap or gtol and rotated.largest(gradient) <= gtol:
+            estimate = dot(gradient / least, gradient) / 2 / value
+            if estimate <= gap or gtol and rotated.largest(gradient) <= gtol:
                 break
             step = direction(gradient, history, inverse)
             fall = dot(gradient, step)
@@ -112,9 +113,9 @@ def fit(x, y, classes, grid, start=None, gap=1e-6, gtol=0.0, memory=10, most=100
                 calls += 1
                 if new_value <= value * (1 + 1e-7) - 1e-4 * length * fall:    # 1e-7: fp32's last
                     break                                                     # digit
-            else:                                  # rounding: `gap` says how far from the optimum
+            else:                                  # rounding: "gap_estimate" says how far it is
                 theta, value, gradient = new, new_value, pull + lam * new
-                bound = dot(gradient / least, gradient) / 2 / value
+                estimate = dot(gradient / least, gradient) / 2 / value
                 break
             s, d = new - theta, pull + lam * new - gradient
             if (curve := dot(s, d)) > 0:
@@ -122,5 +123,5 @@ def fit(x, y, classes, grid, start=None, gap=1e-6, gtol=0.0, memory=10, most=100
             theta, value, gradient = new, new_value, gradient + d
         weight, bias = rotated.outside(theta)
         yield C, weight, bias, {
-            "objective": C * len(x) * value, "gap": bound, "evaluations": calls,
+            "objective": C * len(x) * value, "gap_estimate": estimate, "evaluations": calls,
             "max_gradient": rotated.largest(gradient).item()}

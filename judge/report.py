@@ -2,7 +2,7 @@
 
 Of a score the normal approximation over units (score.py). Of a difference between two models: a
 bootstrap paired by unit, within strata; of a group or the average, of the mean of its benchmarks,
-each resampled by itself.
+each resampled by itself, with a seed of its own name.
 """
 import base64
 import html
@@ -96,7 +96,8 @@ def differences(columns, units):
             change = score.unit_differences(units[name][bench], units[first][bench])
             if change is not None:
                 scores = [columns[n]["benchmarks"][bench]["score"] for n in (name, first)]
-                found[name, bench] = scores[0] - scores[1], intervals.stratified_bootstrap(change)
+                found[name, bench] = scores[0] - scores[1], \
+                    intervals.stratified_bootstrap(change, bench)
 
     def cell(name, benches):
         if not all((name, bench) in found for bench in benches):

@@ -45,9 +45,12 @@ def listed(cell):
 
 
 def options_of(row):
-    """The options of a row: {"A": text, …}, from its columns A, B, … or its list of `choices`."""
+    """The options of a row: {"A": text, …}, from its columns A, B, … or its list of `choices` or
+    `options`."""
     options = {c: row[c].strip() for c in "ABCDEFGHI" if (row.get(c) or "").strip()}
-    return options or dict(zip("ABCDEFGHI", listed(row.get("choices") or "") or []))
+    for column in ("choices", "options"):
+        options = options or dict(zip("ABCDEFGHI", listed(row.get(column) or "") or []))
+    return options
 
 
 def gold_letter(row, options):
@@ -97,37 +100,171 @@ def plain(text):
     return " ".join(unicodedata.normalize("NFC", text).lower().split()).rstrip(". ")
 
 
+END_MARK = re.compile(r"(</s>|<eos>|<end_of_turn>|<\|(?:im_end|eo[ts]|end)\w*\|>)")
+
+
+def final(prediction):
+    """What a prediction says in the end: what follows its last </think>, without end marks such as
+    </s>. One that never ends to think has said nothing."""
+    said = re.split(r"</think(?:ing)?>", prediction, flags=re.I)[-1]
+    said = re.sub(r"<think(?:ing)?>.*", "", said, flags=re.I | re.S)
+    pieces = END_MARK.split(said)
+    while pieces and (not pieces[-1].strip() or END_MARK.fullmatch(pieces[-1])):
+        pieces.pop()
+    return "".join(pieces)
+
+
+# A final answer is announced: "the answer is", "**Answer:**", "Final Answer" on a line of its own.
+IS = r"\W{0,9}?(?:(?:is|was|(?:would|should|must|will) be)\b|[:=–—\n]|-\s)"
+ANSWER = re.compile(rf"answer(?: to [^.:\n]{{0,80}}?| here)?{IS}|答案[是为為]?|<answer>|"
+                    r"\\boxed\s*{|<\|begin_of_box\|>", re.I)
+# Less clear, for it may speak of another option than the chosen one; a letter must follow.
+OPTION = re.compile(rf"(?:option|choice){IS}|\b(?:it is|it's|choose|select|pick|go with)\b|选择?项?",
+                    re.I)
+END_TAG = re.compile(r"</answer>|<\|end_of_box\|>", re.I)
+EDGES = " \n\t:*_`\"'"                                        # of Markdown, quotes
+
+
+def half_width(text):
+    """Full-width letters and marks ！ … ～, among them （Ｂ）, as those of ASCII; 。 and 、, too."""
+    text = text.replace("。", ".").replace("、", ",")
+    return "".join(chr(ord(c) - 0xFEE0) if "！" <= c <= "～" else c for c in text)
+
+
+def closed(text):
+    """A text up to the brace or tag that ends what it stands in, \\boxed{…} or <answer>…"""
+    text, depth = END_TAG.split(text)[0], 0
+    for at, mark in enumerate(text):
+        depth += (mark == "{") - (mark == "}")
+        if depth < 0:
+            return text[:at]
+    return text
+
+
+def after(marker, text):
+    """What follows the matches of a marker, the last match first: [text, …]."""
+    return [closed(text[found.end():]) for found in marker.finditer(text)][::-1]
+
+
+def conclusion(prediction):
+    """The first line after the last "answer is" / "Answer:" (or in the last \\boxed{…}), without
+    Markdown or quotes around it; all that is said where nothing is announced."""
+    said = final(prediction)
+    told = after(ANSWER, said)
+    lines = half_width(told[0]).strip(EDGES).splitlines() if told else []
+    if not lines:
+        return said
+    return re.sub(r"^\$(.*)\$$", r"\1", lines[0].rstrip(EDGES + "."))
+
+
+MARKS = r"(?:\\(?:text|math)[a-z]*|[\s.,:;()\[\]{}<>*_\"'`“”‘’«»「」『』【】《》#$\\/|=~-])*"
+# A letter that stands alone: no "because", "don't", "A-frame"; a Chinese character may follow.
+ALONE = r"([a-z])(?![^\W_\u4e00-\u9fff]|[_'’-]\w)"
+FIRST = re.compile(rf"{MARKS}(?P<named>(?:the )?(?:(?:correct|right|best|final) )?"
+                   rf"(?:option|choice|letter|answer)\b{MARKS})?{ALONE}")
+SECOND = re.compile(rf"[\s)\]}}\"'`*.]*(,|&|/|\+|\band\b|\bor\b){MARKS}(?:(?:and|or)\b{MARKS})?"
+                    rf"(?:option\b{MARKS})?{ALONE}")
+# What cannot stand after an article: "A because …" is the letter, "a cat" is not.
+NO_NOUN = "and as because by due for given is or since so was which with".split()
+
+
+def next_word(text):
+    """The word after a blank on the same line: "cat" of " cat is", "" of ". cat"."""
+    found = re.match(r"[ \t]+(\w+)", text)
+    return found[1] if found else ""
+
+
+def letters_said(text, options):
+    """The option letters that a text begins with: ["B"] of "(B) cat", "B because …", "Option B";
+    ["A", "B"] of "A and B", "A, B", "A/B"; none of "a cat", where it may be the article."""
+    first = FIRST.match(text)
+    if not first:
+        return []
+    words = re.findall(r"\w+", text[first.end() - 1:])
+    if len(set(words)) > 1 and all(word.upper() in options for word in words):
+        return [word.upper() for word in words]                                # "A B", "A\nB"
+    one, rest = first[2], text[first.end():]
+    word = next_word(rest)
+    second = SECOND.match(rest)
+    if second and second[2].upper() in options and second[2] != one:
+        other = next_word(rest[second.end():])
+        article = second[2] in "ai" and other and other not in NO_NOUN
+        # "B, A is wrong" says B alone, "A, B are right" both
+        if not article and (second[1] != "," or other in ("", "and", "or", "are", "both")):
+            return [one.upper(), second[2].upper()]
+    if word and not first["named"] and one in "ai" and word not in NO_NOUN:
+        return []
+    return [one.upper()] if not word or one.upper() in options else []
+
+
+def begins_with(text):
+    """Does it begin with a clear yes or no? → "yes", "no" or None. "Yes, there is no cat" does,
+    "yes and no", "Yes/No" do not."""
+    words = re.findall(r"\w+", text.replace("/", " or "))
+    if not words or words[0] not in ("yes", "no"):
+        return None
+    contrary = "no" if words[0] == "yes" else "yes"
+    if contrary in words and set(words) <= {"yes", "no", "and", "or"}:
+        return None
+    return None if words[1:2] in (["and"], ["or"]) and words[2:3] == [contrary] else words[0]
+
+
+def is_text_of(text, options):
+    """The options whose text is all that is said, if that is more than a letter: "Both A and B"."""
+    bare = plain(text)
+    return [k for k, v in options.items() if plain(v) == bare and len(re.findall(r"\w", bare)) > 1]
+
+
+def named_in(text, options):
+    """The options whose text stands in what is said."""
+    bare, texts = plain(text), {k: plain(v) for k, v in options.items() if plain(v)}
+    said = begins_with(text)                                     # where the options are yes and no
+    if said in texts.values():
+        return [k for k, v in texts.items() if v == said]
+    found = [k for k, v in texts.items() if re.search(rf"(?<!\w){re.escape(v)}(?!\w)", bare)]
+    return [k for k in found if not any(     # "dark red" names "dark red", not "red" as well
+        texts[k] != texts[o] and texts[k] in texts[o] for o in found)]
+
+
 def letter(prediction, answer, options):
     """Does the prediction choose option `answer`? "B", "(b)", "Answer: B.", "B. cat", "cat" do.
 
     Cambrian: what follows the last "answer is" / "answer:" counts, its first character decides.
-    Ours wants that character to stand alone, also alone on its line, lest "Because" be B; before a
-    blank it may be the article ("a cat"), so there an option named by its text goes first.
+    Ours wants that character to stand alone, lest "Because" be B, and takes an earlier "answer is"
+    where no letter follows the last; two letters ("A and B") choose nothing. Before a blank A and I
+    may be words ("a cat", "I see"): there an option named by its text goes first. Without a letter
+    the text of one option alone must be named.
     """
-    said = re.split(r"answer is|answer:", prediction.lower())[-1]
-    text = plain(said)
-    alone = re.match(r"[\s.():*]*([a-z])(?:[\s.]*$|[.,:;)*]|\s*\n)", said)
-    if not alone:
-        texts = {k: plain(v) for k, v in options.items() if plain(v)}
-        found = [k for k, v in texts.items() if v == text] or \
-            [k for k, v in texts.items() if re.search(rf"(?<!\w){re.escape(v)}(?!\w)", text)]
-        found = [k for k in found if not any(    # "dark red" names "dark red", not "red" as well
-            texts[k] != texts[o] and texts[k] in texts[o] for o in found)]
-        if found:
-            return found == [answer]
-        alone = re.match(r"[ .():]*([a-z])\s", text)
-    return bool(alone) and alone[1].upper() == answer
+    said = half_width(final(prediction)).lower()
+    options = {k: half_width(v) for k, v in options.items()}
+    told, others = after(ANSWER, said), after(OPTION, said)
+    for reading, texts in ((is_text_of, told[:1]), (letters_said, told), (named_in, told[:1]),
+                           (letters_said, others), (is_text_of, [said]), (letters_said, [said]),
+                           (named_in, [said])):
+        for text in texts:
+            found = reading(text, options)
+            if found:
+                return found == [answer]
+    article = re.match(r"[ .():]*([a-z])\s", plain(told[0] if told else said))
+    return bool(article) and article[1].upper() == answer
 
 
 def exact(prediction, answers):
     """Equal but for case, blanks, a final full stop."""
-    return float(plain(prediction) in map(plain, answers))
+    return float(plain(final(prediction)) in map(plain, answers))
 
 
 def yes_no(prediction, answers):
-    """Says yes or no, one of them only, and the right one (VLMEvalKit's reading of an answer)."""
-    said = {"yes", "no"} & set(re.findall(r"\w+", prediction.lower()))
-    return float(len(said) == 1 and said <= set(map(plain, answers)))
+    """Says yes or no, and the right one: the one that it begins with, else (VLMEvalKit's reading)
+    the only one of both that it says."""
+    text = final(prediction).lower()
+    said = begins_with(text)
+    if not said and after(ANSWER, text):
+        said = begins_with(after(ANSWER, text)[0])
+    both = {"yes", "no"} & set(re.findall(r"\w+", text))
+    if not said and len(both) == 1:
+        said = both.pop()
+    return float(bool(said) and said in map(plain, answers))
 
 
 def number(text):
@@ -143,7 +280,7 @@ def number(text):
 def relaxed(prediction, answers):
     """Within 5 % of the gold number (of a gold 0: equal to it); words must match exactly."""
     def right(answer):
-        p, g = number(plain(prediction)), number(plain(answer))
+        p, g = number(plain(final(prediction))), number(plain(answer))
         if p is None or g is None:
             return exact(prediction, [answer])
         return abs(p - g) <= 0.05 * abs(g) + 1e-12
@@ -155,7 +292,8 @@ def contains(prediction, answers, maths=False):
     Handwritten maths: case counts, blanks do not."""
     def fold(text):
         return "".join(text.split()) if maths else text.lower().strip().replace("\n", " ")
-    return float(any(fold(a) and fold(a) in fold(prediction) for a in answers))
+    said = fold(final(prediction))
+    return float(any(fold(a) and fold(a) in said for a in answers))
 
 
 def edit_distance(a, b):
@@ -169,19 +307,19 @@ def edit_distance(a, b):
 
 
 def anls(prediction, answers):
-    """DocVQA: 1 − edit distance ÷ longer length to the nearest answer; from a distance of half
-    the length on, 0."""
+    """DocVQA: 1 − edit distance ÷ longer length to the nearest answer; beyond a distance of half
+    the length, 0 (at half of it, one half, as VLMEvalKit and lmms-eval have it)."""
     def near(answer):
-        a, p = (" ".join(x.lower().split()) for x in (answer, prediction))
+        a, p = (" ".join(x.lower().split()) for x in (answer, final(prediction)))
         far = edit_distance(a, p) / max(len(a), len(p), 1)
-        return 1 - far if far < 0.5 else 0.0
+        return 1 - far if far <= 0.5 else 0.0
     return max(map(near, answers))
 
 
 def vqa_soft(prediction, answers):
     """VQA accuracy: min(1, matches ÷ 3) over every choice of all answers but one, averaged.
     Ten annotators; equality after `vqa_plain`."""
-    said, given = vqa_plain(prediction), Counter(map(vqa_plain, answers))
+    said, given = vqa_plain(final(prediction)), Counter(map(vqa_plain, answers))
     same, n = given[said], len(answers)
     if n == 1:
         return float(same)
@@ -221,7 +359,8 @@ def vqa_plain(text):
 class Bench(NamedTuple):
     """suite: those that are averaged together. rule: of open questions; with options it is always
     the letter. suffix: of open questions, letter: of those with options. column: where the prompt
-    stands. many: `answer` may be a list. note: what the report says of labels and wording."""
+    stands. many: `answer` may be a list. announced: of an open answer what follows "answer is"
+    counts. note: what the report says of labels and wording."""
     group: str
     suite: str = "paper"
     rule: object = exact
@@ -229,6 +368,7 @@ class Bench(NamedTuple):
     letter: str = LETTER
     column: str = "question"
     many: bool = True
+    announced: bool = False
     note: str = ""
 
 
@@ -238,17 +378,19 @@ BENCHES = {
     "SEEDBench_IMG": Bench("General", note="images alone, no video"),
     "GQA_TestDev_Balanced": Bench("General"),
     "ScienceQA_TEST": Bench("Knowledge", letter=LETTER_ONLY, note="questions with an image"),
-    "MMMU_DEV_VAL": Bench("Knowledge", rule=relaxed, note="validation, the first image; open "
-                          "questions exact or within 5 %"),
-    "MathVista_MINI": Bench("Knowledge", rule=relaxed, many=False, note="testmini, no judge: exact "
-                            "or within 5 % of the gold, letter or text of the option"),
+    "MMMU_DEV_VAL": Bench("Knowledge", rule=relaxed, announced=True, note="validation, the first "
+                          "image; open questions: what follows \"answer is\", exact or within 5 %"),
+    "MathVista_MINI": Bench("Knowledge", rule=relaxed, many=False, announced=True, note="testmini, "
+                            "no judge: what follows \"answer is\", exact or within 5 % of the "
+                            "gold, letter or text of the option"),
     "AI2D_TEST": Bench("Knowledge", note="the file with masked labels, not NO_MASK"),
     "ChartQA_TEST": Bench("OCR & Chart", rule=relaxed, suffix=NUMBER, note="within 5 %"),
     "OCRBench": Bench("OCR & Chart", rule=contains, suffix=DIRECT, note="of 1000, ÷ 10"),
     "TextVQA_VAL": Bench("OCR & Chart", rule=vqa_soft, note="VQA soft accuracy"),
     "DocVQA_VAL": Bench("OCR & Chart", rule=anls, suffix=DIRECT, note="validation, ANLS at 0.5"),
     "MMVP": Bench("Vision-Centric", note="pairs; labels as in the file, none corrected"),
-    "RealWorldQA": Bench("Vision-Centric"),
+    "RealWorldQA": Bench("Vision-Centric", announced=True, note="open questions: what follows "
+                         "\"answer is\""),
     "CV-Bench-2D": Bench("Vision-Centric", column="prompt", note="mean of its two sources"),
     "CV-Bench-3D": Bench("Vision-Centric", column="prompt"),
     "ToyGeneral": Bench("General", "toy", suffix=""),
@@ -264,6 +406,8 @@ def value(name, row, prediction):
     options, rule, right = options_of(row), BENCHES[name].rule, references(name, row)
     if options:
         return float(letter(prediction, *right, options))
+    if BENCHES[name].announced:
+        prediction = conclusion(prediction)
     more = {"maths": row.get("category") == HANDWRITTEN_MATHS} if rule is contains else {}
     return float(rule(prediction, right, **more))
 
@@ -276,11 +420,25 @@ def whole_number(row):
                          f"number, by which this benchmark groups its questions")
 
 
+def ask_the_same(rows, base):
+    """Refuse MMVP rows whose pairs, by their indices from `base` on, ask two different questions:
+    where the first row is lost, 2 would be paired with 3. A typing error is no difference."""
+    first = {}
+    for row in sorted(rows, key=whole_number):
+        pair, asked = (whole_number(row) - base) // 2, plain(row.get("question", ""))
+        other, index = first.setdefault(pair, (asked, row["index"]))
+        most = max(len(asked), len(other)) / 4
+        if asked != other and edit_distance(asked, other) > most:
+            raise SystemExit(f"error: {row.get('where')}: index {row['index']} and {index} are a "
+                             f"pair of MMVP and ask two different things; is the file's first row "
+                             f"lost? take the published file")
+
+
 def unit_of(name, rows):
     """→ a function from a row to (stratum, unit), or to None where the row does not count.
 
     MMVP's published indices start at 1, its pairs are (1, 2), (3, 4), …; a file that starts at 0
-    has (0, 1), (2, 3), …
+    has (0, 1), (2, 3), … raises SystemExit where the two of a pair do not ask the same.
     """
     if name == "MME":
         return lambda r: (r["category"], r.get("image_path") or r["image_id"]) \
@@ -289,6 +447,7 @@ def unit_of(name, rows):
         return lambda r: ("", whole_number(r) % 1_000_000)
     if name == "MMVP":
         base = min(map(whole_number, rows)) % 2
+        ask_the_same(rows, base)
         return lambda r: ("", (whole_number(r) - base) // 2)
     if name == "CV-Bench-2D":
         return lambda r: (r.get("source") or "", r["index"])

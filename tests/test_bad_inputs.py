@@ -450,7 +450,8 @@ ROWS = [Row(*row) for row in [
          put(b / "run/pretrain/bench/config.json", {})]),
     ("score", "the file has changed since", "--rescore",
      ["RUN/pretrain/bench holds the answers of another", "ToyVision.tsv: 0-0, now"], lambda b: [
-         tsv(b, HEAD + "1\tPNG\tWhat?\tred\n"),
+         tsv(b, HEAD + "1\tPNG\tWhat?\tred\n"), put(          # they do not say what was asked
+             b / "run/pretrain/bench/ToyVision.0.jsonl", '{"index": "1", "prediction": "red"}\n'),
          put(b / "run/pretrain/bench/config.json", {"ToyVision.tsv": "0-0"})]),
     ("score", "no words of an OCR", "--ocr-tokens", ["TextVQA_VAL.tsv has no column ocr_tokens"],
      lambda b: tsv(b, HEAD + "1\tPNG\tWhat?\tred\n", "TextVQA_VAL")),

@@ -24,13 +24,80 @@ OPTIONS = {"A": "dog", "B": "cat"}
     ("B", True), ("b", True), ("B.", True), ("(B)", True), ("(b) cat", True), ("B. cat", True),
     ("B: cat", True), ("B)", True), ("B\ncat", True), ("Answer: B.", True), ("answer is B", True),
     ("Not A. The answer is (B).", True), ("cat", True), ("Cat.", True), ("It is a cat.", True),
-    ("a cat", True), ("A", False), ("A, B", False), ("A and B", False), ("B or A", True),
+    ("a cat", True), ("A", False), ("A, B", False), ("A and B", False), ("B or A", False),
     ("cat or dog", False), ("category", False), ("Because of its tail", False), ("", False),
     ("B\nThe dog is left of the cat.", True), ("**B**", True), ("b \n\nNot a dog.", True), ("B .", True),
     ("A\nIt is not a cat.", False), ("  \n", False), ("C", False), ("café", False), ("Ⓑ", False), ("BB", False)])
 def test_letter(prediction, right):
     """The gold is B, a cat."""
     assert score.letter(prediction, "B", OPTIONS) == right
+
+
+FOUR = {"A": "dog", "B": "cat", "C": "cow", "D": "fox"}
+
+
+def chosen(prediction, options=FOUR):
+    """All options that a prediction is credited with: one at most."""
+    return "".join(k for k in options if score.letter(prediction, k, options))
+
+
+@pytest.mark.parametrize("prediction", [
+    "Option B", "The correct option is B.", "[B]", '"B"', "`B`", "\\boxed{B}", "B!", "B</s>", "B?",
+    "<answer>B</answer>", "B。", "（B）", "答案：B", "答案是B。", "选B", "Ｂ", "【B】", "「B」", "“B”", "_B_",
+    "$B$", "{B}", "- B", "> B", "B<|im_end|>", "<answer>\nB\n</answer>", "B项",
+    "Answer: (B)", "Answer - B", "Answer B", "ANSWER: b", "**Answer:** B", "**Answer**: B",
+    "The answer is: **B**", "Correct answer: B", "The answer is option B", "The best answer is B.",
+    "The answer would be B", "The answer to the question is B", "The correct choice is (B).",
+    "$\\boxed{\\text{B}}$", "The answer is \\boxed{B}.", "<|begin_of_box|>B<|end_of_box|>",
+    "Final Answer\nB", "**Final Answer**\n\n**B**", "## Answer\nB", "The answer is\nB",
+    "Answer: B\nExplanation: A is wrong because of the cow.", "The answer is B. Option A is a dog.",
+    "Answer: B. The other option is A.", "B. The answer is clear from the tail.",
+    "Answer: B\n\nThis answer is supported by the dog.", "Answer: the cat. The other option is A.",
+    "B because the dog is small", "B is right", "B, not A", "B, A is wrong", "B and not A",
+    "B, a cat", "B - cat", "B.cat", "B: dog", "Option B: cat", "I choose B.", "It is B.",
+    "I would go with option B", "<think>The cow? A?</think>\nB", "<think>A</think>B</s>"])
+def test_one_letter_said_is_chosen(prediction):
+    assert chosen(prediction) == "B"
+
+
+@pytest.mark.parametrize("prediction", [
+    "A and B", "A, B", "A or B", "B or A", "A/B", "A & B", "A + B", "A B", "A\nB", "A;B", "[A, B]",
+    "A、B", "A, B, C", "A, B and C", "Both A and C", "Either A or B", "A or B?", "(A) and (B)",
+    "**A** or **B**", "Option A or B", "Option A and Option B", "A and B are right",
+    "A, B are both right", "The answer is A and B", "The answer is A or B.", "Answer: A, C",
+    "Neither", "Neither A nor B", "None of A, B", "Not B", "The answer is not B", "AB", "B's",
+    "B-cell", "Because", "Beta", "Ⓑ", "", "</s>", "<think>B", "<think>The cat is B", "cat or dog"])
+def test_no_letter_or_two_choose_nothing(prediction):
+    assert chosen(prediction) == ""
+
+
+@pytest.mark.parametrize("prediction,letter", [
+    ("The answer is B because the cat is small.", "B"), ("B because the cat is small", "B"),
+    ("A because of the dog", "A"), ("The answer is A because the dog barks.", "A"),
+    ("A is right, no dog is", "A"), ("A - not the dog", "A"), ("Option A dog", "A"),
+    ("A cat", "A"), ("A dog", "B"), ("I see a dog", "B"), ("The answer is a dog.", "B"),
+    ("Answer: A dog", "B"), ("<think>The cat?</think> B", "B"), ("<think>A</think>the dog", "B")])
+def test_a_letter_goes_before_a_text_unless_it_is_a_word(prediction, letter):
+    assert chosen(prediction, {"A": "cat", "B": "dog"}) == letter
+
+
+def test_options_in_latex_or_full_width_are_named_as_they_stand():
+    options = {"A": "$5\\text{ cm}$", "B": "（一）", "C": "$7\\text{ cm}$"}
+    for letter, text in options.items():
+        assert chosen(text, options) == chosen(f"The answer is {text}.", options) == letter
+
+
+def test_yes_goes_before_the_no_of_a_sentence():
+    options = {"A": "Yes", "B": "No"}
+    assert [chosen(x, options) for x in ("Yes, there is no cat", "No, yes is wrong", "yes or no",
+                                         "there is no cat", "A", "Answer: No, not yes.")] == \
+        ["A", "B", "", "B", "A", "B"]
+
+
+def test_an_option_that_names_letters_is_named_by_its_whole_text():
+    options = {"A": "1", "B": "2", "C": "Both A and B", "D": "A or B"}
+    assert [chosen(x, options) for x in ("A or B", "Both A and B.", "A and B", "D", "The answer is "
+                                         "A or B.")] == ["D", "C", "", "D", "D"]
 
 
 def test_an_option_inside_another_one():
@@ -47,6 +114,20 @@ def test_an_option_inside_another_one():
     (score.yes_no, "Yes", ["Yes"], 1), (score.yes_no, "yes, it is.", ["Yes"], 1),
     (score.yes_no, "No", ["Yes"], 0), (score.yes_no, "yes and no", ["Yes"], 0),
     (score.yes_no, "not", ["No"], 0), (score.yes_no, "", ["No"], 0),
+    (score.yes_no, "Yes, there is no cat", ["Yes"], 1), (score.yes_no, "No, yes is wrong", ["No"], 1),
+    (score.yes_no, "Yes, there is no cat", ["No"], 0), (score.yes_no, "**Yes**, no cat", ["Yes"], 1),
+    (score.yes_no, "Answer: Yes, there is no cat", ["Yes"], 1), (score.yes_no, "Yes/No", ["Yes"], 0),
+    (score.yes_no, "Yes or no? Yes", ["Yes"], 0), (score.yes_no, "yes, no", ["Yes"], 0),
+    (score.yes_no, "There is no cat", ["No"], 1), (score.yes_no, "It is yes or no", ["No"], 0),
+    (score.yes_no, "<think>yes</think> No", ["No"], 1), (score.yes_no, "<think>No", ["No"], 0),
+    (score.exact, "<think>blue</think>\nRed.", ["red"], 1), (score.exact, "red</s>", ["red"], 1),
+    (score.exact, "<think>red</think>blue", ["red"], 0), (score.exact, "<think>red", ["red"], 0),
+    (score.exact, "The answer is red.", ["red"], 0), (score.relaxed, "The answer is 24.", ["24"], 0),
+    (score.relaxed, "<think>3</think>105", ["100"], 1), (score.relaxed, "105</s>", ["100"], 1),
+    (score.contains, "<think>stop</think>go", ["stop"], 0),
+    (score.contains, "<think>go</think>stop", ["stop"], 1),
+    (score.anls, "<think>x</think>hello", ["hello"], 1), (score.anls, "hello</s>", ["hello"], 1),
+    (score.vqa_soft, "<think>a cat</think>dog", ["dog"] * 10, 1),
     (score.relaxed, "105", ["100"], 1), (score.relaxed, "105.1", ["100"], 0),
     (score.relaxed, "95", ["100"], 1), (score.relaxed, "100", ["105.2"], 1),
     (score.relaxed, "100", ["105.3"], 0),          # 5 % of the gold, not of the prediction
@@ -61,7 +142,8 @@ def test_an_option_inside_another_one():
     (score.contains, "main\nstreet", ["Main Street"], 1), (score.contains, "", ["a"], 0),
     (score.contains, "anything", [""], 0), (score.contains, "b", ["a", "B"], 1),
     (score.anls, "hello", ["Hello"], 1), (score.anls, "helo", ["hello"], 0.8),
-    (score.anls, "a  b", ["A B"], 1), (score.anls, "ab", ["abcd"], 0),     # a distance of half
+    (score.anls, "a  b", ["A B"], 1), (score.anls, "ab", ["abcd"], 0.5),   # a distance of half
+    (score.anls, "11", ["12"], 0.5), (score.anls, "ab", ["abcde"], 0),     # beyond it
     (score.anls, "abc", ["abcd"], 0.75), (score.anls, "", ["x"], 0),
     (score.anls, "helo", ["zzz", "hello"], 0.8), (score.anls, "straße", ["strasse"], 5 / 7),
     (score.vqa_soft, "2", ["two"] * 3 + ["2"] * 7, 1), (score.vqa_soft, "A dog.", ["dog"] * 10, 1),
@@ -71,6 +153,30 @@ def test_an_option_inside_another_one():
 ])
 def test_rule(rule, prediction, answers, worth):
     assert rule(prediction, answers) == pytest.approx(worth)
+
+
+@pytest.mark.parametrize("prediction", [
+    "24", "The answer is 24.", "Answer: 24\nExplanation: 23 and 1.", "**Answer:** 24", "答案：24。",
+    "The answer is: **24**.", "The answer is $24$.", "Final Answer\n24", "<answer>24</answer>",
+    "So the final answer is $\\boxed{24}$.", "<think>The answer is 3.</think>The answer is 24.",
+    'The answer is "24".', "The answer is 24</s>"])
+@pytest.mark.parametrize("name,announced", [
+    ("MMMU_DEV_VAL", True), ("RealWorldQA", True), ("MathVista_MINI", True),
+    ("GQA_TestDev_Balanced", False), ("ChartQA_TEST", False)])
+def test_what_is_announced_counts_where_the_yardstick_extracts_it(name, announced, prediction):
+    """Open MMMU and RealWorldQA, and with them MathVista: what follows "answer is"; elsewhere the
+    answer must be the whole of what is said, as in Cambrian's own rules."""
+    row = {"answer": "24", "where": "x.tsv:2"}
+    assert score.value(name, row, prediction) == float(announced or prediction == "24")
+    assert score.value(name, row, "The answer is 3, not 24.") == 0
+    assert score.value(name, row, "It is not 24. The answer is 3.") == 0
+
+
+def test_what_is_announced_keeps_its_own_signs():
+    for said, told in (("The answer is -3.5.", "-3.5"), ("The answer is $5", "$5"),
+                       ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("Answer:", "Answer:"),
+                       ("no answer", "no answer")):
+        assert score.conclusion(said) == told
 
 
 def test_handwritten_maths_minds_case_but_no_blanks():
@@ -312,6 +418,79 @@ def test_neither_batches_nor_processes_change_an_answer(scored, sixteen, tmp_pat
     assert results(tmp_path / "m")["benchmarks"] == results(scored[0])["benchmarks"]
 
 
+def test_a_changed_file_costs_the_answers_of_its_changed_rows(scored, sixteen, tmp_path):
+    """A mended picture and a mended question are asked again, a mended gold answer is not; nor is
+    anything of the other files. --rescore says what is missing."""
+    shutil.copytree(scored[0], tmp_path / "m")
+    shutil.copytree(sixteen, tmp_path / "bench")
+    folder, name = tmp_path / "m/bench", "ChartQA_TEST"
+    columns, rows, *_ = PUBLISHED[name]
+    rows = [list(r) for r in rows]
+    rows[0][2], rows[2][1], rows[3][3] = "how high ?", P[5], "No"
+    before = {f.name: f.read_text() for f in folder.glob("*.jsonl")}
+    old = answer.predictions(folder, name)
+    (folder / f"{name}.0.jsonl").rename(folder / f"{name}.1.jsonl")    # two processes had answered
+    write_tsv(tmp_path / "bench" / f"{name}.tsv", columns, rows)
+    line = command(tmp_path / "m", tmp_path / "bench")
+    done = run(*line, "--rescore", check=False)
+    assert done.returncode and "holds no answer to 2 of 4 questions of ChartQA_TEST, first: " \
+        "index 0; without --rescore they are answered" in done.stdout + done.stderr
+    assert f"{name}: 2 of 4 rows have changed since they were answered" in run(*line).stdout
+    after = {f.name: f.read_text() for f in folder.glob("*.jsonl")}
+    again = [json.loads(x)["index"] for x in after.pop(f"{name}.0.jsonl").splitlines()]
+    assert sorted(again) == ["0", "2"]
+    assert after.pop(f"{name}.1.jsonl") == before.pop(f"{name}.0.jsonl")
+    assert {k: v for k, v in after.items() if v} == before
+    whole = answer.asked_of(tmp_path / "bench" / f"{name}.tsv",
+                            *[answer.read_tsv(tmp_path / "bench" / f"{name}.tsv")[0]] * 2, False)
+    new = answer.predictions(folder, name, whole)
+    assert len(new) == 4 and [new[i] for i in "13"] == [old[i] for i in "13"]
+    assert [new[i] for i in "02"] != [old[i] for i in "02"], "what was asked first counts no more"
+    assert "rows have changed" not in run(*line).stdout
+    run(*command(tmp_path / "m", sixteen), "--rescore")        # the file as it was: all are there
+    assert results(tmp_path / "m")["benchmarks"] == results(scored[0])["benchmarks"]
+    (tmp_path / "m/final/extra.safetensors").write_bytes(
+        (tmp_path / "m/final/model.safetensors").read_bytes())
+    done = run(*line, "--max-new-tokens", 7, check=False)
+    assert "(max_new_tokens: 6, now 7)" in done.stdout + done.stderr
+
+
+def test_answers_that_do_not_say_what_was_asked_are_for_the_whole_file(scored, sixteen, tmp_path):
+    """Those of older versions: they count for the file that they were given to, and for no other."""
+    shutil.copytree(scored[0], tmp_path / "m")
+    shutil.copytree(sixteen, tmp_path / "bench")
+    file = tmp_path / "m/bench/ChartQA_TEST.0.jsonl"
+    items = [json.loads(x) for x in file.read_text().splitlines()]
+    assert all(len(x.pop("asked")) == 16 for x in items)
+    file.write_text("".join(json.dumps(x) + "\n" for x in items))
+    line = command(tmp_path / "m", tmp_path / "bench")
+    run(*line)
+    assert len(file.read_text().splitlines()) == len(items), "none is asked again"
+    columns, rows, *_ = PUBLISHED["ChartQA_TEST"]
+    write_tsv(tmp_path / "bench/ChartQA_TEST.tsv", columns, rows[::-1])
+    done = run(*line, check=False)
+    assert "holds the answers of another model or setting (ChartQA_TEST.tsv: " in \
+        done.stdout + done.stderr
+
+
+def test_what_was_asked_is_the_prompt_and_the_picture_shown(tmp_path):
+    """Not where the files lie, not the gold answer; of a picture in a file, its bytes."""
+    for name in "ab":
+        (tmp_path / name / "images").mkdir(parents=True)
+        (tmp_path / name / "images/1.png").write_bytes(base64.b64decode(P[0]))
+        write_tsv(tmp_path / name / "RealWorldQA.tsv", "index image image_path question answer", [
+            [1, "", "1.png", Q, name], [2, P[1], "", Q, name], [3, P[3], "", Q, name]])
+
+    def asked(name, swap=False):
+        path = tmp_path / name / "RealWorldQA.tsv"
+        rows, _ = answer.read_tsv(path)
+        return answer.asked_of(path, rows, rows[::-1] if swap else rows, False)
+    assert asked("a") == asked("b") and len(set(asked("a").values())) == 3
+    assert list(asked("a", swap=True).values()) == list(asked("a").values())[::-1]
+    (tmp_path / "b/images/1.png").write_bytes(base64.b64decode(P[2]))
+    assert [asked("a")[i] == asked("b")[i] for i in "123"] == [False, True, True]
+
+
 def test_an_interrupted_evaluation_goes_on(scored, sixteen, tmp_path):
     """Some answers are there, the last one cut off; the others are asked, by two processes."""
     shutil.copytree(scored[0], tmp_path / "m")
@@ -456,6 +635,63 @@ def test_what_cannot_be_scored_is_refused_before_it_is_asked(tmp_path, name, col
         answer.read_tsv(tmp_path / f"{name}.tsv")
 
 
+def test_pictures_as_data_uris_and_without_padding_are_read(tmp_path):
+    """The same picture, however it is written, has the same id."""
+    png = base64.b64decode(P[0])
+    whole = base64.b64encode(png + b"\0" * ((1 - len(png)) % 3)).decode()
+    assert whole.endswith("==")
+    uri = f"data:image/png;base64,{whole}"
+    cells = [whole, whole.rstrip("="), uri, uri.rstrip("="), str([uri, P[1]]), whole[:70] + "\n"
+             + whole[70:]]
+    path = tmp_path / "GQA_TestDev_Balanced.tsv"
+    write_tsv(path, "index image question answer", [[i, c, Q, "x"] for i, c in enumerate(cells)])
+    rows, _ = answer.read_tsv(path)
+    assert {answer.picture_of(path, r) for r in rows} == {base64.b64decode(whole)}
+    assert len({r["image_id"] for r in rows}) == 1
+    assert images.load_image(answer.picture_of(path, rows[3]), None, "here").shape == (3, 20, 24)
+
+
+@pytest.mark.parametrize("cell", ["?" * 99, P[0][:90] + "*", "A" * 97, "data:image/svg+xml,<svg/>",
+                                  str(["?" * 99, P[0]])])
+def test_every_picture_cell_is_checked_before_the_first_answer(tmp_path, cell):
+    path = tmp_path / "GQA_TestDev_Balanced.tsv"
+    write_tsv(path, "index image question answer", [[1, P[0], Q, "x"], [2, cell, Q, "x"]])
+    with pytest.raises(records.BadRecord, match="Balanced.tsv:3: 'image' is not base64; mend"):
+        answer.read_tsv(path)
+
+
+def test_a_cell_that_says_nan_is_empty(tmp_path):
+    """As pandas writes an empty one; the answer alone may be that word."""
+    path = tmp_path / "AI2D_TEST.tsv"
+    write_tsv(path, "index image image_path hint question A B C D answer", [
+        [1, P[0], "nan", "nan", Q, "x", "y", "nan", "NaN", "B"],
+        [2, "nan", "nan", "nan", Q, "x", "y", "nan", "nan", "A"]])
+    rows, dropped = answer.read_tsv(path)
+    assert score.options_of(rows[0]) == {"A": "x", "B": "y"}
+    assert score.prompt_of("AI2D_TEST", rows[0]) == f"{Q}\nA. x\nB. y\n{score.LETTER}"
+    assert dropped == {"without an image": 1} and len(rows) == 1
+    path = tmp_path / "MathVista_MINI.tsv"
+    write_tsv(path, "index image question choices answer_option answer", [
+        [1, P[0], Q, "nan", "nan", "nan"], [2, P[0], Q, "['u', 'v']", "nan", "v"]])
+    open_one, choice = answer.read_tsv(path)[0]
+    assert score.value("MathVista_MINI", open_one, "nan") == 1 and not score.options_of(open_one)
+    assert score.references("MathVista_MINI", choice) == ["B"]
+    write_tsv(path, "index image question answer", [[1, P[0], "nan", "x"]])
+    with pytest.raises(SystemExit, match="MathVista_MINI.tsv:2: no 'question'"):
+        answer.read_tsv(path)
+
+
+def test_a_column_of_options_is_read_as_choices(tmp_path):
+    path = tmp_path / "MMMU_DEV_VAL.tsv"
+    write_tsv(path, "index image question options answer split", [
+        [1, P[0], Q, "['left', 'right']", "B", "validation"],
+        [2, P[0], Q, "[]", "7", "validation"]])
+    (choice, open_one), _ = answer.read_tsv(path)
+    assert score.prompt_of("MMMU_DEV_VAL", choice) == f"{Q}\nA. left\nB. right\n{score.LETTER}"
+    assert [score.value("MMMU_DEV_VAL", choice, x) for x in ("B", "right", "A")] == [1, 1, 0]
+    assert score.value("MMMU_DEV_VAL", open_one, "7") == 1
+
+
 def test_a_quote_left_open_does_not_read_on_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(answer, "MAX_CELL", 10_000)
     (tmp_path / "MMVP.tsv").write_text('index\timage\n1\t"open\n' + "2\tx\n" * 10_000)
@@ -477,6 +713,22 @@ def test_mmvp_pairs_start_at_the_first_published_index():
         assert sorted(v for *_, v in score.units("MMVP", rows, said)) == [0, 1]
         assert "incomplete" not in score.notes("MMVP", rows)
         assert "1 of 2 pairs incomplete" in score.notes("MMVP", rows[:3])
+
+
+def test_pairs_of_mmvp_ask_the_same_or_the_file_is_refused(tmp_path):
+    """Without its first row a file would pair (2, 3), (4, 5): every pair of two questions."""
+    path, asked = tmp_path / "MMVP.tsv", ("is the door open ?", "how many legs has the dog ?")
+    rows = [[i, P[i], asked[(i - 1) // 2], "x", "y", "(a)"] for i in (1, 2, 3, 4)]
+    write_tsv(path, "index image question A B answer", rows)
+    assert len(score.units("MMVP", answer.read_tsv(path)[0], dict.fromkeys("1234", "A"))) == 2
+    for left in (rows[1:], rows[::-1][:3]):
+        write_tsv(path, "index image question A B answer", left)
+        with pytest.raises(SystemExit, match="MMVP.tsv:[23]: index 3 and 2 are a pair of MMVP and "
+                           "ask two different things; is the file's first row lost"):
+            answer.read_tsv(path)
+    rows[1][2] = "Is the door opne?"                            # a typing error is no difference
+    write_tsv(path, "index image question A B answer", rows)
+    assert len(answer.read_tsv(path)[0]) == 4
 
 
 def test_mmbench_without_rotations_is_plain_accuracy_and_says_so():
@@ -584,7 +836,7 @@ def half_width(units):
 
 def resampled(ours, theirs):
     change = score.unit_differences(ours, theirs)
-    return None if change is None else intervals.stratified_bootstrap(change)
+    return None if change is None else intervals.stratified_bootstrap(change, "GQA")
 
 
 def test_intervals_cover_and_pairing_narrows_them():
@@ -603,6 +855,24 @@ def test_intervals_cover_and_pairing_narrows_them():
     assert np.array_equal(draws, resampled(b, a)), "the same figures every time"
     assert resampled(b[1:], a) is None and resampled([], []) is None
     assert np.all(resampled(a, a[::-1]) == 0), "paired by id, not by order"
+
+
+def test_each_benchmark_resamples_with_a_seed_of_its_own_name():
+    """Two of one size do not draw the same units: their mean is as sure as theory has it."""
+    values = np.random.default_rng(2).normal(size=400)
+    names = [n for n, b in score.BENCHES.items() if b.suite == "paper"]
+    draws = [intervals.stratified_bootstrap({"": values}, n) for n in names]
+    apart = np.corrcoef(draws)[np.triu_indices(len(names), 1)]
+    assert np.abs(apart).max() < 0.1
+    assert np.mean(draws, 0).std() == pytest.approx(draws[0].std() / len(names) ** 0.5, rel=0.1)
+
+    units = {n: [["", str(i), float(v)] for i, v in enumerate(values > 0)] for n in names[:2]}
+    none = {n: [[s, u, 0.0] for s, u, _ in rows] for n, rows in units.items()}
+    columns = {who: {"benchmarks": {n: {"score": x} for n in names[:2]}, "groups": {}, "average": x}
+               for who, x in (("a", 0.0), ("b", 50.0))}
+    table = report.differences(columns, {"a": none, "b": units})
+    cells = {row[0].strip(): row[1] for row in table}
+    assert cells[names[0]] != cells[names[1]], "the same values, but not the same draws"
 
 
 def test_strata_weigh_the_same():
