@@ -124,7 +124,7 @@ def read_files(args):
     for path in paths:
         if path.stem not in score.BENCHES:
             print0(f"  {path.name}: not a benchmark known by its name, left out")
-    known = {p: answer.read_tsv(p) for p in paths if p.stem in score.BENCHES}
+    known = {p: answer.read_tsv(p, args.follow_links) for p in paths if p.stem in score.BENCHES}
     if not known:
         raise SystemExit(f"error: no known benchmark TSV in {args.bench}; known names: "
                          f"{', '.join(score.BENCHES)}")

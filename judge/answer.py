@@ -42,7 +42,7 @@ def table_rows(path):
                 yield number, (start, file.tell() - start), cells
 
 
-def read_tsv(path):
+def read_tsv(path, follow_links=False):
     """The questions of a benchmark file: ([row, …], what was left out and why: Counter).
 
     A row is a dict of its columns but `image`; added are `where` (file:line), `image_id` (equal for
@@ -85,7 +85,7 @@ def read_tsv(path):
         elif cell:
             row["same_as"] = cell
         elif row.get("image_path", "").strip():
-            row.update(picture_file(path, row["image_path"].strip(), where))
+            row.update(picture_file(path, row["image_path"].strip(), where, follow_links))
         else:
             dropped["without an image"] += 1
             continue
@@ -108,12 +108,12 @@ def read_tsv(path):
     return kept, dropped
 
 
-def picture_file(tsv, cell, where):
+def picture_file(tsv, cell, where, follow_links):
     """`image_path`: a file in images/NAME/ or images/ beside the TSV; raises BadRecord."""
     names = score.listed(cell) or [cell]
     root = tsv.parent / "images"
     root = root / tsv.stem if (root / tsv.stem).is_dir() else root
-    path = records.image_of({"image": names[0]}, str(root), where)
+    path = records.image_of({"image": names[0]}, str(root), where, follow_links)
     return {"image_id": path, "picture": path, "more_images": len(names) > 1}
 
 

@@ -617,6 +617,14 @@ def test_image_path_alone(tmp_path):
     write_tsv(tmp_path / "MME.tsv", head, [[1, "../../MME.tsv", "count", Q, "Yes"]])
     with pytest.raises(records.BadRecord, match=r"MME.tsv:2: image ../../MME.tsv leaves its folder"):
         answer.read_tsv(tmp_path / "MME.tsv")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "images/MME/count/1.png").rename(tmp_path / "elsewhere/1.png")
+    (tmp_path / "images/MME/linked").symlink_to(tmp_path / "elsewhere")
+    write_tsv(tmp_path / "MME.tsv", head, [[1, "linked/1.png", "count", Q, "Yes"]])
+    with pytest.raises(records.BadRecord, match="by a link; --follow-links allows it"):
+        answer.read_tsv(tmp_path / "MME.tsv")
+    rows, _ = answer.read_tsv(tmp_path / "MME.tsv", follow_links=True)
+    assert images.load_image(answer.picture_of("", rows[0]), None, "here").shape == (3, 20, 24)
 
 
 @pytest.mark.parametrize("name,columns,rows,words", [
