@@ -150,10 +150,22 @@ def settle_two_phases(args, stage, second, paper, toy):
 
 # ---------------------------------------------------------------- what was not typed gets its value
 
+TOY_WORDS = 4096             # an LLM that has fewer is a toy, whatever it is called
+
+
+def is_toy(llm):
+    """Does the config of a folder say that this LLM is a toy?"""
+    preset = encoders.LLMS.get(llm)
+    if preset and preset.geometry:
+        return False
+    config = Path(encoders.resolve(llm), "config.json")
+    facts = files.read_json(config) if config.is_file() else {}
+    return facts.get("vocab_size", TOY_WORDS) < TOY_WORDS
+
+
 def defaults(paper, toy, llm):
     """The paper's values, or the toy's where the LLM is a toy."""
-    is_toy = encoders.short_name(llm or paper["llm"]).startswith("toy-")
-    return {**paper, **toy} if is_toy else paper
+    return {**paper, **toy} if is_toy(llm or paper["llm"]) else paper
 
 
 def settle(args, stage, paper, toy, parent=None):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import model as m
 from conftest import COMMON, ROOT, TEXT, metrics, run
-from pivot import model_io, published, tensors
+from pivot import flags, model_io, published, tensors
 
 TOY = ROOT / "weights/toy-lm"
 WORDS = len(t.AutoTokenizer.from_pretrained(TOY))                  # `<image>` is not yet one
@@ -246,3 +246,13 @@ def test_rows_and_pairs_train_alike(fresh, world, tmp_path):
     shutil.copy(tmp_path / "ref_logps.safetensors", fresh / "dpo")
     refused = dpo(fresh, world, "--layout", "rows", check=False)
     assert refused.returncode == 1 and "layout" in refused.stderr.splitlines()[-1]
+
+
+def test_a_toy_is_a_toy_by_its_config(tmp_path):
+    """Not by its name: neither is a folder called toy-qwen one, nor must a toy be called so."""
+    small, large = folder_of("qwen3", tmp_path / "mine"), tmp_path / "toy-qwen"
+    shutil.copytree(small, large)
+    facts = json.loads((large / "config.json").read_text())
+    (large / "config.json").write_text(json.dumps({**facts, "vocab_size": 151_936}))
+    assert flags.is_toy(str(small)) and flags.is_toy("toy-lm") and not flags.is_toy(str(large))
+    assert not any(flags.is_toy(x) for x in ("qwen2.5-1.5b", "smollm2-135m", "Qwen/Qwen3-14B"))
