@@ -111,6 +111,8 @@ def open_in_both(folder):
     facts = files.read_json(path)
     if facts.get("tokenizer_class") == "TokenizersBackend":              # a class of 5 alone
         facts["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # without it 4 adds token_type_ids, which its generate() then refuses
+        facts.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(facts.get("extra_special_tokens"), list):              # 4 wants a dict there
         facts["additional_special_tokens"] = facts.pop("extra_special_tokens")
     files.write_json(path, facts)
