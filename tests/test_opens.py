@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import compat
 import model as m
 from conftest import COMMON, ROOT, run
-from pivot import encoders, model_io, published, tensors
+from pivot import convert, encoders, model_io, published, tensors
 from pivot.records import SYSTEM, user_turn
 from test_llms import folder_of
 
@@ -117,6 +117,14 @@ def keep(name, stage):
     answer = model.generate(raw, ids, torch.ones_like(ids), 64, model_io.stop_ids(tokenizer))[0]
     options = encoders.class_options(encoder.vision.config)
     options.pop("attn_implementation")
+    if name in ("siglip", "clip", "vit", "dinov2"):            # for tests/libraries.py
+        others = {"": encoder.vision}
+        if "encoder-full" in TABLE[name]:
+            others["-full"] = published.load_vision(str(stage / "encoder-full"))[0]
+        for full, vision in others.items():
+            save_file(convert.to_timm(vision), OUT / name / f"timm{full}.safetensors")
+            if name == "clip":
+                save_file(convert.to_open_clip(vision), OUT / name / f"open_clip{full}.safetensors")
     (OUT / name / "facts.json").write_text(json.dumps({
         "class": type(encoder.vision).__name__, "read": encoder.family.read,
         "prefix": encoder.prefix, "options": options, "answer": tokenizer.decode(answer),
