@@ -1,10 +1,15 @@
 """Detach the trained encoder: a folder that transformers opens, and how far every block moved.
 
-    python extract.py --run-dir runs/toy-vit__toy-lm --stage dpo [--out DIR]
+    python extract.py --run-dir runs/toy-vit__toy-lm --stage dpo [--full] [--out DIR]
 
 Reads   runs/NAME/STAGE/final and the original encoder named in its config.json.
 Writes  runs/NAME/STAGE/encoder (or DIR): config.json, model.safetensors,
         preprocessor_config.json, README.md (the model card; its first code block runs as it is).
+
+Of SigLIP and CLIP the last block is removed before training, for no gradient reaches it. Tools that
+leave out the last block by themselves (LLaVA-NeXT's SigLIP tower deletes it, LLaVA's CLIP tower
+reads hidden_states[-2]) would lose a trained one. For them --full writes runs/NAME/STAGE/
+encoder-full: the same encoder with the original's last block, and what stood behind it, put back.
 
 A vision tower that was silently not trained, or not saved, is the classic failure of this recipe.
 So the table of relative weight changes is printed, the command refuses when nothing moved, and the
@@ -19,7 +24,7 @@ from pivot import distributed, encoders, files, flags, model_io, published, tens
 
 CARD = """---
 tags: [vision, pivot]
-base_model: {base}
+library_name: transformers{hub}
 ---
 # {title}
 
@@ -29,11 +34,12 @@ Features are `{layer}`{dropped}: the very tensor the LLM saw in training{unused}
 ```python
 from PIL import Image
 import torch
-from transformers import AutoImageProcessor, {cls}
+import transformers
 
 folder = "."
-processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-encoder = {cls}.from_pretrained(folder{extra}){eps}
+pillow = dict(use_fast=False) if transformers.__version__.startswith("4.") else dict(backend="pil")
+processor = transformers.AutoImageProcessor.from_pretrained(folder, **pillow)
+encoder = transformers.{cls}.from_pretrained(folder{extra}).eval(){eps}
 image = Image.new("RGB", (640, 480), "white")
 pixels = processor(image, return_tensors="pt")["pixel_values"]
 with torch.no_grad():
@@ -41,8 +47,8 @@ with torch.no_grad():
 print(tuple(features.shape))  # (1, {tokens}, {width})
 ```
 
-Preprocessing is a bicubic squash to {size} × {size} with the encoder's own mean and standard
-deviation; the Pillow backend is the definition.
+It runs in transformers 4 and 5. Preprocessing is a bicubic squash to {size} × {size} with the
+encoder's own mean and standard deviation; Pillow's resize is the definition.{blocks}
 
 | provenance | |
 |---|---|
@@ -56,8 +62,22 @@ deviation; the Pillow backend is the definition.
 
 
 NORM_EPS = """
-for norm in [m for m in encoder.modules() if isinstance(m, torch.nn.LayerNorm)]:
+for norm in [m for m in encoder.modules() if hasattr(m, "eps")]:
     norm.eps = {}  # as it was trained; the class says 1e-6"""
+
+CUT = """
+
+The original's last block is not in this folder: features are what goes into it, so no gradient
+reaches it, and it was removed before training. Tools that leave out the last block by themselves
+would lose a trained one here: LLaVA-NeXT's SigLIP tower deletes it, LLaVA's CLIP tower reads
+`hidden_states[-2]`. For those, `extract.py --full` writes a folder that has it."""
+
+FULL = """
+
+**This folder is for tools that leave out the last block by themselves**: LLaVA-NeXT's SigLIP tower
+deletes it, LLaVA's CLIP tower reads `hidden_states[-2]`. The first {trained} blocks are trained.
+The last one and what stands behind it are the original's, never trained with these: they are there
+to be left out. `last_hidden_state` and `pooler_output` come from a mix of both; do not use them."""
 
 
 def group_of(name):
@@ -85,7 +105,10 @@ def get_args():
                         help="run folder, e.g. runs/toy-vit__toy-lm")
     parser.add_argument("--stage", default="dpo", help="which trained model to take the encoder "
                         "from: pretrain, sft, dpo or another folder of the run (default dpo)")
-    parser.add_argument("--out", help="where to write it; default RUN/STAGE/encoder")
+    parser.add_argument("--full", action="store_true", help="put the original's last block back, "
+                        "for tools that leave it out by themselves")
+    parser.add_argument("--out", help="where to write it; default RUN/STAGE/encoder, with --full "
+                        "RUN/STAGE/encoder-full")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     return parser.parse_args()
 
@@ -102,8 +125,9 @@ def already_there(args, stage, out, source):
     if args.overwrite:
         return False
     if held != source:
-        raise SystemExit(f"error: {out} holds the encoder of another model than {stage}/final; "
-                         f"--overwrite replaces it")
+        raise SystemExit(f"error: {out} holds the encoder of another model than {stage}/final, or "
+                         f"that one with{'out' if args.full else ''} --full; --overwrite replaces "
+                         f"it")
     return True
 
 
@@ -143,6 +167,25 @@ def measure(args, stage, config, encoder, original):
     return least, most
 
 
+def with_last_block(stage, encoder, original):
+    """The original's vision model, all of its blocks and what stands behind them, with everything
+    that the trained encoder has in its place; raises SystemExit where no block was removed, or the
+    original lacks it itself.
+
+    original: (name, image size), as load_encoder takes them.
+    """
+    if not encoder.family.drop_last_block:
+        raise SystemExit(f"error: --full: no block of a {encoder.vision.config.model_type} was "
+                         f"removed: what extract.py writes without --full is already full")
+    vision, _, _ = published.load_vision(*original)
+    if len(encoders.blocks_of(vision)) == len(encoder.blocks):
+        raise SystemExit(f"error: --full: {stage}/final began with {original[0]}, which extract.py "
+                         f"wrote without its last block; begin with what it writes with --full")
+    for name, p in encoder.vision.named_parameters():
+        vision.get_parameter(name).copy_(p)
+    return vision
+
+
 def card_of(args, stage, config, encoder, changes):
     """The model card: README.md of the folder."""
     family, vision, base = encoder.family, encoder.vision, config["arguments"]["encoder"]
@@ -157,11 +200,19 @@ def card_of(args, stage, config, encoder, changes):
     if family.frozen == ("post_layernorm.",) and not encoder.prefix:
         unused = ", *not* `last_hidden_state`, which adds a norm that nobody trained"
     no_pooler = "add_pooling_layer" in encoders.class_options(vision.config)
+    layer, blocks = "last_hidden_state", ""
+    if family.read == "block":
+        layer = "hidden_states[-2]" if args.full else "hidden_states[-1]"
+    if family.drop_last_block:
+        blocks = FULL.format(trained=len(encoder.blocks)) if args.full else CUT
+    published_as = encoders.resolve(base)
+    on_hub = "" if Path(published_as).exists() else f"\nbase_model: {published_as}"
+    title = f"{encoders.short_name(base)}, after {args.stage.upper()}"
+    title += ", with the original's last block" if args.full else ""
     return CARD.format(
-        base=base, title=f"{encoders.short_name(base)}, after {args.stage.upper()}",
-        folder=stage / "final", stage=args.stage, cls=type(vision).__name__,
-        layer="hidden_states[-1]" if family.read == "block" else "last_hidden_state",
-        slice=how_taken, eps=NORM_EPS.format(eps) if eps else "",
+        base=base, hub=on_hub, title=title,
+        folder=stage / "final", stage=args.stage, cls=type(vision).__name__, layer=layer,
+        blocks=blocks, slice=how_taken, eps=NORM_EPS.format(eps) if eps else "",
         dropped=f" without its first {encoder.prefix} tokens" if encoder.prefix else "",
         unused=unused, extra=", add_pooling_layer=False" if no_pooler else "",
         tokens=encoder.num_tokens, width=encoder.hidden_size, size=encoder.image_size,
@@ -170,12 +221,14 @@ def card_of(args, stage, config, encoder, changes):
         moved="{:.1e} … {:.1e} a block (relative weight change{})".format(*changes, since))
 
 
-def write(out, encoder, source, card):
-    """Write the folder aside, reopen it, compare features bit by bit, then give it its name."""
-    encoder.vision.config.pivot_source = source    # whose encoder it is, for a later call
+def write(out, encoder, vision, source, card):
+    """Write the folder aside, reopen it, compare features bit by bit, then give it its name.
+    vision: what is saved, the encoder's own or the whole of with_last_block."""
+    vision.config.pivot_source = source            # whose encoder it is, for a later call
+    for_clip = vision is not encoder.vision and vision.config.model_type == encoders.CLIP
     with files.new_folder(out) as aside:
-        model_io.save_vision(encoder.vision, aside)
-        model_io.image_processor(encoder).save_pretrained(aside)
+        model_io.save_vision(vision, aside)
+        model_io.image_processor(encoder, for_clip).save_pretrained(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
         pixels = torch.randint(0, 256, (2, 3, encoder.image_size, encoder.image_size),
                                dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -188,18 +241,18 @@ def write(out, encoder, source, card):
 def main():
     args = get_args()
     stage = flags.trained_stage(args.run, args.stage)
-    out = Path(args.out or stage / "encoder")
+    out = Path(args.out or stage / ("encoder-full" if args.full else "encoder"))
     config = files.read_json(stage / "config.json", "arguments")
-    source = tensors.digest_of(stage / "final")
+    source = tensors.digest_of(stage / "final") + (" --full" if args.full else "")
     if already_there(args, stage, out, source):
         print(f"{out} is already there: nothing to do (--overwrite replaces it)")
         return
     model, _ = model_io.load_mllm(stage / "final")
     encoder = model.encoder
-    original = published.load_encoder(config["arguments"]["encoder"],
-                                     config["arguments"].get("image_size"))
-    changes = measure(args, stage, config, encoder, original)
-    write(out, encoder, source, card_of(args, stage, config, encoder, changes))
+    original = config["arguments"]["encoder"], config["arguments"].get("image_size")
+    changes = measure(args, stage, config, encoder, published.load_encoder(*original))
+    vision = with_last_block(stage, encoder, original) if args.full else encoder.vision
+    write(out, encoder, vision, source, card_of(args, stage, config, encoder, changes))
     print(f"wrote {out}: {encoder.num_tokens} tokens of width {encoder.hidden_size}; "
           f"reopened, features bit-equal")
 

@@ -35,8 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 from judge import probing
-from pivot import (distributed, encoders, files, flags, images, model_io, printing, published,
-                   records)
+from pivot import distributed, encoders, files, flags, images, printing, published, records
 from pivot.distributed import print0
 
 BATCH = 32                # images or captions at once
@@ -53,6 +52,7 @@ def get_args():
     add("--k", type=flags.COUNT, default=10, help="neighbours (default 10)")
     add("--limit", type=flags.COUNT, default=1024, help="pairs a subset (default 1024); scores "
         "depend on it: compare at one")
+    flags.add_image_size(parser)
     add("--seeds", type=flags.COUNT, default=3, help="how many subsets (default 3)")
     add("--seed", type=flags.NATURAL, default=0, help="the first one's seed (default 0)")
     add("--out", help="where to write; default: see above")
@@ -88,14 +88,16 @@ def pooled(name, items, step):
 
 
 @torch.no_grad()
-def vision_features(name, items, device):
-    """→ [blocks (n, L, D), of a trained model projector (n, 1, d_llm)], names of all these rows."""
+def vision_features(name, items, device, image_size=None):
+    """→ [blocks (n, L, D), of a trained model projector (n, 1, d_llm)], names of all these rows,
+    input size."""
     path, projector, blocks = encoders.resolve(name), None, []
     if Path(path, "processor_config.json").exists():          # a trained model, not an encoder
-        model = probing.single_encoder(model_io.load_mllm(path)[0], path).eval().to(device)
-        encoder, projector = model.encoder, model.projector
+        encoder, projector = probing.open_mllm(path, image_size)
+        projector.to(device)
     else:
-        encoder = published.load_encoder(name).eval().to(device)
+        encoder = probing.open_encoder(name, image_size)
+    encoder.to(device)
 
     def keep(block, inputs, out):
         out = out[0] if isinstance(out, tuple) else out
@@ -114,7 +116,7 @@ def vision_features(name, items, device):
     rows = [str(i) for i in range(1, len(encoder.blocks) + 1)]
     if projector is not None:
         rows.append("proj")
-    return pooled(name, items, step), rows
+    return pooled(name, items, step), rows, encoder.image_size
 
 
 @torch.no_grad()
@@ -236,7 +238,7 @@ def main():
     items = read_items(args.data, args.follow_links)
     drawn = subsets(args, len(items))
     size, union = len(drawn[0]), np.unique(drawn)
-    shown, language, vision = [items[i] for i in union], {}, {}
+    shown, language, vision, sizes = [items[i] for i in union], {}, {}, {}
 
     def by_subset(stacks):
         return [neighbours([s[np.searchsorted(union, d)] for s in stacks], args.k) for d in drawn]
@@ -244,7 +246,7 @@ def main():
         stacks, layers = llm_features(name, shown, device)
         language[short] = by_subset(stacks), layers
     for short, name in zip(encoder_names, args.encoder):
-        stacks, blocks = vision_features(name, shown, device)
+        stacks, blocks, sizes[short] = vision_features(name, shown, device, args.image_size)
         vision[short] = by_subset(stacks), blocks
 
     # ---- every block against every layer
@@ -262,6 +264,7 @@ def main():
         rows.append([encoder, llm, result["text"], result["shuffled"]["text"], blocks[v],
                      layers[l]])
     print0("\n".join(printing.table(rows)))
+    probing.say_sizes(sizes)
     paired = {}
     for (a, b), llm in product(combinations(encoder_names, 2), llm_names):
         change = np.subtract(scores[b, llm]["seeds"], scores[a, llm]["seeds"])
@@ -275,7 +278,7 @@ def main():
         draw(out / "align.png", scores)
         files.write_json(out / "results.json", {
             "arguments": vars(args), "pairs": size, "different_pairs": len(union),
-            "scores": list(scores.values()), "paired": paired})
+            "image_sizes": sizes, "scores": list(scores.values()), "paired": paired})
     print0(f"wrote {out}/align.png, {out}/results.json")
 
 

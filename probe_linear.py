@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from judge import intervals, logistic, probing
-from pivot import distributed, files, flags, images, model_io, printing, published, tensors
+from pivot import distributed, files, flags, images, printing, tensors
 from pivot.distributed import print0
 
 GRID = (0.01, 0.03, 0.1, 0.316, 1.0, 3.16)                       # C of the paper's sweep
@@ -50,6 +50,7 @@ def get_args():
     parser.add_argument("--per-class", type=flags.COUNT, default=50, help="training images a class")
     parser.add_argument("--seeds", type=flags.COUNT, default=1, help="average over so many subsets")
     parser.add_argument("--limit", type=flags.COUNT, help="quick look: N images a class, in both")
+    flags.add_image_size(parser)
     parser.add_argument("--out", metavar="DIR", help="default: probes/linear in the run folder")
     parser.add_argument("--workers", type=flags.NATURAL, default=2, help="image-decoding processes")
     args = parser.parse_args()
@@ -143,23 +144,26 @@ def features(args, name, encoder, projector, paths, device, path):
 
 def all_features(args, names, lists, out, device):
     """The features of every model and every list of images, on disk in out/features.
-    lists: {"seed0": paths, …, "val": paths}. → {view: ("encoder" or "projector", {list: path})}."""
+    lists: {"seed0": paths, …, "val": paths}. → {view: ("encoder" or "projector", {list: path})},
+    {name: input size}."""
     (out / "features").mkdir(parents=True, exist_ok=True)
-    views = {}
+    views, sizes = {}, {}
     for i, (name, model) in enumerate(zip(names, args.encoder + args.mllm)):
         if i < len(args.encoder):
-            encoder, projector = published.load_encoder(model), None
+            encoder, projector = probing.open_encoder(model, args.image_size), None
         else:
-            trained = probing.single_encoder(model_io.load_mllm(model)[0], model)
-            encoder, projector = trained.encoder, trained.projector.to(device)
+            encoder, projector = probing.open_mllm(model, args.image_size)
+            projector = projector.to(device)
+        sizes[name] = encoder.image_size
         stem = name.replace("/", "-") + (f"-limit{args.limit}" if args.limit else "")
+        stem += f"-size{args.image_size}" if args.image_size else ""
         where = {k: out / "features" / f"{stem}-{k}.safetensors" for k in lists}
         for k, paths in lists.items():
-            features(args, name, encoder.eval().to(device), projector, paths, device, where[k])
+            features(args, name, encoder.to(device), projector, paths, device, where[k])
         views[name] = ("encoder", where)
         if projector:
             views[f"{name}+projector"] = ("projector", where)
-    return views
+    return views, sizes
 
 
 # ------------------------------------------------------------------------------- features → classes
@@ -236,7 +240,7 @@ def main():
 
     # ---- features, by all processes
     device = distributed.start()
-    views = all_features(args, names, lists, out, device)
+    views, sizes = all_features(args, names, lists, out, device)
     distributed.stop()
     if not distributed.is_main():
         return
@@ -247,9 +251,11 @@ def main():
     differences = paired(hits)
     print(f"{len(test_y)} test images, {len(train)} classes, {args.per_class} training images a "
           f"class; percent [95 % interval]", *table(results, differences), sep="\n")
+    probing.say_sizes(sizes)
     files.write_json(out / "results.json", {
         "data": args.data, "classes": len(train), "per_class": args.per_class, "seeds": args.seeds,
-        "test_images": len(test_y), "encoders": results, "differences": differences})
+        "test_images": len(test_y), "image_sizes": sizes, "encoders": results,
+        "differences": differences})
     print(f"wrote {out}/results.json")
 
 

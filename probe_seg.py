@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from judge import intervals, probing
-from pivot import distributed, files, flags, images, printing, published
+from pivot import distributed, files, flags, images, printing
 from pivot.distributed import print0
 from pivot.records import BadRecord
 
@@ -55,6 +55,7 @@ def get_args():
     parser.add_argument("--seeds", type=flags.COUNT, default=6, help="heads trained (paper: 6)")
     parser.add_argument("--epochs", type=flags.COUNT, default=5, help="passes (paper: 5)")
     parser.add_argument("--limit", type=flags.COUNT, help="quick look: N images of each split")
+    flags.add_image_size(parser)
     parser.add_argument("--pictures", type=flags.NATURAL, default=8, help="images in overlays.png")
     parser.add_argument("--out", metavar="DIR", help="default: probes/seg in the run folder")
     parser.add_argument("--workers", type=flags.NATURAL, default=2, help="image-decoding processes")
@@ -249,11 +250,12 @@ def main():
     if len(labels) > IGNORED:
         raise SystemExit(f"error: {facts}: {len(labels)} classes, at most {IGNORED} are possible")
     learn, check = list_splits(root, args.limit)
-    device, results, spread, drawn = distributed.start(), {}, {}, {}
+    device, results, sizes, spread, drawn = distributed.start(), {}, {}, {}, {}
     out.mkdir(parents=True, exist_ok=True)
     times = torch.from_numpy(intervals.resampling(len(check))).float()               # (1000, n)
     for name, path in zip(names, args.encoder):
-        encoder = published.load_encoder(path).eval().to(device)
+        encoder = probing.open_encoder(path, args.image_size).to(device)
+        sizes[name] = encoder.image_size
         heads, left_out = train(args, name, encoder, learn, len(labels), device)
         hits, there, confusion, best = test(args, name, encoder, heads, check, len(labels), device)
         left_out = left_out, ignored(confusion[0].sum(), encoder, len(check))
@@ -284,10 +286,12 @@ def main():
         rows.append([name, *cells, f"recall [{low:+.2f}, {high:+.2f}]" if sign else ""])
     print(f"{len(check)} validation images, {len(learn)} for training, {args.seeds} seeds; percent "
           f"± σ over seeds [95 % over images]", *printing.table(rows), sep="\n")
+    probing.say_sizes(sizes)
     overlays(out / "overlays.png", check[:args.pictures], len(labels), drawn)
     files.write_json(out / "results.json", {
         "data": args.data, "seeds": args.seeds, "epochs": args.epochs, "images": len(learn),
-        "test_images": len(check), "encoders": results, "differences": differences})
+        "test_images": len(check), "image_sizes": sizes, "encoders": results,
+        "differences": differences})
     print(f"wrote {out}/results.json and overlays.png")
 
 

@@ -1,7 +1,8 @@
-"""What the probes share: how compared models are called, where results go."""
+"""What the probes share: how compared models are opened and called, where results go."""
 from pathlib import Path
 
-from pivot import encoders
+from pivot import convert, encoders, model_io, published
+from pivot.distributed import print0
 
 
 def short_names(paths, flag="encoder"):
@@ -27,8 +28,33 @@ def default_out(paths, instrument):
     return (run.parent if run.name == "repair" else run) / "probes" / instrument
 
 
+def open_encoder(name, image_size=None):
+    """An encoder for a probe; image_size: another input size than its own."""
+    return published.load_encoder(name, image_size).eval()
+
+
+def open_mllm(path, image_size=None):
+    """A trained model for a probe, the same way: (its encoder, its projector)."""
+    model = single_encoder(model_io.load_mllm(path)[0], path).eval()
+    encoder = model.encoder
+    if image_size:
+        vision = convert.resize_positions(encoder.vision, image_size)
+        encoder = encoders.Encoder(vision, encoder.mean, encoder.std).eval()
+    return encoder, model.projector
+
+
 def single_encoder(model, path):
     """The trained model in `path`; raises SystemExit where it was made of two encoders, A+B."""
     if len(model.encoder.parts) > 1:
         raise SystemExit(f"error: {path} has two encoders: probe each by itself (--encoder)")
     return model
+
+
+def say_sizes(sizes):
+    """Print who has which input size, where encoders on one line differ. sizes: {name: pixels}."""
+    by_size = {}
+    for name, size in sizes.items():
+        by_size.setdefault(size, []).append(name)
+    if len(by_size) > 1:
+        said = "; ".join(f"{', '.join(names)} {size}" for size, names in by_size.items())
+        print0(f"input sizes differ: {said} (--image-size N gives all the same)")

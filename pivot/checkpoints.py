@@ -29,6 +29,30 @@ STOPPED = 75          # exit code of a run that was asked to stop and saved firs
 FREE = {"run", "run_typed", "workers", "keep", "save_every", "log_every", "micro_batch",
         "overwrite", "replicas", "activation_checkpointing", "stall_timeout", "follow_links"}
 LOGS = ("metrics.jsonl", "timing.jsonl")
+ASK = """A question about a picture, in transformers 4 and 5:
+
+```python
+from PIL import Image
+import transformers
+
+folder = "."
+pillow = dict(use_fast=False) if transformers.__version__.startswith("4.") else dict(backend="pil")
+processor = transformers.AutoProcessor.from_pretrained(folder, **pillow)
+model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
+picture, question = Image.new("RGB", (640, 480), "white"), "What is in the picture?"
+turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+prompt = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+inputs = processor(images=picture, text=prompt, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1]:]
+print(processor.decode(answer, skip_special_tokens=True))
+```
+
+"""
+REFUSED = """transformers refuses this folder by its model_type, `{}`: LLaVA's class would
+compute something else. The commands here read it (`repair_eval.py --mllm`), and `extract.py` writes
+its encoder for transformers.
+
+"""
 
 
 def file_digest(model):
@@ -322,11 +346,13 @@ class Run:
         shown = {k: v for k, v in arguments.items() if k not in FREE | {"stage"}
                  and v is not None and v is not False}
         rows["arguments"] = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in shown.items())
+        kind = files.read_json(folder / "config.json", "model_type")["model_type"]
         return ("---\ntags: [vision, pivot]\nlibrary_name: transformers\n---\n"
                 f"# {rows['encoder']} + {rows['LLM']}, after {stage}\n\n"
                 "An encoder, a projector and an LLM in the layout of LLaVA; the same folder is "
                 "what the next stage and `extract.py` read. Images: a bicubic squash, with the "
-                "saved processor's mean and standard deviation (`backend=\"pil\"`).\n\n"
+                "saved processor's mean and standard deviation, resized by Pillow.\n\n"
+                + (ASK if kind == "llava" else REFUSED.format(kind)) +
                 "| provenance | |\n|---|---|\n"
                 + "".join(f"| {k} | {v} |\n" for k, v in rows.items()))
 

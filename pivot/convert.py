@@ -1,4 +1,5 @@
-"""Weights in other layouts → a transformers class, by renaming keys; and other input sizes.
+"""Weights in other layouts → a transformers class, by renaming keys, and the way back; and other
+input sizes.
 
     timm       ViT (cls_token, blocks.i.attn.qkv, …) and ConvNeXt (stem, stages.i.blocks.j, …)
     MoCo v3    the original .pth.tar: timm's ViT under module.base_encoder., the momentum twin and
@@ -8,6 +9,9 @@
 
 Pickled files are read with weights_only=True, so no code runs from them. A key that has no place,
 or a place that has no key, refuses the file.
+
+to_timm and to_open_clip give a trained encoder's tensors under those libraries' names; how they are
+loaded there is in docs/opening.md.
 """
 import re
 from pathlib import Path
@@ -103,19 +107,14 @@ def load(file, device="cpu"):
 def fill(config, state, names, file):
     """Build the class and give it every tensor under its new name.
 
-    names: [(pattern, replacement), …]; the replacement None drops, a list splits a fused q, k, v.
+    names: as renamed takes them.
     raises SystemExit, one line, unless names and shapes match one to one.
     """
     from transformers import AutoModel
     with torch.device("meta"):
         vision = AutoModel.from_config(config, **encoders.class_options(config))
-    new = {}
-    for key, tensor in state.items():
-        pattern, to = next(((p, to) for p, to in names if re.fullmatch(p, key)), (None, key))
-        parts = [(to, tensor)] if not isinstance(to, list) else zip(to, tensor.chunk(len(to)))
-        for target, part in parts if to else ():
-            new[re.sub(pattern, target, key) if pattern else key] = part.float().clone(
-                memory_format=torch.contiguous_format)       # not the file's own, mapped pages
+    new = {name: tensor.float().clone(memory_format=torch.contiguous_format)
+           for name, tensor in renamed(state, names).items()}      # not the file's own, mapped pages
     wanted, found = ({k: v.shape for k, v in x.items()} for x in (vision.state_dict(), new))
     tensors.refuse_misfit(f"{file} does not fit {type(vision).__name__}: it", wanted, found)
     vision.load_state_dict(new, strict=True, assign=True)
@@ -123,6 +122,20 @@ def fill(config, state, names, file):
         if getattr(module, "position_ids", None) is not None:
             module.position_ids = torch.arange(module.num_positions, device=vision.device)[None]
     return vision
+
+
+def renamed(state, names):
+    """{name: tensor} under other names; a name that no pattern fits stays as it is.
+
+    names: [(pattern, replacement), …]; the replacement None drops, a list splits a fused q, k, v.
+    """
+    new = {}
+    for key, tensor in state.items():
+        pattern, to = next(((p, to) for p, to in names if re.fullmatch(p, key)), (None, key))
+        parts = [(to, tensor)] if not isinstance(to, list) else zip(to, tensor.chunk(len(to)))
+        for target, part in parts if to else ():
+            new[re.sub(pattern, target, key) if pattern else key] = part
+    return new
 
 
 def timm_vit(state, file, heads):
@@ -202,6 +215,79 @@ def open_clip_vit(state, said):
         (block + r"mlp\.c_fc\.(.*)", ours + r"mlp.fc1.\2"),
         (block + r"mlp\.c_proj\.(.*)", ours + r"mlp.fc2.\2")]
 
+
+# ------------------------------------------------------------------------------------ the way back
+
+BLOCK = r"(?:encoder\.)?layers?\.(\d+)\."
+TO_TIMM = [            # pattern of transformers' names, timm's; q, k and v are joined afterwards
+    (r"embeddings\.(?:cls_token|class_embedding)", "cls_token"),
+    (r"embeddings\.position_embedding(?:s|\.weight)", "pos_embed"),
+    (r"embeddings\.patch_embedding(?:s\.projection)?\.(.*)", r"patch_embed.proj.\1"),
+    (r"embeddings\.mask_token", None),
+    (r"pre_layrnorm\.(.*)", r"norm_pre.\1"),
+    (BLOCK + r"(?:self_attn|attention)\.([qkv])_proj\.(.*)", r"blocks.\1.attn.\2.\3"),
+    (BLOCK + r"(?:self_attn\.out|attention\.o)_proj\.(.*)", r"blocks.\1.attn.proj.\2"),
+    (BLOCK + r"(?:layer_norm1|layernorm_before|norm1)\.(.*)", r"blocks.\1.norm1.\2"),
+    (BLOCK + r"(?:layer_norm2|layernorm_after|norm2)\.(.*)", r"blocks.\1.norm2.\2"),
+    (BLOCK + r"layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+    (BLOCK + r"(mlp\..*)", r"blocks.\1.\2"),
+    (r"(?:post_)?layernorm\.(.*)", r"norm.\1"),
+    # SigLIP's attention pooling, which extract.py --full puts back
+    (r"head\.probe", "attn_pool.latent"),
+    (r"head\.attention\.in_proj_(.*)", [rf"attn_pool.{x}.\1" for x in "qkv"]),
+    (r"head\.attention\.out_proj\.(.*)", r"attn_pool.proj.\1"),
+    (r"head\.layernorm\.(.*)", r"attn_pool.norm.\1"),
+    (r"head\.(mlp\..*)", r"attn_pool.\1")]
+TO_OPEN_CLIP = [       # the same for open_clip's own ViT: its names below `visual.`
+    (r"embeddings\.class_embedding", "class_embedding"),
+    (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"embeddings\.patch_embedding\.(.*)", r"conv1.\1"),
+    (r"pre_layrnorm\.(.*)", r"ln_pre.\1"),
+    (BLOCK + r"self_attn\.([qkv])_proj\.(.*)", r"transformer.resblocks.\1.attn.\2_\3"),
+    (BLOCK + r"self_attn\.out_proj\.(.*)", r"transformer.resblocks.\1.attn.out_proj.\2"),
+    (BLOCK + r"layer_norm([12])\.(.*)", r"transformer.resblocks.\1.ln_\2.\3"),
+    (BLOCK + r"mlp\.fc1\.(.*)", r"transformer.resblocks.\1.mlp.c_fc.\2"),
+    (BLOCK + r"mlp\.fc2\.(.*)", r"transformer.resblocks.\1.mlp.c_proj.\2"),
+    (r"post_layernorm\.(.*)", r"ln_post.\1")]
+
+
+def join(state, parts, whole):
+    """In place: the tensors whose names hold one of `parts` (q, k, v) become one, in that order."""
+    for key in [key for key in state if parts[0] in key]:
+        together = [state.pop(key.replace(parts[0], part)) for part in parts]
+        state[key.replace(parts[0], whole)] = torch.cat(together)
+
+
+def refuse_unmapped(vision, library, kinds):
+    """Raise SystemExit, one line, where a class has no names in a library here."""
+    kind = vision.config.model_type
+    if kind not in kinds or getattr(vision.config, "use_swiglu_ffn", False):
+        raise SystemExit(f"error: {library}'s names of a {kind} like this one are not known here; "
+                         f"known are those of {', '.join(kinds)}, without a gated MLP")
+
+
+def to_timm(vision):
+    """A vision model of transformers → {name: tensor}, as timm's VisionTransformer of the same
+    depth loads it, strictly."""
+    refuse_unmapped(vision, "timm", (encoders.SIGLIP, encoders.CLIP, encoders.VIT, "dinov2"))
+    new = renamed(vision.state_dict(), TO_TIMM)
+    join(new, (".attn.q.", ".attn.k.", ".attn.v."), ".attn.qkv.")
+    join(new, ("attn_pool.k.", "attn_pool.v."), "attn_pool.kv.")
+    for name in new.keys() & {"cls_token", "pos_embed"}:      # (D), (N, D) or (1, N, D) → (1, N, D)
+        new[name] = new[name].reshape(1, -1, new[name].shape[-1])
+    return new
+
+
+def to_open_clip(vision):
+    """A CLIP of transformers → {name: tensor}, as open_clip's own VisionTransformer of the same
+    depth loads it, below `visual.`. Its `proj` alone is not there: no feature goes through it."""
+    refuse_unmapped(vision, "open_clip", (encoders.CLIP,))
+    new = renamed(vision.state_dict(), TO_OPEN_CLIP)
+    join(new, (".attn.q_", ".attn.k_", ".attn.v_"), ".attn.in_proj_")
+    return new
+
+
+# ------------------------------------------------------------------------- other classes and sizes
 
 def as_vit(config):
     """MAE's class shuffles the patches by random noise even where it masks none, which ruins the

@@ -53,8 +53,7 @@ def arguments(doc, paper):
                         "--run-dir: torchrun takes --run for its own --run-path")
     add("--encoder", str, "vision encoder: a preset, a local folder or a hub id")
     add("--llm", str, "language model: a preset, a local folder or a hub id")
-    add("--image-size", COUNT, "another input size than the encoder's own: its positions are "
-        "interpolated once, in fp32")
+    add_image_size(parser)
     add("--data", str, "folder in the layout `python -m toy` writes; its parts can be pointed "
         "elsewhere")
     add("--images", str, "folder that image names are relative to; default DATA/images")
@@ -95,6 +94,12 @@ def arguments(doc, paper):
                         "its records are named (default 30)")
     parser.add_argument("--log-every", type=COUNT, default=50, help="steps between printed lines")
     return parser
+
+
+def add_image_size(parser):
+    """The flag of every command that opens an encoder as it was published."""
+    parser.add_argument("--image-size", type=COUNT, help="another input size than the encoder's "
+                        "own: its positions are interpolated once, in fp32")
 
 
 def add_follow_links(parser):

@@ -15,15 +15,21 @@ from pivot import encoders, files, published, tensors
 from pivot.records import CHAT_TEMPLATE, IMAGE_TOKEN
 
 
-def image_processor(encoder):
+def image_processor(encoder, for_clip=False):
     """The transformers processor that does exactly what images.py does: bicubic squash, rescale,
     normalise. The Pillow backend is the definition; torchvision's resize differs in the last bit.
+
+    for_clip: as CLIP's own class, which LLaVA's CLIP tower opens whatever the file says, and which
+    crops to 224 pixels unless told otherwise.
     """
-    from transformers import SiglipImageProcessorPil
+    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
     encoder = encoder.parts[0]              # of A+B: the first's
-    size = encoder.image_size
-    return SiglipImageProcessorPil(size={"height": size, "width": size}, resample=3,
-                                   image_mean=list(encoder.mean), image_std=list(encoder.std))
+    square = {"height": encoder.image_size, "width": encoder.image_size}
+    facts = dict(size=square, resample=3, image_mean=list(encoder.mean),
+                 image_std=list(encoder.std))
+    if for_clip:
+        return CLIPImageProcessorPil(**facts, do_center_crop=False, crop_size=square)
+    return SiglipImageProcessorPil(**facts)
 
 
 def build_mllm(encoder_name, llm_name, seed, image_size=None):
@@ -105,6 +111,8 @@ def open_in_both(folder):
     facts = files.read_json(path)
     if facts.get("tokenizer_class") == "TokenizersBackend":              # a class of 5 alone
         facts["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # without it 4 adds token_type_ids, which its generate() then refuses
+        facts.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(facts.get("extra_special_tokens"), list):              # 4 wants a dict there
         facts["additional_special_tokens"] = facts.pop("extra_special_tokens")
     files.write_json(path, facts)

@@ -47,6 +47,13 @@ def load_encoder(name, image_size=None):
     """
     if len(parts := encoders.parts_of(name)) == 2:
         return encoders.TwoEncoders(*(load_encoder(part, image_size) for part in parts))
+    vision, mean, std = load_vision(name, image_size)
+    return encoders.Encoder(encoders.truncate(vision), mean, std)
+
+
+def load_vision(name, image_size=None):
+    """The vision model that load_encoder truncates, with every block that it was published with:
+    (vision model in fp32, mean, std)."""
     path, preset = encoders.resolve(name), encoders.ENCODERS.get(name)
     if file := convert.find(path):
         vision, mean, std = convert.load(file)
@@ -57,10 +64,8 @@ def load_encoder(name, image_size=None):
         vision = open_model(encoders.class_of(config), f"--encoder {name}", path, config=config,
                             **encoders.class_options(config))
         mean, std = mean_and_std(path, encoders.family_of(original))
-    vision = encoders.truncate(vision)
     own_size = preset.geometry[-1] if preset else encoders.side(vision.config.image_size)
-    size = image_size or own_size
-    return encoders.Encoder(convert.resize_positions(vision, size), mean, std)
+    return convert.resize_positions(vision, image_size or own_size), mean, std
 
 
 def mean_and_std(path, family=None):

@@ -3,10 +3,11 @@
     python tests/compat.py FOLDER        # `make compat`: with transformers 4.57.6, which saves what
                                          # it opened as FOLDER/NAME/saved/…, for the way back
 
-FOLDER/NAME/{encoder,final} are what extract.py and the stages wrote; FOLDER/NAME/expected.safetensors
-holds the pixels, ids, features and logits of the code that wrote them; tests/opens.json says of each
-whether it opens. What opens gives the same through the plain `from_pretrained`, with no missing or
-unexpected key; what cannot is refused by name.
+FOLDER/NAME/{encoder,encoder-full,final} are what extract.py and the stages wrote;
+FOLDER/NAME/expected.safetensors holds the pixels, ids, features and logits of the code that wrote
+them; tests/opens.json says of each whether it opens. What opens gives the same through the plain
+`from_pretrained`, with no missing or unexpected key, and through the code block of its own card;
+what cannot is refused by name.
 """
 import json
 import sys
@@ -25,6 +26,25 @@ CLEAN = ("missing_keys", "unexpected_keys", "mismatched_keys")
 def picture():
     """Not square, neither small nor flat: what resizing does shows."""
     return Image.effect_mandelbrot((90, 70), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+
+
+def squashed(size):
+    """The picture as an encoder of ours takes it: uint8 (1, 3, size, size)."""
+    raw = picture().resize((size, size), Image.Resampling.BICUBIC)
+    raw = torch.tensor(list(raw.tobytes()), dtype=torch.uint8).view(1, size, size, 3)
+    return raw.permute(0, 3, 1, 2)
+
+
+def run_card(folder):
+    """Run the code block of a folder's README.md on our picture: → its variables."""
+    code = (Path(folder) / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    for theirs, ours in (('folder = "."', f"folder = {str(folder)!r}"),
+                         ('Image.new("RGB", (640, 480), "white")', "test_picture()")):
+        assert code.count(theirs) == 1, theirs
+        code = code.replace(theirs, ours)
+    names = {"test_picture": picture}
+    exec(code, names)
+    return names
 
 
 def opened(kind, folder, **options):
@@ -54,6 +74,25 @@ def encoder_opens(folder, facts, want):
     else:
         features = model(pixels).last_hidden_state
     same("features", features[:, facts["prefix"]:], want["features"])
+    same("the card's features", run_card(folder)["features"], want["features"])
+    return model, processor
+
+
+@torch.no_grad()
+def full_opens(folder, facts, want):
+    """With the original's last block: what others read, of the very folder that they open."""
+    model = opened(getattr(transformers, facts["class"]), folder)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, **PILLOW)
+    pixels = processor(picture(), return_tensors="pt")["pixel_values"]
+    same("pixels", pixels, want["pixels"], 0)
+    if facts["class"] == "CLIPVisionModel":       # LLaVA opens CLIP's processor, whatever the file says
+        clip = transformers.CLIPImageProcessor.from_pretrained(folder)
+        size = {"height": pixels.shape[-1], "width": pixels.shape[-1]}
+        assert clip.size == clip.crop_size == size, clip
+        same("CLIP's pixels", clip(picture(), return_tensors="pt")["pixel_values"], pixels)
+    features = model(pixels, output_hidden_states=True).hidden_states[-2]
+    same("features", features[:, facts["prefix"]:], want["features"])
+    same("the card's features", run_card(folder)["features"], want["features"])
     return model, processor
 
 
@@ -68,7 +107,13 @@ def final_opens(folder, facts, want):
     same("ids", inputs["input_ids"], want["input_ids"], 0)
     same("pixels of final", inputs["pixel_values"], want["pixels"], 0)
     same("logits", model(**inputs).logits, want["logits"])
+    said = run_card(folder)
+    answer = said["processor"].decode(said["answer"], skip_special_tokens=True)
+    assert answer == facts["answer"], f"the card's answer: {answer!r}, not {facts['answer']!r}"
     return model, processor
+
+
+CHECKS = {"encoder": encoder_opens, "encoder-full": full_opens, "final": final_opens}
 
 
 def outcome(check, folder, facts, want, saved=None):
@@ -83,20 +128,21 @@ def outcome(check, folder, facts, want, saved=None):
 
 
 def main():
-    root, wrong = Path(sys.argv[1]), 0
+    root, wrong, count = Path(sys.argv[1]), 0, 0
     table = json.loads((Path(__file__).parent / "opens.json").read_text())
     print(f"transformers {transformers.__version__}")
     for name, row in table.items():
         facts = json.loads((root / name / "facts.json").read_text())
         want = load_file(root / name / "expected.safetensors")
-        for what, check in (("encoder", encoder_opens), ("final", final_opens)):
-            said = outcome(check, root / name / what, facts, want, root / name / "saved" / what)
-            stated = row[what][VERSION]
+        for what, versions in row.items():
+            said = outcome(CHECKS[what], root / name / what, facts, want,
+                           root / name / "saved" / what)
+            stated = versions[VERSION]
             fits = said == stated or (stated != "opens" and stated in said)
-            wrong += not fits
-            print(f"  {name:<24}{what:<9}{said[:90]}" + ("" if fits else f"   STATED: {stated}"))
+            wrong, count = wrong + (not fits), count + 1
+            print(f"  {name:<24}{what:<14}{said[:90]}" + ("" if fits else f"   STATED: {stated}"))
     if wrong:
-        sys.exit(f"error: {wrong} of {2 * len(table)} are not as tests/opens.json says")
+        sys.exit(f"error: {wrong} of {count} are not as tests/opens.json says")
 
 
 if __name__ == "__main__":

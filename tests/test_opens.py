@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 import compat
 import model as m
 from conftest import COMMON, ROOT, run
-from pivot import encoders, model_io, published, tensors
+from pivot import convert, encoders, model_io, published, tensors
+from pivot.records import SYSTEM, user_turn
 from test_llms import folder_of
 
 OUT = ROOT / ".pytest_cache" / "opens"
@@ -77,52 +78,60 @@ def test_every_family_comes_out_as_it_was_trained(name, world, few_classes, tmp_
         1, "--epochs", 1, "--limit", 4, "--workers", 0)
     run("probe_linear.py", "--encoder", folder / "dpo/encoder", "--data", few_classes, "--limit", 2,
         "--workers", 0)
+    if "encoder-full" in TABLE[name]:
+        assert "features bit-equal" in run("extract.py", "--run-dir", folder, "--full").stdout
     keep(name, folder / "dpo")
     facts = json.loads((OUT / name / "facts.json").read_text())
     want = compat.load_file(OUT / name / "expected.safetensors")
-    for what, check in (("encoder", compat.encoder_opens), ("final", compat.final_opens)):
-        said, stated = compat.outcome(check, OUT / name / what, facts, want), TABLE[name][what]["5"]
+    for what, versions in TABLE[name].items():
+        said = compat.outcome(compat.CHECKS[what], OUT / name / what, facts, want)
+        stated = versions["5"]
         assert said == stated or (stated != "opens" and stated in said), (what, said)
 
 
-def squashed(encoder):
-    """The picture of compat.py as the encoder takes it: uint8 (1, 3, S, S)."""
-    size = encoder.image_size
-    raw = compat.picture().resize((size, size), compat.Image.Resampling.BICUBIC)
-    raw = torch.tensor(list(raw.tobytes()), dtype=torch.uint8).view(1, size, size, 3)
-    return raw.permute(0, 3, 1, 2)
+def ids_of(question, model, tokenizer):
+    """The prompt that our code makes of a question about a picture: (1, T)."""
+    ids, n = tokenizer(user_turn(question, True, SYSTEM))["input_ids"], model.encoder.num_tokens
+    at = ids.index(model.image_token_id)
+    return torch.tensor([ids[:at] + [model.image_token_id] * n + ids[at + 1:]])
 
 
 @torch.no_grad()
 def keep(name, stage):
-    """Copy encoder/ and final/ to OUT/NAME, with what they give here."""
+    """Copy encoder/, encoder-full/ and final/ to OUT/NAME, with what they give here."""
     shutil.rmtree(OUT / name, ignore_errors=True)
-    for what in ("encoder", "final"):
+    for what in TABLE[name]:
         shutil.copytree(stage / what, OUT / name / what)
     model, tokenizer = model_io.load_mllm(stage / "final")
     encoder = model.eval().encoder
-    raw = squashed(encoder)
+    raw = compat.squashed(encoder.image_size)
     processor = model_io.image_processor(encoder)
-    from pivot.records import SYSTEM, user_turn
-    ids = tokenizer(user_turn("What shape is it?", True, SYSTEM))["input_ids"]
-    at = ids.index(model.image_token_id)
-    ids = torch.tensor([ids[:at] + [model.image_token_id] * encoder.num_tokens + ids[at + 1:]])
+    ids = ids_of("What shape is it?", model, tokenizer)
     hidden = model.llm.base_model(inputs_embeds=model.embed(raw, ids)).last_hidden_state
     logits = m.logits_of(model.llm, hidden)
     save_file({"pixels": processor(compat.picture(), return_tensors="pt")["pixel_values"],
                "features": encoder(raw).contiguous(), "input_ids": ids,
                "logits": logits},
               OUT / name / "expected.safetensors")
+    ids = ids_of("What is in the picture?", model, tokenizer)
+    answer = model.generate(raw, ids, torch.ones_like(ids), 64, model_io.stop_ids(tokenizer))[0]
     options = encoders.class_options(encoder.vision.config)
     options.pop("attn_implementation")
+    if name in ("siglip", "clip", "vit", "dinov2"):            # for tests/libraries.py
+        others = {"": encoder.vision}
+        if "encoder-full" in TABLE[name]:
+            others["-full"] = published.load_vision(str(stage / "encoder-full"))[0]
+        for full, vision in others.items():
+            save_file(convert.to_timm(vision), OUT / name / f"timm{full}.safetensors")
+            if name == "clip":
+                save_file(convert.to_open_clip(vision), OUT / name / f"open_clip{full}.safetensors")
     (OUT / name / "facts.json").write_text(json.dumps({
         "class": type(encoder.vision).__name__, "read": encoder.family.read,
-        "prefix": encoder.prefix, "options": options,
+        "prefix": encoder.prefix, "options": options, "answer": tokenizer.decode(answer),
         "digest": tensors.tensors_digest(encoder.vision)}))
 
 
-@pytest.mark.parametrize("what", ["encoder", "final"])
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name,what", [(name, what) for name in TABLE for what in TABLE[name]])
 def test_what_transformers_4_saved_opens_here(name, what):
     """The way back, with what `make compat` left: the same pixels, features, logits."""
     folder = OUT / name / "saved" / what
@@ -130,13 +139,13 @@ def test_what_transformers_4_saved_opens_here(name, what):
         pytest.skip("transformers 4 does not open it, or did not run yet (make compat)")
     facts = json.loads((OUT / name / "facts.json").read_text())
     want = compat.load_file(OUT / name / "expected.safetensors")
-    if what == "encoder":
+    if what != "final":
         encoder = published.load_encoder(str(folder)).eval()
     else:
         model, _ = model_io.load_mllm(folder)
         encoder = model.eval().encoder
         hidden = model.llm.base_model(inputs_embeds=model.embed(
-            squashed(encoder), want["input_ids"])).last_hidden_state
+            compat.squashed(encoder.image_size), want["input_ids"])).last_hidden_state
         assert torch.equal(m.logits_of(model.llm, hidden), want["logits"])
     assert tensors.tensors_digest(encoder.vision) == facts["digest"]
-    assert torch.equal(encoder(squashed(encoder)), want["features"])
+    assert torch.equal(encoder(compat.squashed(encoder.image_size)), want["features"])

@@ -415,11 +415,11 @@ def test_vision_features_are_the_blocks_and_llm_features_the_layers(stage1, worl
     """One by one, unbatched and unpadded, through transformers' own outputs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     pairs = probe_align.read_items(world / "align")[:5]
-    (blocks,), rows = probe_align.vision_features("toy-vit", pairs, "cpu")
+    (blocks,), rows, _ = probe_align.vision_features("toy-vit", pairs, "cpu")
     eye = published.load_encoder("toy-vit").eval()
     assert rows == ["1", "2", "3", "4"] and blocks.shape == (5, 4, eye.hidden_size)
-    (also, projected), rows = probe_align.vision_features(str(stage1 / "pretrain/final"), pairs,
-                                                          "cpu")
+    (also, projected), rows, _ = probe_align.vision_features(
+        str(stage1 / "pretrain/final"), pairs, "cpu")
     assert rows[-1] == "proj" and projected.shape[1] == 1 and not torch.equal(also, blocks)
     (layers,), columns = probe_align.llm_features("toy-lm", pairs, "cpu")
     llm = AutoModelForCausalLM.from_pretrained(encoders.resolve("toy-lm"),
@@ -444,7 +444,7 @@ def test_prefix_tokens_are_dropped(tmp_path, world):
                                           num_attention_heads=2, patch_size=8)).eval()
     vision.save_pretrained(tmp_path / "eye")
     pairs = probe_align.read_items(world / "align")[:2]
-    (blocks,), _ = probe_align.vision_features(str(tmp_path / "eye"), pairs, "cpu")
+    (blocks,), _, _ = probe_align.vision_features(str(tmp_path / "eye"), pairs, "cpu")
     encoder, seen = published.load_encoder(str(tmp_path / "eye")).eval(), []
     encoder.blocks[1].register_forward_hook(lambda module, inputs, out: seen.append(out))
     encoder(torch.from_numpy(np.stack([images.load_image(x, 32, "") for _, x, _ in pairs])))
@@ -485,11 +485,34 @@ def test_align_as_a_command(random_eye, world, tmp_path, capsys):
     assert np.array(trained["map"]).shape == (4, len(trained["columns"]))
 
 
+def test_align_at_another_input_size(world, stage1, tmp_path, capsys):
+    """--image-size is that of every encoder on the line, trained models included."""
+    write_checkpoint("vit", tmp_path / "vit")
+    words = ["--encoder", tmp_path / "vit", stage1 / "pretrain/final", "--llm", "toy-lm", "--data",
+             world / "align", "--limit", 16, "--k", 3, "--seeds", 1]
+    out = call(probe_align, capsys, *words, "--out", tmp_path / "own")
+    assert "input sizes differ: vit 32; pretrain 48 (--image-size N gives all the same)" in out
+    sizes = json.loads((tmp_path / "own/results.json").read_text())["image_sizes"]
+    assert sizes == {"vit": 32, "pretrain": 48}
+    out = call(probe_align, capsys, *words, "--image-size", 64, "--out", tmp_path / "at64")
+    assert "input sizes" not in out
+    at64 = json.loads((tmp_path / "at64/results.json").read_text())
+    assert set(at64["image_sizes"].values()) == {64}
+    pairs = probe_align.read_items(world / "align")[:3]
+    (blocks,), *_ = probe_align.vision_features(str(tmp_path / "vit"), pairs, "cpu", 64)
+    encoder, seen = published.load_encoder(str(tmp_path / "vit"), 64).eval(), []
+    encoder.blocks[2].register_forward_hook(lambda module, inputs, out: seen.append(out))
+    encoder(torch.from_numpy(np.stack([images.load_image(x, 64, "") for _, x, _ in pairs])))
+    out = seen[0][0] if isinstance(seen[0], tuple) else seen[0]                # (3, 1 + 64, D)
+    assert out.shape[1] == 65
+    torch.testing.assert_close(blocks[:, 2], out[:, 1:].mean(1))
+
+
 def test_align_of_stages_of_several_widths(world, tmp_path):
     """A ConvNeXt, whose stages differ in width: every block still has its row."""
     write_checkpoint("convnext", tmp_path / "eye")
     pairs = probe_align.read_items(world / "align")[:6]
-    stacks, rows = probe_align.vision_features(str(tmp_path / "eye"), pairs, "cpu")
+    stacks, rows, _ = probe_align.vision_features(str(tmp_path / "eye"), pairs, "cpu")
     blocks = published.load_encoder(str(tmp_path / "eye")).blocks
     assert len({s.shape[2] for s in stacks}) > 1 and all(s.shape[0] == 6 for s in stacks)
     assert sum(s.shape[1] for s in stacks) == len(blocks) == len(rows)

@@ -22,7 +22,7 @@ from judge import intervals, logistic, probing
 from pivot import distributed, encoders, images, model_io, published
 import probe_linear
 import probe_seg
-from conftest import ROOT
+from conftest import ROOT, VISION
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +161,8 @@ class Fake(nn.Module):
 @pytest.fixture
 def eyes(tmp_path, monkeypatch):
     """Folders seer and blind under runs/x/, opened as Fakes."""
-    monkeypatch.setattr(published, "load_encoder", lambda path: Fake(Path(path).parent.name))
+    monkeypatch.setattr(published, "load_encoder",
+                        lambda path, size=None: Fake(Path(path).parent.name))
     folders = [tmp_path / "runs" / "x" / name / "encoder" for name in ("seer", "blind")]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -314,6 +315,61 @@ def test_trained_models_bring_their_projector(call, classes8, tmp_path):
         tokens = model.eval().encoder(torch.from_numpy(image)[None])[0]
         slow = sum(model.projector(t) for t in tokens) / len(tokens)
     assert torch.allclose(both["projector"][-1], slow / slow.norm(), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------- another input size
+
+@pytest.fixture
+def small(tmp_path):
+    """A ViT of 32 pixels in a folder: toy-vit has 48."""
+    import transformers as t
+    torch.manual_seed(0)
+    t.ViTModel(t.ViTConfig(**VISION)).save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_linear_at_another_input_size(call, small, classes8, tmp_path, capsys):
+    """Sizes that differ are said and kept; --image-size is that of all, trained models included;
+    features of one size are never taken for those of another."""
+    model, tokenizer = model_io.build_mllm(str(small), "toy-lm", seed=0)
+    final = tmp_path / "dpo" / "final"
+    final.mkdir(parents=True)
+    model_io.save_mllm(model, tokenizer, final, True)
+    words = ["--encoder", "toy-vit", small, "--mllm", final, "--data", classes8, "--limit", 2,
+             "--workers", 0, "--out", tmp_path / "out"]
+    call(probe_linear, *words)
+    said = capsys.readouterr().out
+    assert "input sizes differ: toy-vit 48; small, dpo/final 32 (--image-size N" in said
+    results, made = tmp_path / "out/results.json", tmp_path / "out/features"
+    assert json.loads(results.read_text())["image_sizes"] == {
+        "toy-vit": 48, "small": 32, "dpo/final": 32}
+    shutil.copy(made / "small-limit2-val.safetensors", made / "small-limit2-size48-val.safetensors")
+    call(probe_linear, *words, "--image-size", 48)
+    said = capsys.readouterr().out
+    assert "small-limit2-size48-val.safetensors: encoder, preprocessing changed, computed" in said
+    assert "input sizes" not in said
+    assert set(json.loads(results.read_text())["image_sizes"].values()) == {48}
+    image = np.asarray(picture(np.full((12, 12), 7)).resize((48, 48), 3)).transpose(2, 0, 1).copy()
+    with torch.no_grad():
+        want = published.load_encoder(str(small), 48).eval()(torch.from_numpy(image)[None])[0]
+    assert len(want) == 36
+    for name in ("small", "dpo-final"):
+        got = load_file(made / f"{name}-limit2-size48-val.safetensors")["encoder"][-1]
+        assert torch.allclose(got, F.normalize(want.mean(0), dim=0), atol=1e-6)
+
+
+def test_seg_at_another_input_size(call, small, ade, tmp_path, capsys):
+    words = ["--encoder", "toy-vit", small, "--data", ade, "--seeds", 1, "--epochs", 1, "--limit",
+             8, "--workers", 0, "--out", tmp_path / "out"]
+    call(probe_seg, *words)
+    assert "input sizes differ: toy-vit 48; small 32 (--image-size N" in capsys.readouterr().out
+    results = tmp_path / "out/results.json"
+    assert json.loads(results.read_text())["image_sizes"] == {"toy-vit": 48, "small": 32}
+    call(probe_seg, *words, "--image-size", 48)
+    assert "input sizes" not in capsys.readouterr().out
+    assert json.loads(results.read_text())["image_sizes"] == {"toy-vit": 48, "small": 48}
+    assert "--image-size 50 is no multiple of the patch size 8; the nearest is 48" in error_of(
+        call, probe_seg, *words, "--image-size", 50)
 
 
 # ------------------------------------------------------------------------------------- segmentation
