@@ -114,7 +114,7 @@ def fill(config, state, names, file):
     with torch.device("meta"):
         vision = AutoModel.from_config(config, **encoders.class_options(config))
     new = {name: tensor.float().clone(memory_format=torch.contiguous_format)
-           for name, tensor in renamed(state, names).items()}      # not the file's own, mapped pages
+           for name, tensor in renamed(state, names).items()}   # not the file's own, mapped pages
     wanted, found = ({k: v.shape for k, v in x.items()} for x in (vision.state_dict(), new))
     tensors.refuse_misfit(f"{file} does not fit {type(vision).__name__}: it", wanted, found)
     vision.load_state_dict(new, strict=True, assign=True)

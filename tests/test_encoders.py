@@ -528,15 +528,66 @@ def test_open_clip_vit(tmp_path):
     encoder = published.load_encoder(str(tmp_path)).eval()
     assert shapes(meta.empty_encoder(str(tmp_path))) == shapes(encoder)
     pixels = pixels_for(encoder)
-    x = F.conv2d(values_of(encoder, pixels), state["conv1.weight"], stride=8).flatten(2).mT
+    want = open_clip_forward(state, values_of(encoder, pixels), blocks[:-1])   # the last is deleted
+    assert (encoder(pixels) - want).abs().max() < 1e-4
+    assert encoder.mean == encoders.CLIP_MEAN
+
+
+def open_clip_forward(state, x, blocks, activation=F.gelu):
+    """open_clip's VisionTransformer up to its last block, with torch's MultiheadAttention."""
+    d = len(state["class_embedding"])
+    x = F.conv2d(x, state["conv1.weight"], stride=8).flatten(2).mT
     x = torch.cat([state["class_embedding"].expand(2, 1, -1), x], 1) + state["positional_embedding"]
     x = F.layer_norm(x, (d,), state["ln_pre.weight"], state["ln_pre.bias"])
-    for b in blocks[:-1]:                      # the last block is the one that is deleted
+    for b in blocks:
         y = b["ln_1"](x)
         x = x + b["attn"](y, y, y, need_weights=False)[0]
-        x = x + b["mlp"]["c_proj"](F.gelu(b["mlp"]["c_fc"](b["ln_2"](x))))
-    assert (encoder(pixels) - x[:, 1:]).abs().max() < 1e-4
-    assert encoder.mean == encoders.CLIP_MEAN
+        x = x + b["mlp"]["c_proj"](activation(b["mlp"]["c_fc"](b["ln_2"](x))))
+    return x[:, 1:]
+
+
+def test_names_for_timm():
+    """The way back: a ViT's tensors under timm's names give its features in timm's forward."""
+    torch.manual_seed(0)
+    vision = t.ViTModel(t.ViTConfig(**VISION), add_pooling_layer=False)
+    with torch.no_grad():
+        for p in vision.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    encoder = encoders.Encoder(vision, *encoders.IMAGENET).eval()
+    pixels, state = pixels_for(encoder), convert.to_timm(vision)
+    want = timm_forward(state, values_of(encoder, pixels), VISION["num_attention_heads"], depth=3)
+    assert (encoder(pixels) - want).abs().max() < 1e-5 * want.abs().max()
+    assert all(k.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
+               for k in state)
+    with pytest.raises(SystemExit, match="timm's names of a beit like this one are not known here"):
+        convert.to_timm(t.BeitModel(t.BeitConfig(**VISION)))
+
+
+def test_names_for_open_clip():
+    """A CLIP's tensors under open_clip's names give its features in open_clip's forward."""
+    torch.manual_seed(0)
+    vision = encoders.truncate(t.CLIPVisionModel(t.CLIPVisionConfig(**VISION)))
+    with torch.no_grad():
+        for p in vision.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    encoder = encoders.Encoder(vision, encoders.CLIP_MEAN, encoders.CLIP_STD).eval()
+    state, blocks = convert.to_open_clip(vision), []
+    d, mlp = VISION["hidden_size"], VISION["intermediate_size"]
+    for i in range(2):
+        blocks.append(torch.nn.ModuleDict({
+            "ln_1": torch.nn.LayerNorm(d), "ln_2": torch.nn.LayerNorm(d),
+            "attn": torch.nn.MultiheadAttention(d, 2, batch_first=True),
+            "mlp": torch.nn.ModuleDict({"c_fc": torch.nn.Linear(d, mlp),
+                                        "c_proj": torch.nn.Linear(mlp, d)})}))
+        head = f"transformer.resblocks.{i}."
+        blocks[-1].load_state_dict({k.removeprefix(head): v for k, v in state.items()
+                                    if k.startswith(head)})
+    pixels = pixels_for(encoder)
+    want = open_clip_forward(state, values_of(encoder, pixels), blocks,
+                             lambda x: x * (1.702 * x).sigmoid())
+    assert (encoder(pixels) - want).abs().max() < 1e-5 * want.abs().max()
+    with pytest.raises(SystemExit, match="open_clip's names of a vit like this one are not known"):
+        convert.to_open_clip(t.ViTModel(t.ViTConfig(**VISION)))
 
 
 # -------------------------------------------------------------------------------- other sizes
