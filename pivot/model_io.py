@@ -136,7 +136,7 @@ def llava_config(model):
     config["architectures"] = ["LlavaForConditionalGeneration"]
     if encoder.family.read != "block":
         config.update(model_type="pivot_normed_features", architectures=["MLLM (model.py)"])
-    elif type(encoder.vision.config) not in MODEL_MAPPING:       # MetaCLIP 2
+    elif type(encoder.parts[0].vision.config) not in MODEL_MAPPING:       # MetaCLIP 2
         config.update(model_type="pivot_unlisted_encoder", architectures=["MLLM (model.py)"])
     if scales_logits(model.llm.config):          # that class takes lm_head's as they are
         config.update(model_type="pivot_scaled_logits", architectures=["MLLM (model.py)"])

@@ -231,20 +231,19 @@ def test_sliding_and_linear_attention_train_with_rows(name, world, tmp_path):
         assert abs(norm / metrics(tmp_path / "two/dpo")[1]["grad_norm"][key] - 1) < 1e-5
 
 
-def test_rows_and_pairs_train_alike(fresh, world, tmp_path):
+def test_rows_and_pairs_train_alike(stage1, world, tmp_path):
     """On full attention the layout changes the time, not the run; a reference of the other layout
     is refused."""
-    shutil.copytree(fresh, tmp_path / "rows")
-    dpo(fresh, world)
-    dpo(tmp_path / "rows", world, "--layout", "rows")
-    for a, b in zip(metrics(fresh / "dpo"), metrics(tmp_path / "rows/dpo")):
+    for name in ("pair", "rows"):
+        shutil.copytree(stage1 / "pretrain", tmp_path / name / "pretrain")
+        dpo(tmp_path / name, world, "--layout", name)
+    for a, b in zip(metrics(tmp_path / "pair/dpo"), metrics(tmp_path / "rows/dpo")):
         for key in {"loss", "margin", "heldout_margin", "heldout_accuracy"} & a.keys():
             assert abs(a[key] - b[key]) < 1e-4, (key, a, b)
-    shutil.copy(fresh / "dpo/ref_logps.safetensors", tmp_path)
-    shutil.rmtree(fresh / "dpo")
-    (fresh / "dpo").mkdir()
-    shutil.copy(tmp_path / "ref_logps.safetensors", fresh / "dpo")
-    refused = dpo(fresh, world, "--layout", "rows", check=False)
+    (tmp_path / "third/dpo").mkdir(parents=True)
+    shutil.copytree(stage1 / "pretrain", tmp_path / "third/pretrain")
+    shutil.copy(tmp_path / "pair/dpo/ref_logps.safetensors", tmp_path / "third/dpo")
+    refused = dpo(tmp_path / "third", world, "--layout", "rows", check=False)
     assert refused.returncode == 1 and "layout" in refused.stderr.splitlines()[-1]
 
 

@@ -5,6 +5,7 @@ A few kills here; `make kill` (PIVOT_KILLS=long) goes through every moment and s
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,7 +44,6 @@ def torchrun(script, *command, processes=2, restarts=0, env=(), wait=True):
 @pytest.fixture(scope="module")
 def commands(world, stage1, tmp_path_factory):
     """stage → (its command in a run folder of that name, the undisturbed run's folder)."""
-    import shutil
     base, made = tmp_path_factory.mktemp("survive"), {}
 
     def command(stage, name, steps=STEPS):
@@ -175,13 +175,14 @@ def test_two_runs_in_one_folder(commands):
     assert done.returncode == 1 and "another process is training in" in done.stderr
 
 
-def test_nothing_older_goes_before_what_replaces_it_is_on_disk(fresh, world, tmp_path):
+def test_nothing_older_goes_before_what_replaces_it_is_on_disk(stage1, world, tmp_path):
     """Power may fail: files are fsynced before their folder gets its name, the name (its parent
     folder) before the older checkpoint, the checkpoints or the older encoder are deleted."""
-    log, (one, two) = tmp_path / "log", ("train_dpo.py", "extract.py")
-    dpo = [one, "--run-dir", fresh, "--data", world, *COMMON[2:], "--max-steps", 3, "--num-samples",
-           24, "--lr", 1e-3, "--save-every", 1, "--keep", 1]
-    extract = [two, "--run-dir", fresh, "--stage", "dpo"]
+    log, folder = tmp_path / "log", tmp_path / "run"
+    shutil.copytree(stage1 / "pretrain", folder / "pretrain")
+    dpo = ["train_dpo.py", "--run-dir", folder, "--data", world, *COMMON[2:], "--max-steps", 3,
+           "--num-samples", 24, "--lr", 1e-3, "--save-every", 1, "--keep", 1]
+    extract = ["extract.py", "--run-dir", folder, "--stage", "dpo"]
     for words in (dpo, extract, [*extract, "--overwrite"]):
         subprocess.run([sys.executable, "tests/durable.py", *map(str, words)], cwd=ROOT, check=True,
                        capture_output=True, env={**os.environ, "DURABLE": str(log)})
