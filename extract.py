@@ -43,7 +43,7 @@ encoder = transformers.{cls}.from_pretrained(folder{extra}).eval(){eps}
 image = Image.new("RGB", (640, 480), "white")
 pixels = processor(image, return_tensors="pt")["pixel_values"]
 with torch.no_grad():
-    features = encoder(pixels, output_hidden_states=True).{layer}{slice}
+    features = encoder(pixels{every}).{layer}{slice}
 print(tuple(features.shape))  # (1, {tokens}, {width})
 ```
 
@@ -200,8 +200,9 @@ def card_of(args, stage, config, encoder, changes):
     if family.frozen == ("post_layernorm.",) and not encoder.prefix:
         unused = ", *not* `last_hidden_state`, which adds a norm that nobody trained"
     no_pooler = "add_pooling_layer" in encoders.class_options(vision.config)
-    layer, blocks = "last_hidden_state", ""
+    layer, every, blocks = "last_hidden_state", "", ""
     if family.read == "block":
+        every = ", output_hidden_states=True"
         layer = "hidden_states[-2]" if args.full else "hidden_states[-1]"
     if family.drop_last_block:
         blocks = FULL.format(trained=len(encoder.blocks)) if args.full else CUT
@@ -212,7 +213,7 @@ def card_of(args, stage, config, encoder, changes):
     return CARD.format(
         base=base, hub=on_hub, title=title,
         folder=stage / "final", stage=args.stage, cls=type(vision).__name__, layer=layer,
-        blocks=blocks, slice=how_taken, eps=NORM_EPS.format(eps) if eps else "",
+        every=every, blocks=blocks, slice=how_taken, eps=NORM_EPS.format(eps) if eps else "",
         dropped=f" without its first {encoder.prefix} tokens" if encoder.prefix else "",
         unused=unused, extra=", add_pooling_layer=False" if no_pooler else "",
         tokens=encoder.num_tokens, width=encoder.hidden_size, size=encoder.image_size,

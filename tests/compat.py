@@ -9,6 +9,8 @@ them; tests/opens.json says of each whether it opens. What opens gives the same 
 `from_pretrained`, with no missing or unexpected key, and through the code block of its own card;
 what cannot is refused by name.
 """
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -43,7 +45,8 @@ def run_card(folder):
         assert code.count(theirs) == 1, theirs
         code = code.replace(theirs, ours)
     names = {"test_picture": picture}
-    exec(code, names)
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code, names)
     return names
 
 

@@ -9,6 +9,7 @@ import transformers as t
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+import compat
 from pivot import convert, encoders, model_io, published
 from tools import meta
 from conftest import COMMON, VISION, run
@@ -290,15 +291,96 @@ def test_the_round_trip(name, world, tmp_path):
     out = out.hidden_states[-1] if layer == "hidden_states[-2]" else out.last_hidden_state
     out = out.flatten(2).transpose(1, 2) if layer == "map" else out[:, FAMILIES[name][2]:]
     assert torch.equal(out, want)
+    features = compat.run_card(folder)["features"]
+    compat.same("the card's features", features, again(compat.squashed(again.image_size)))
+    assert features.shape == (1, again.num_tokens, again.hidden_size)
     card = (folder / "README.md").read_text()
-    scope = {}
-    exec(card.split("```python\n")[1].split("```")[0].replace('folder = "."',
-                                                              f'folder = "{folder}"'), scope)
-    assert scope["features"].shape == (1, again.num_tokens, again.hidden_size)
+    assert ("would lose a trained one here" in " ".join(card.split())) == (name in ("siglip", "clip"))
     still = [n for n, p in trained.vision.named_parameters()
              if torch.equal(p, original.vision.get_parameter(n))]
     assert sorted(still) == silent
 
+
+# ------------------------------------------------------------------ with the original's last block
+
+def trained_run(run_dir, base, image_size=None):
+    """RUN/pretrain as stage 1 leaves it, of an encoder whose every tensor was moved: → Encoder."""
+    model, tokenizer = model_io.build_mllm(str(base), "toy-lm", 0, image_size)
+    with torch.no_grad():
+        for p in model.encoder.parameters():
+            p.mul_(1.1 if p.requires_grad else 1)
+    (run_dir / "pretrain/final").mkdir(parents=True)
+    model_io.save_mllm(model, tokenizer, run_dir / "pretrain/final", True)
+    (run_dir / "pretrain/config.json").write_text(json.dumps({"arguments": {
+        "encoder": str(base), "llm": "toy-lm", "image_size": image_size}}))
+    return model.encoder.eval()
+
+
+def extract(run_dir, *words, check=True):
+    return run("extract.py", "--run-dir", run_dir, "--stage", "pretrain", *words, check=check)
+
+
+@pytest.mark.parametrize("name,size", [("siglip", None), ("clip", 48)])
+def test_full_is_the_original_with_trained_blocks(name, size, tmp_path):
+    """--full: hidden_states[-2] of the plain class is bit-equal to the trained features, and so is
+    hidden_states[-1] after a tool has deleted the last block; what was put back is the original's;
+    opened here it is truncated again."""
+    original = write_checkpoint(name, tmp_path / "published")
+    encoder = trained_run(tmp_path / "r", tmp_path / "published", size)
+    assert "features bit-equal" in extract(tmp_path / "r", "--full").stdout
+    folder = tmp_path / "r/pretrain/encoder-full"
+    pixels = pixels_for(encoder)
+    values, want = values_of(encoder, pixels), encoder(pixels)
+    whole, info = type(original).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    states = whole.eval()(values, output_hidden_states=True).hidden_states
+    assert len(states) == 4 and torch.equal(states[-2][:, encoder.prefix:], want)
+    back = [n for n, p in whole.named_parameters() if n.startswith(("encoder.layers.2", "post_", "head"))]
+    assert any("head" in n for n in back) == (name == "siglip")
+    for n, p in whole.named_parameters():
+        same = p.shape == original.get_parameter(n).shape and torch.equal(p, original.get_parameter(n))
+        assert same == (n in back), n
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 3 and "pivot_feature_layer" not in config
+    assert config.get("vision_use_head", True)
+    again = published.load_encoder(str(folder)).eval()
+    assert len(again.blocks) == 2 and torch.equal(again(pixels), want)
+    features = compat.run_card(folder)["features"]
+    compat.same("the card's", features, encoder(compat.squashed(encoder.image_size)))
+    assert "leave out the last block by themselves" in (folder / "README.md").read_text()
+    del whole.encoder.layers[-1:]                                 # as LLaVA-NeXT's SigLIP tower does
+    states = whole(values, output_hidden_states=True).hidden_states
+    assert torch.equal(states[-1][:, encoder.prefix:], want)
+
+
+def test_full_and_not_full_are_never_taken_for_one_another(tmp_path):
+    write_checkpoint("siglip", tmp_path / "published")
+    encoder = trained_run(tmp_path / "r", tmp_path / "published")
+    extract(tmp_path / "r")
+    extract(tmp_path / "r", "--full")
+    assert "already there" in extract(tmp_path / "r", "--full").stdout
+    said = extract(tmp_path / "r", "--full", "--out", tmp_path / "r/pretrain/encoder", check=False)
+    assert "or that one without --full; --overwrite replaces it" in said.stderr
+    # an encoder that lost its block before this run began has none to put back; a full one has
+    for base, words in (("encoder", "which extract.py wrote without its last block"),
+                        ("encoder-full", None)):
+        trained_run(tmp_path / base, tmp_path / "r/pretrain" / base)
+        done = extract(tmp_path / base, "--full", check=not words)
+        assert words is None or words in done.stderr.splitlines()[-1]
+    again = published.load_encoder(str(tmp_path / "encoder-full/pretrain/encoder-full"))
+    assert len(again.blocks) == len(encoder.blocks)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "vit", "convnext"])
+def test_full_of_a_family_that_lost_no_block_is_refused(name, tmp_path):
+    write_checkpoint(name, tmp_path / "published")
+    trained_run(tmp_path / "r", tmp_path / "published")
+    said = extract(tmp_path / "r", "--full", check=False)
+    assert said.stderr.splitlines()[-1].startswith("error: --full: no block of a")
+    assert not (tmp_path / "r/pretrain/encoder-full").exists()
+
+
+# -------------------------------------------------------------------------------- final/
 
 @pytest.mark.parametrize("name", ["siglip", "clip"])
 def test_final_of_siglip_and_clip_opens_in_transformers(name, tmp_path):
@@ -345,24 +427,31 @@ def timm_state(d=192, depth=2, patch=8, grid=4, seed=0):
     return state
 
 
-def timm_forward(s, x, heads, depth=2, patch=8):
-    """timm's forward_features, from its source, in the plainest words."""
-    x = F.conv2d(x, s["patch_embed.proj.weight"], s["patch_embed.proj.bias"], stride=patch)
+def timm_forward(s, x, heads, depth=2, patch=8, eps=1e-6, act=F.gelu, normed=True):
+    """timm's forward_features, from its source, in the plainest words: the patches, after its norm
+    or before it."""
+    x = F.conv2d(x, s["patch_embed.proj.weight"], s.get("patch_embed.proj.bias"), stride=patch)
     x = x.flatten(2).transpose(1, 2)
-    b, n, d = x.shape
-    x = torch.cat([s["cls_token"].expand(b, -1, -1), x], 1) + s["pos_embed"]
+    b, _, d = x.shape
+    prefix = int("cls_token" in s)
+    if prefix:
+        x = torch.cat([s["cls_token"].expand(b, -1, -1), x], 1)
+    x, n = x + s["pos_embed"], s["pos_embed"].shape[1]
+    if "norm_pre.weight" in s:
+        x = F.layer_norm(x, (d,), s["norm_pre.weight"], s["norm_pre.bias"], eps)
     for i in range(depth):
         w = {k.removeprefix(f"blocks.{i}."): v for k, v in s.items()}
-        y = F.layer_norm(x, (d,), w["norm1.weight"], w["norm1.bias"], 1e-6)
+        y = F.layer_norm(x, (d,), w["norm1.weight"], w["norm1.bias"], eps)
         qkv = F.linear(y, w["attn.qkv.weight"], w["attn.qkv.bias"])
-        q, k, v = qkv.reshape(b, n + 1, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.reshape(b, n, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
         a = (q @ k.transpose(-2, -1) / math.sqrt(d // heads)).softmax(-1) @ v
-        x = x + F.linear(a.transpose(1, 2).reshape(b, n + 1, d), w["attn.proj.weight"],
-                         w["attn.proj.bias"])
-        y = F.layer_norm(x, (d,), w["norm2.weight"], w["norm2.bias"], 1e-6)
-        y = F.gelu(F.linear(y, w["mlp.fc1.weight"], w["mlp.fc1.bias"]))
-        x = x + F.linear(y, w["mlp.fc2.weight"], w["mlp.fc2.bias"])
-    return F.layer_norm(x, (d,), s["norm.weight"], s["norm.bias"], 1e-6)[:, 1:]
+        x = x + w.get("ls1.gamma", 1) * F.linear(
+            a.transpose(1, 2).reshape(b, n, d), w["attn.proj.weight"], w["attn.proj.bias"])
+        y = F.layer_norm(x, (d,), w["norm2.weight"], w["norm2.bias"], eps)
+        y = act(F.linear(y, w["mlp.fc1.weight"], w["mlp.fc1.bias"]))
+        x = x + w.get("ls2.gamma", 1) * F.linear(y, w["mlp.fc2.weight"], w["mlp.fc2.bias"])
+    x = F.layer_norm(x, (d,), s["norm.weight"], s["norm.bias"], eps) if normed else x
+    return x[:, prefix:]
 
 
 def moco_checkpoint(state, other):
@@ -546,48 +635,78 @@ def open_clip_forward(state, x, blocks, activation=F.gelu):
     return x[:, 1:]
 
 
-def test_names_for_timm():
-    """The way back: a ViT's tensors under timm's names give its features in timm's forward."""
-    torch.manual_seed(0)
-    vision = t.ViTModel(t.ViTConfig(**VISION), add_pooling_layer=False)
-    with torch.no_grad():
-        for p in vision.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    encoder = encoders.Encoder(vision, *encoders.IMAGENET).eval()
-    pixels, state = pixels_for(encoder), convert.to_timm(vision)
-    want = timm_forward(state, values_of(encoder, pixels), VISION["num_attention_heads"], depth=3)
-    assert (encoder(pixels) - want).abs().max() < 1e-5 * want.abs().max()
-    assert all(k.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
-               for k in state)
-    with pytest.raises(SystemExit, match="timm's names of a beit like this one are not known here"):
-        convert.to_timm(t.BeitModel(t.BeitConfig(**VISION)))
+# -------------------------------------------------------------------------------- the way back
 
-
-def test_names_for_open_clip():
-    """A CLIP's tensors under open_clip's names give its features in open_clip's forward."""
-    torch.manual_seed(0)
-    vision = encoders.truncate(t.CLIPVisionModel(t.CLIPVisionConfig(**VISION)))
-    with torch.no_grad():
-        for p in vision.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    encoder = encoders.Encoder(vision, encoders.CLIP_MEAN, encoders.CLIP_STD).eval()
-    state, blocks = convert.to_open_clip(vision), []
-    d, mlp = VISION["hidden_size"], VISION["intermediate_size"]
-    for i in range(2):
-        blocks.append(torch.nn.ModuleDict({
-            "ln_1": torch.nn.LayerNorm(d), "ln_2": torch.nn.LayerNorm(d),
-            "attn": torch.nn.MultiheadAttention(d, 2, batch_first=True),
-            "mlp": torch.nn.ModuleDict({"c_fc": torch.nn.Linear(d, mlp),
-                                        "c_proj": torch.nn.Linear(mlp, d)})}))
-        head = f"transformer.resblocks.{i}."
-        blocks[-1].load_state_dict({k.removeprefix(head): v for k, v in state.items()
-                                    if k.startswith(head)})
+@pytest.mark.parametrize("name", ["vit", "mae", "siglip", "siglip full", "clip", "dinov2"])
+def test_the_way_back_to_timm(name, tmp_path):
+    """Under timm's names, timm's own forward (written out above) gives the same features. The real
+    timm was asked, too: tests/libraries.py."""
+    name, full = name.split()[0], name.endswith("full")
+    write_checkpoint(name, tmp_path)
+    encoder = published.load_encoder(str(tmp_path)).eval()
+    vision = published.load_vision(str(tmp_path))[0] if full else encoder.vision
+    state = convert.to_timm(vision)
+    config = encoder.vision.config
+    options = {"act": lambda x: F.gelu(x, approximate="tanh")} if name == "siglip" else \
+        {"act": lambda x: x * torch.sigmoid(1.702 * x)} if name == "clip" else {}
     pixels = pixels_for(encoder)
-    want = open_clip_forward(state, values_of(encoder, pixels), blocks,
-                             lambda x: x * (1.702 * x).sigmoid())
-    assert (encoder(pixels) - want).abs().max() < 1e-5 * want.abs().max()
-    with pytest.raises(SystemExit, match="open_clip's names of a vit like this one are not known"):
-        convert.to_open_clip(t.ViTModel(t.ViTConfig(**VISION)))
+    got = timm_forward(state, values_of(encoder, pixels), heads=2, depth=len(encoder.blocks),
+                       eps=config.layer_norm_eps, normed=encoder.family.read == "norm", **options)
+    compat.same(name, got, encoder(pixels))
+    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    assert depth == len(encoder.blocks) + full and full == any("attn_pool" in key for key in state)
+
+
+def test_the_way_back_to_timm_and_in_again(tmp_path):
+    """timm's file → ours → timm's: the same names, the same numbers."""
+    state = timm_state()
+    torch.save(state, tmp_path / "x.pth")
+    back = convert.to_timm(published.load_encoder(str(tmp_path / "x.pth")).vision)
+    assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
+
+
+def test_siglips_pooling_has_timms_names_and_shapes(tmp_path):
+    """What timm 1.0.31 lists for vit_base_patch16_siglip_384 made this small."""
+    write_checkpoint("siglip", tmp_path)
+    vision = published.load_vision(str(tmp_path))[0]
+    state, d, mlp = convert.to_timm(vision), 32, 48
+    pool = {"latent": (1, 1, d), "q.weight": (d, d), "q.bias": (d,), "kv.weight": (2 * d, d),
+            "kv.bias": (2 * d,), "proj.weight": (d, d), "proj.bias": (d,), "norm.weight": (d,),
+            "norm.bias": (d,), "mlp.fc1.weight": (mlp, d), "mlp.fc1.bias": (mlp,),
+            "mlp.fc2.weight": (d, mlp), "mlp.fc2.bias": (d,)}
+    assert {k[10:]: tuple(v.shape) for k, v in state.items() if "attn_pool" in k} == pool
+    fused = vision.head.attention.in_proj_weight
+    assert torch.equal(fused, torch.cat([state["attn_pool.q.weight"], state["attn_pool.kv.weight"]]))
+    assert state["pos_embed"].shape == (1, 16, d) and "cls_token" not in state
+
+
+def test_the_way_back_to_open_clip(tmp_path):
+    """Under open_clip's names; in again by convert.load, which knows nothing of the table: equal."""
+    write_checkpoint("clip", tmp_path / "hf")
+    vision = published.load_vision(str(tmp_path / "hf"))[0]
+    state = convert.to_open_clip(vision)
+    (tmp_path / "oc").mkdir()
+    save_file({f"visual.{k}": v.contiguous() for k, v in state.items()},
+              tmp_path / "oc/open_clip_model.safetensors")
+    (tmp_path / "oc/open_clip_config.json").write_text(json.dumps({"model_cfg": {
+        "quick_gelu": True, "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "patch_size":
+                                           8, "head_width": 16, "mlp_ratio": 1.5}}}))
+    a, b = (published.load_encoder(str(tmp_path / x)).eval() for x in ("hf", "oc"))
+    pixels = pixels_for(a)
+    assert torch.equal(a(pixels), b(pixels))
+    again = published.load_vision(str(tmp_path / "oc"))[0].state_dict()
+    assert all(torch.equal(again[k], v) for k, v in vision.state_dict().items())
+    assert state["transformer.resblocks.2.attn.in_proj_weight"].shape == (96, 32)
+
+
+def test_other_libraries_names_are_refused_where_they_are_not_known(tmp_path):
+    for name in ("swiglu", "convnext"):
+        write_checkpoint(name, tmp_path / name)
+        with pytest.raises(SystemExit, match="^error: timm's names of a .* are not known here"):
+            convert.to_timm(published.load_encoder(str(tmp_path / name)).vision)
+    write_checkpoint("siglip", tmp_path / "siglip")
+    with pytest.raises(SystemExit, match="^error: open_clip's names of a siglip_vision_model"):
+        convert.to_open_clip(published.load_encoder(str(tmp_path / "siglip")).vision)
 
 
 # -------------------------------------------------------------------------------- other sizes

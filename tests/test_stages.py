@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import compat
 from pivot import checkpoints, model_io, published, tensors
 from conftest import COMMON, ROOT, bit_equal, metrics, run
 
@@ -285,6 +286,17 @@ def test_the_card_of_final_states_where_it_comes_from(trained):
     assert sorted(still) == sorted(k for k in a if torch.equal(a[k], b[k]))
     assert all("post_layernorm" in k for k in still)
     assert "published encoder" in (trained[0] / "pretrain/final/README.md").read_text()
+
+
+def test_the_card_of_final_answers_a_question_about_a_picture(trained):
+    """Its code block, run as it stands: the answer that our own code gives."""
+    said = compat.run_card(trained[0] / "dpo/final")
+    answer = said["processor"].decode(said["answer"], skip_special_tokens=True)
+    model, tokenizer = model_io.load_mllm(trained[0] / "dpo/final")
+    ids = said["inputs"]["input_ids"]
+    own = model.eval().generate(compat.squashed(48), ids, torch.ones_like(ids), 64,
+                                model_io.stop_ids(tokenizer))[0]
+    assert answer == tokenizer.decode(own) and answer
 
 
 HUB = {          # a handful of names in the published files, by which others find the tensors
