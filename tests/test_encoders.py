@@ -622,7 +622,7 @@ def test_open_clip_vit(tmp_path):
     assert encoder.mean == encoders.CLIP_MEAN
 
 
-def open_clip_forward(state, x, blocks, activation=F.gelu):
+def open_clip_forward(state, x, blocks):
     """open_clip's VisionTransformer up to its last block, with torch's MultiheadAttention."""
     d = len(state["class_embedding"])
     x = F.conv2d(x, state["conv1.weight"], stride=8).flatten(2).mT
@@ -631,7 +631,7 @@ def open_clip_forward(state, x, blocks, activation=F.gelu):
     for b in blocks:
         y = b["ln_1"](x)
         x = x + b["attn"](y, y, y, need_weights=False)[0]
-        x = x + b["mlp"]["c_proj"](activation(b["mlp"]["c_fc"](b["ln_2"](x))))
+        x = x + b["mlp"]["c_proj"](F.gelu(b["mlp"]["c_fc"](b["ln_2"](x))))
     return x[:, 1:]
 
 
