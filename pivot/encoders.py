@@ -4,7 +4,7 @@
 choice for SigLIP and CLIP, the final norm for the others) and what the class insists on although
 no gradient can reach it. `ENCODERS` and `LLMS` give names to published checkpoints, with their
 geometry. `--encoder` and `--llm` accept a preset, a local folder or a hub id, in that order.
-Nothing is opened here: that is model_io.py.
+Nothing is opened here: that is published.py.
 """
 import functools
 import inspect

@@ -134,16 +134,19 @@ def llava_config(model):
         tie_word_embeddings=model.llm.config.tie_word_embeddings).to_dict()
     config["text_config"] |= old_names(config["text_config"])
     config["architectures"] = ["LlavaForConditionalGeneration"]
+    refused = None
     if encoder.family.read != "block":
-        config.update(model_type="pivot_normed_features", architectures=["MLLM (model.py)"])
+        refused = "pivot_normed_features"
     elif type(encoder.parts[0].vision.config) not in MODEL_MAPPING:       # MetaCLIP 2
-        config.update(model_type="pivot_unlisted_encoder", architectures=["MLLM (model.py)"])
+        refused = "pivot_unlisted_encoder"
     if scales_logits(model.llm.config):          # that class takes lm_head's as they are
-        config.update(model_type="pivot_scaled_logits", architectures=["MLLM (model.py)"])
+        refused = "pivot_scaled_logits"
     if len(parts := encoder.parts) == 2:         # A+B: no class of theirs has two
-        config.update(model_type="pivot_two_encoders", architectures=["MLLM (model.py)"], second={
-            "vision_config": parts[1].vision.config.to_dict(), "image_mean": parts[1].mean,
-            "image_std": parts[1].std})
+        refused = "pivot_two_encoders"
+        config["second"] = {"vision_config": parts[1].vision.config.to_dict(),
+                            "image_mean": parts[1].mean, "image_std": parts[1].std}
+    if refused:
+        config.update(model_type=refused, architectures=["MLLM (model.py)"])
     return config
 
 

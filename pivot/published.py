@@ -1,6 +1,6 @@
 """What others published, opened strictly: an encoder, an LLM, a tokenizer.
 
-Nothing that a folder lacks is made up, nothing in it is left out unsaid, and what this code would
+Nothing that a folder lacks is made up, no block in it is left out unsaid; what this code would
 compute otherwise than the model's own class is refused, in one line, before any training.
 """
 import re

@@ -150,9 +150,9 @@ def image_of(item, root, where, follow_links=False):
     if len(names) > 1:
         return "many"
     if not names:
-        for key in other_pictures(item):
-            raise BadRecord(f"{where}: '{key}' names a picture, and only 'image' and 'images' are "
-                            f"read; rename the key, or take it out")
+        if unread := other_pictures(item):
+            raise BadRecord(f"{where}: '{unread[0]}' names a picture, and only 'image' and "
+                            f"'images' are read; rename the key, or take it out")
         return None
     if not isinstance(names[0], str) or "\0" in names[0] or len(names[0]) > MAX_NAME:
         raise BadRecord(f"{where}: '{key}' is not a file name")
