@@ -83,6 +83,7 @@ class Samples(torch.utils.data.Dataset):
             if shown:
                 more = f"\n  and {len(bad) - 3} more" if len(bad) > 3 else ""
                 distributed.print0("\n".join(f"  dropped: {why}" for why in bad[:3]) + more)
+        self.drawn = self.read                     # looked at, and counted, until there were enough
         if num_samples is not None:
             self.read = len(raw)
         if not table.kept:
@@ -162,8 +163,8 @@ class Samples(torch.utils.data.Dataset):
         if image == "many":
             self.dropped["multi-image"] += 1
             return None
-        self.unread.update(records.other_pictures(item))
         record = make(where, item, image)
+        self.unread.update(records.unread(item, self.kind))
         # The template's own special tokens are ours; any in the data's text would be read as
         # structure (a second image, a forged turn), so the item is dropped.
         if any(token in text for text in record.said for token in special):
@@ -212,9 +213,10 @@ class Samples(torch.utils.data.Dataset):
     def summary(self):
         """One line for the log and config.json: what was read, kept and dropped, and why."""
         drops = ", ".join(f"{n} {why}" for why, n in sorted(self.dropped.items())) or "none"
-        unread = ", ".join(f"{n} under '{key}'" for key, n in sorted(self.unread.items()))
-        return (f"{len(self)} {self.kind} of {self.read} records; dropped: {drops}; "
-                f"{self.text_only} text-only" + (unread and f"; pictures not read: {unread}"))
+        unread = ", ".join(f"{n} {what}" for what, n in sorted(self.unread.items()))
+        drawn = f", of which {self.drawn} drawn" if self.drawn < self.read else ""
+        return (f"{len(self)} {self.kind} of {self.read} records{drawn}; dropped: {drops}; "
+                f"{self.text_only} text-only" + (unread and f"; not read: {unread}"))
 
 
 def raw_items(sources, num_samples, seed):

@@ -81,9 +81,10 @@ to be left out. `last_hidden_state` and `pooler_output` come from a mix of both;
 
 
 def group_of(name):
-    """The block that a tensor belongs to, or the embeddings, or whatever else the class holds."""
+    """The block that a tensor belongs to (the last number in its name: a ConvNeXt numbers stages,
+    too), or the embeddings, or whatever else the class holds."""
     parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    number = max((i for i, part in enumerate(parts) if part.isdigit()), default=0)
     return ".".join(parts[:number + 1])
 
 

@@ -69,8 +69,8 @@ def pair_mask(branch):
 
 
 def can_hold_pairs(llm):
-    """Does every layer heed our mask? A recurrent or a sliding one would let the rejected answer
-    read the chosen one, or the prompt no more: such an LLM takes layout "rows"."""
+    """Does every layer heed our mask? A recurrent one would let the rejected answer read the chosen
+    one, and a sliding one may not reach the prompt: such an LLM takes layout "rows"."""
     config, mixers = llm.config, ("self_attn", "attention", "attn", "self_attention")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) or MAX_LENGTH

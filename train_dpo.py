@@ -11,6 +11,7 @@ Writes  runs/NAME/dpo/: config.json, metrics.jsonl, timing.jsonl, checkpoints/,
 `diff train_sft.py train_dpo.py` shows the method: the items and their order are the same.
 """
 import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
+import math
 from pathlib import Path
 
 import torch
@@ -42,11 +43,12 @@ def get_args(argv=None):
                         "of a pair in one row behind one prompt (pair), or in a row each (rows): "
                         "slower, the same log-probs, for any LLM")
     parser.add_argument("--heldout", help="pairs scored before and after training; default "
-                        "DATA/preferences/heldout.jsonl, where that exists")
+                        "DATA/preferences/heldout.jsonl, where that exists; 'none': none")
     args = flags.settle(parser.parse_args(argv), "dpo", PAPER, TOY, parent="pretrain")
     args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
     heldout = Path(args.data, "preferences", "heldout.jsonl")
-    args.heldout = args.heldout or (str(heldout) if heldout.exists() else None)
+    args.heldout = args.heldout or (str(heldout) if heldout.exists() else "none")
+    args.heldout = None if args.heldout == "none" else args.heldout
     if args.reference == "live" and args.compile and args.dtype == "bf16":
         raise SystemExit("error: --reference live with --compile in bf16: compiled without "
                          "gradients the reference rounds otherwise; leave one of them out")
@@ -78,7 +80,7 @@ def reference_logps(args, run, model, sets, clock):
 
     The parent's weights are still in `model`. sets: {"pairs": (samples, order), "heldout": …}
     → {"pairs": (n, 2), …}. Later epochs and resumed runs reuse the file, and so does a run of
-    another beta or rate into whose folder it is copied; a file made from anything else is refused.
+    another beta or rate into whose folder it is copied. One with another key is refused.
     """
     key = {"parent_digest": run.config["parent_digest"], "dtype": args.dtype,
            "attention": args.attention, "compile": args.compile,
@@ -104,10 +106,12 @@ def require_same_function(args, loss, margin):
     """METHOD: before the first update policy and reference are one model: loss ln 2, margin 0. If
     not, all rewards would be wrong by what they differ in: raises SystemExit.
 
-    On a CPU the margin is 0 to the last bit; a GPU's kernels may differ in one.
+    Both are looked at: references of other pairs can have the right mean. On a CPU the margin is 0
+    to the last bit; a GPU's kernels may differ in one.
     """
+    off = max(abs(margin), abs(loss - math.log(2)))
     said = f"step 0: loss {loss:.6f} (ln 2 = 0.693147), margin {margin:.2g}: policy and reference"
-    if abs(margin) > (1e-3 if args.dtype == "bf16" else 1e-5):
+    if off > (1e-3 if args.dtype == "bf16" else 1e-5):
         raise SystemExit(f"error: {said} are NOT the same function; nothing was updated. Usual "
                          f"causes: randomness in a forward, as of dropout; a forward that changes "
                          f"the model; a ref_logps.safetensors of another --micro-batch (delete it)")

@@ -105,7 +105,7 @@ END_MARK = re.compile(r"(</s>|<eos>|<end_of_turn>|<\|(?:im_end|eo[ts]|end)\w*\|>
 
 def final(prediction):
     """What a prediction says in the end: what follows its last </think>, without end marks such as
-    </s>. One that never ends to think has said nothing."""
+    </s>. Nothing, if it opens <think> and never closes it."""
     said = re.split(r"</think(?:ing)?>", prediction, flags=re.I)[-1]
     said = re.sub(r"<think(?:ing)?>.*", "", said, flags=re.I | re.S)
     pieces = END_MARK.split(said)

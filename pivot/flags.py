@@ -56,7 +56,8 @@ def arguments(doc, paper):
     add_image_size(parser)
     add("--data", str, "folder in the layout `python -m toy` writes; its parts can be pointed "
         "elsewhere")
-    add("--images", str, "folder that image names are relative to; default DATA/images")
+    add("--images", str, "folder that image names are relative to; default DATA/images (a "
+        "meta.json names its own)")
     add("--epochs", COUNT, "passes over the data")
     add("--max-steps", COUNT, "stop after so many steps; the schedule then ends there, too")
     add("--global-batch", COUNT, "samples (pairs, for DPO) a step, over all processes")

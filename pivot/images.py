@@ -120,7 +120,7 @@ def eight_bits(image, deep, name):
 
 def refuse_dark(image, name):
     """A file of 16 bits a colour, of which Pillow keeps the upper 8: raises BadRecord where those
-    are next to nothing, as in a file that uses 12."""
+    are next to nothing, as in a file that uses 12, or nothing, as in one that uses 8."""
     colours = image.getbands()[:-1] if image.mode in TRANSPARENT else image.getbands()
     most = max(image.getchannel(band).getextrema()[1] for band in colours)
     if most <= DARK:
@@ -162,10 +162,15 @@ def read_mask(mask, image, where):
     the mask is in colours. raises BadRecord.
 
     mask, image: paths. Where EXIF turns the picture, its mask is turned with it: masks are drawn on
-    the pixels as stored, or on the upright picture, which then shows in the mask's own size.
+    the pixels as stored, or on the upright picture, which then shows in the mask's own size. (Of a
+    square, and of a picture that EXIF turns by 180° or mirrors, it does not: then the pixels as
+    stored are meant.)
     """
-    with Image.open(image) as picture:
-        stored, turn = picture.size, turn_of(picture)
+    try:
+        with Image.open(image) as picture:
+            stored, turn = picture.size, turn_of(picture)
+    except Exception as e:
+        raise BadRecord(f"{where}: image {image} cannot be read ({type(e).__name__}: {e})")
     upright = stored[::-1] if turn in SIDEWAYS else stored
     try:
         with Image.open(mask) as file:               # its size is known before it is decoded

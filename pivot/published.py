@@ -1,10 +1,9 @@
 """What others published, opened strictly: an encoder, an LLM, a tokenizer.
 
-Nothing that a folder lacks is made up, no block in it is left out unsaid; what this code would
-compute otherwise than the model's own class is refused, in one line, before any training.
+Nothing that a folder lacks is made up, and nothing that it holds of what is opened is left out;
+what this code would compute otherwise than the model's own class is refused, in one line, before
+any training.
 """
-import re
-
 import torch
 from torch import nn
 
@@ -12,6 +11,9 @@ from model import can_hold_pairs, logits_of
 from pivot import convert, encoders, files, printing, tensors
 from pivot.distributed import print0
 from pivot.records import CHAT_TEMPLATE, IMAGE_TOKEN
+
+# What older versions stored of tables that are computed.
+COMPUTED = ("inv_freq", "position_ids", "relative_position_index", "attn.masked_bias")
 
 # ---------------------------------------------------------------------------------------- encoders
 
@@ -77,10 +79,11 @@ def mean_and_std(path, family=None):
         facts = facts.get("image_processor", facts)
         if facts.get("do_normalize") is False:
             return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        scale = facts.get("rescale_factor", 1 / 255)
-        if abs(scale * 255 - 1) > 1e-6 and facts.get("do_rescale", True):
-            raise SystemExit(f"error: {path}: {file} scales pixels by {scale}; only 1/255 is known "
-                             f"here")
+        scale = facts.get("rescale_factor") or 1 / 255
+        scale = 1 if facts.get("do_rescale") is False else scale
+        if abs(scale * 255 - 1) > 1e-6:
+            raise SystemExit(f"error: {path}: {file} scales pixels by {scale:g}; only 1/255 is "
+                             f"known here")
         if "image_mean" in facts and "image_std" in facts:
             return three(facts["image_mean"]), three(facts["image_std"])
     if family is None:
@@ -99,7 +102,7 @@ def three(value):
 def open_model(kind, name, path, **options):
     """kind.from_pretrained in fp32; raises SystemExit, one line, where transformers would make up
     what a folder lacks (a tensor missing, or of another shape than config.json says), or leave out
-    what it has: blocks that config.json does not count."""
+    what it has: blocks, biases, norms that config.json does not speak of."""
     try:
         model, info = kind.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
@@ -111,11 +114,11 @@ def open_model(kind, name, path, **options):
     for key in info["missing_keys"]:
         found.pop(key, None)
     tensors.refuse_misfit(name, wanted, found)
-    shapes = {re.sub(r"\d+", "N", key) for key in wanted}
-    for key in sorted(info["unexpected_keys"]):          # rotary tables, a text model: no matter
-        if re.sub(r"\d+", "N", key) in shapes:
-            raise SystemExit(f"error: {name} ({path}) holds {key}, a block that its config.json "
-                             f"does not count")
+    parts = {key.split(".")[0] for key in wanted}            # what is no part of this is no matter
+    for key in sorted(info["unexpected_keys"]):
+        if key.split(".")[0] in parts and not key.endswith(COMPUTED):
+            raise SystemExit(f"error: {name} ({path}) holds {key}, which a model of its "
+                             f"config.json does not have")
     return model
 
 
@@ -248,13 +251,14 @@ def add_rows(llm, words):
 
 
 def refuse_dropout(model):
-    """Dropout anywhere would make policy and reference differ at step 0: refuse it."""
+    """Dropout anywhere would make policy and reference differ at step 0: raises SystemExit."""
     for name, module in model.named_modules():
         rates = [getattr(module, key, 0) for key in ("attention_dropout", "dropout", "drop_prob",
                                                      "dropout_prob")]
         rates += [module.p] if isinstance(module, nn.Dropout) else []
         if any(isinstance(rate, float) and rate > 0 for rate in rates):
-            raise SystemExit(f"error: {name} has dropout; DPO compares two passes bit by bit")
+            raise SystemExit(f"error: {name} has dropout, and DPO compares two passes bit by bit; "
+                             f"set every dropout in the model's config.json to 0")
     return model
 
 

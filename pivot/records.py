@@ -65,7 +65,8 @@ def read_lines(path):
         try:
             items = files.json_of(path.read_bytes())
         except (ValueError, RecursionError) as e:
-            raise SystemExit(f"error: {path}:{getattr(e, 'lineno', 1)}: not JSON ({e})")
+            lines = "; one object a line? Then name it .jsonl" if "Extra data" in str(e) else ""
+            raise SystemExit(f"error: {path}:{getattr(e, 'lineno', 1)}: not JSON ({e}){lines}")
         if not isinstance(items, list):
             raise SystemExit(f"error: {path}: a JSON list of records is expected")
         for i, item in enumerate(items):
@@ -130,6 +131,20 @@ def names_a_picture(value):
         return any(map(names_a_picture, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) and (value.lower().endswith(PICTURES + FILMS)
                                        or value.startswith("data:image/"))
+
+
+def unread(item, kind):
+    """What of a usable record nobody reads, in words, for the count in the log."""
+    found = [f"pictures under '{key}'" for key in other_pictures(item)]
+    if kind == "pairs":
+        return found
+    turns = item["conversations"]
+    system = turns[0].get("from") == "system"
+    if system:
+        found.append("system turns")
+    if kind == "captions" and len(turns) - system > 2:
+        found.append("captions' later turns")
+    return found
 
 
 def other_pictures(item):
@@ -275,6 +290,8 @@ def pair_sources(path):
         return [(path, None)]
     try:
         sets = files.json_of(path.read_bytes())
+        if isinstance(sets, list):
+            raise ValueError("it is a list: of pairs? Then write them as .jsonl, one a line")
         if not sets:
             raise ValueError("no set in it")
         # Published beside its folders, or one level inside them (MMPR-v1.2/meta.json).

@@ -44,6 +44,7 @@ ACTIONS = {
     "exception": fail("something a fork does"), "full": full, "oom": out_of_memory,
     "exit": lambda: os._exit(3), "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stuck": lambda: time.sleep(1000),
+    "orphan": lambda: (os.kill(trainer, signal.SIGKILL), time.sleep(1000)),
     "parent": lambda: os.kill(os.getppid(), signal.SIGKILL),
     **{name: lambda number=number: os.kill(trainer, number) for name, number in (
         ("SIGTERM", signal.SIGTERM), ("SIGINT", signal.SIGINT), ("SIGHUP", signal.SIGHUP),

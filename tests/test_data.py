@@ -192,10 +192,30 @@ def test_pictures_beside_the_one_that_is_read_are_counted_by_name(tools, folder)
     records = [chat_of(image="a.png", url=f"https://example.org/{i}.jpg") for i in range(3)]
     made = samples("conversations", folder, [*records, chat_of(image="a.png")], tools)
     assert made.summary() == ("4 conversations of 4 records; dropped: none; 0 text-only; "
-                              "pictures not read: 3 under 'url'")
+                              "not read: 3 pictures under 'url'")
     several = samples("conversations", folder, [*records, chat_of(images=["a.png", "b.png"])],
                       tools)
     assert several.dropped == {"multi-image": 1}
+
+
+def test_turns_that_nobody_reads_are_counted(tools, folder):
+    chat = chat_of(image="a.png")["conversations"]
+    system = [{"from": "system", "value": "Be brief."}, *chat]
+    records = [chat_of(image="a.png", conversations=turns) for turns in (system, chat, chat * 2)]
+    made = samples("conversations", folder, records, tools)
+    assert made.summary().endswith("; not read: 1 system turns")
+    assert made.ids.tolist()[:made.offsets[1]] == made.ids.tolist()[made.offsets[1]:made.offsets[2]]
+    made = samples("captions", folder, records, tools)
+    assert made.unread == {"system turns": 1, "captions' later turns": 1}
+
+
+def test_a_drawn_set_says_how_many_were_looked_at(tools, folder):
+    """What is dropped is counted among those alone."""
+    made = samples("pairs", folder, [PAIR, {**PAIR, "image": ["a.png", "b.png"]}] * 2000, tools,
+                   num_samples=3)
+    drawn = made.drawn
+    assert 3 < drawn < 4000 and made.summary().startswith(
+        f"3 pairs of 4000 records, of which {drawn} drawn; dropped: {drawn - 3} multi-image;")
 
 
 def test_text_alone_stays_text_alone(tools, folder):

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -274,6 +275,8 @@ def test_the_round_trip(name, world, tmp_path):
     folder = tmp_path / "r/dpo/encoder"
 
     trained = model_io.load_mllm(tmp_path / "r/dpo/final")[0].encoder.eval()
+    told = re.findall(r"^  (?:\S+\.)?layers?\.\d+ ", done, re.M)       # each block by itself
+    assert len(told) == len(trained.blocks), done
     again = published.load_encoder(str(folder)).eval()
     pixels = pixels_for(again)
     want = trained(pixels)
@@ -821,11 +824,17 @@ def test_mean_and_std_are_the_processors(tmp_path, capsys, file, facts, mean, st
     assert unsaid == (file is None or "processor_class" in facts)
 
 
-def test_pixels_of_another_scale_are_refused(tmp_path):
+@pytest.mark.parametrize("facts,scale", [
+    ({"rescale_factor": 1 / 127.5}, "0.0078"), ({"do_rescale": False}, "1"),
+    ({"do_rescale": False, "rescale_factor": None}, "1"), ({"rescale_factor": None}, None)])
+def test_pixels_of_another_scale_are_refused(tmp_path, facts, scale):
     t.SiglipVisionModel(t.SiglipVisionConfig(**VISION)).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(
-        {"rescale_factor": 1 / 127.5, "image_mean": 0.5, "image_std": 0.5}))
-    with pytest.raises(SystemExit, match="scales pixels by 0.0078.*; only 1/255 is known here"):
+        {**facts, "image_mean": 0.5, "image_std": 0.5}))
+    if scale is None:
+        assert published.load_encoder(str(tmp_path)).mean == encoders.HALF
+        return
+    with pytest.raises(SystemExit, match=f"scales pixels by {scale}.*; only 1/255 is known here"):
         published.load_encoder(str(tmp_path))
 
 

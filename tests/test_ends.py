@@ -63,6 +63,7 @@ ENDS = [
     End("stuck in a worker", 3, "a worker is stuck at one of", processes=2, rank=1,
         flags=("--stall-timeout", 0.1)),
     End("kill in the loop", 2, "", code=-9),
+    End("orphan in a worker", 3, "", code=-9, short=True),        # stuck where its trainer is killed
     End("kill in the loop", 2, "", processes=2, rank=1, short=True),
     End("exit in the loop", 2, "", processes=2, rank=1),
     End("parent in the loop", 2, "", processes=2, rank=1, code=-9),          # torchrun itself
@@ -149,8 +150,10 @@ def test_every_end_is_an_end(end, world, stage1, calm, tmp_path):
     try:
         said = process.communicate(timeout=240)[0]
     except subprocess.TimeoutExpired:
-        process.kill()
-        raise AssertionError(f"still there after four minutes: {process.communicate()[0][-2000:]}")
+        for there in (found := of_mark(mark)):          # one that lives on holds the pipe open
+            os.kill(there, signal.SIGKILL)
+        raise AssertionError(f"still there after four minutes: {found}, having said "
+                             f"{process.communicate()[0][-2000:]}")
     left = left_behind(mark)
     took = time.time() - float((tmp_path / "at").read_text())
     print(f"{end.what}: {took:.1f} s")

@@ -127,6 +127,21 @@ def spoil_layers(folder):
     (folder / "config.json").write_text(json.dumps(facts))
 
 
+def add_tensor(folder, key, shape):
+    held = load_file(folder / "model.safetensors")
+    held[key] = torch.randn(shape)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoil_biases(folder):
+    add_tensor(folder, "model.layers.0.self_attn.q_proj.bias", 32)
+
+
+def spoil_norms(folder):
+    """A Qwen3 whose config calls it a Llama."""
+    add_tensor(folder, "model.layers.1.self_attn.q_norm.weight", 8)
+
+
 def spoil_tie(folder):
     """Another lm_head, and a config that says so."""
     held = load_file(folder / "model.safetensors")
@@ -144,7 +159,9 @@ def spoil_quantized(folder):
 
 @pytest.mark.parametrize("name,spoil,words", [
     ("qwen3", spoil_adapter, "is an adapter .LoRA., or has one beside it; merge it"),
-    ("qwen3", spoil_layers, "holds model.layers.1.* a block that its config.json does not count"),
+    ("qwen3", spoil_layers, "holds model.layers.1.*, which a model of its config.json does not"),
+    ("qwen3", spoil_biases, "holds model.layers.0.self_attn.q_proj.bias, which a model of its"),
+    ("llama", spoil_norms, "holds model.layers.1.self_attn.q_norm.weight, which a model of its"),
     ("qwen3", spoil_quantized, "is quantized; training needs the weights it was made of"),
     ("gpt_neox", None, "is a gpt_neox: only causal LMs with their blocks in model.layers"),
     ("bloom", None, "is a bloom: only causal LMs with their blocks in model.layers"),
@@ -156,6 +173,12 @@ def test_what_would_go_wrong_later_is_refused_first(tmp_path, name, spoil, words
     with pytest.raises(SystemExit, match=words) as e:
         published.open_llm(str(folder))
     assert len(str(e.value).splitlines()) == 1 and "install" not in str(e.value)
+
+
+def test_what_older_versions_stored_of_computed_tables_is_no_matter(tmp_path):
+    folder = folder_of("llama", tmp_path)
+    add_tensor(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", 4)
+    published.open_llm(str(folder))
 
 
 # ------------------------------------------------------------------------------ a table that is full

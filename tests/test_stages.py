@@ -130,22 +130,28 @@ def test_stage_1_in_bf16_stays_close(stage1, world, tmp_path, processes):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
 
 
-def test_dpo_that_does_not_start_at_ln_2_stops_before_the_first_update(fresh, world):
-    """A reference that is another function, here by 0.01 in one answer of each pair."""
+@pytest.mark.parametrize("spoil,off", [
+    (lambda table: table + torch.tensor([0.01, 0]), "margin"),
+    (lambda table: table.roll(1, 0), "loss")])
+def test_dpo_that_does_not_start_at_ln_2_stops_before_the_first_update(fresh, world, spoil, off):
+    """A reference that is another function: by 0.01 in one answer of each pair; or each pair's is
+    another pair's, so that the mean margin is 0."""
     shutil.rmtree(fresh / "dpo", ignore_errors=True)
-    stage2("dpo", fresh, world, "--max-steps", 1)
+    stage2("dpo", fresh, world, "--max-steps", 1, "--num-samples", 8)            # one batch
     ref = fresh / "dpo/ref_logps.safetensors"
     with safe_open(ref, "pt") as file:
         key, tables = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
-    tables["pairs"][:, 0] += 0.01
+    tables["pairs"] = spoil(tables["pairs"])
     for name in ("final", "metrics.jsonl", "timing.jsonl", "config.json"):
         path = fresh / "dpo" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     ref.unlink()
     save_file(tables, ref, metadata=key)
     done = run("train_dpo.py", "--run-dir", fresh, *COMMON[2:], "--data", world, "--lr", 1e-4,
-               "--beta", 0.1, "--max-steps", 1, check=False)
+               "--beta", 0.1, "--max-steps", 1, "--num-samples", 8, check=False)
     assert done.returncode == 1 and "are NOT the same function; nothing was updated" in done.stderr
+    loss, margin = map(float, re.search(r"loss (\S+) .*margin (\S+):", done.stderr).groups())
+    assert (abs(margin) > 1e-5) == (off == "margin") and abs(loss - math.log(2)) > 1e-4
     assert not [x for x in metrics(fresh / "dpo") if "loss" in x]
     assert not (fresh / "dpo/final").exists()
 

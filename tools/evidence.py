@@ -130,14 +130,15 @@ def main():
     stages = args.stages or stages_of(run) or ["sft", "dpo"]
     names = [encoders.short_name(made_with["encoder"]), *stages]
     folders = [made_with["encoder"], *(f"{run}/{stage}/encoder" for stage in stages)]
-    words = {"all": " ".join(folders), "run": run, "data": made_with["data"],
+    size = f" --image-size {made_with['image_size']}" if made_with.get("image_size") else ""
+    words = {"all": " ".join(folders) + size, "run": run, "data": made_with["data"],
              "llm": made_with["llm"]}
 
     sections, pictures, missing = [("Re-paired with a new LLM", repaired(run, names))], [], []
     for folder, name in zip(folders, names):
         if not (run / "repair" / name / "bench" / "results.json").exists():
             missing.append(f"python repair_eval.py --encoder {folder} --llm {made_with['llm']} "
-                           f"--data {made_with['data']} --run-dir {run}")
+                           f"--data {made_with['data']} --run-dir {run}{size}")
     for heading, folder, read, picture, command in INSTRUMENTS:
         path = run / "probes" / folder / "results.json"
         if not path.exists():
