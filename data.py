@@ -293,6 +293,27 @@ def pair_row(ids, roles):
     }
 
 
+def longest_batch(kind, layout, micro_batch, tokenizer, model):
+    """The longest micro-batch that the length rule of Samples.fits admits, black pictures and one
+    word over and over: what collate gives. Memory is rehearsed with it."""
+    encoder, prompt = model.encoder, records.user_turn("?", True, records.SYSTEM)
+    ids = np.array(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    room = min(MAX_LENGTH, model.llm.config.max_position_embeddings) - len(ids) + 1 \
+        - encoder.num_tokens
+    if kind == "pairs":
+        room = min(room, MAX_TEXT - len(ids) + 1)
+    ids = np.repeat(ids, np.where(ids == image_id, encoder.num_tokens, 1))
+    answers = 2 if layout in ("pair", "rows") else 1
+    roles = np.repeat([PROMPT, ANSWER, OTHER][:1 + answers], [len(ids), room, room][:1 + answers])
+    ids = np.concatenate([ids, np.full(answers * room, ids[-1])])
+    pixels = images.planes(Image.new("RGB", (1, 1)), encoder.image_size)
+    batch = collate([{"index": 0, "ids": ids, "roles": roles, "pixels": pixels}] * micro_batch,
+                    layout)
+    batch.pop("index", None)
+    return batch
+
+
 class BatchOrder:
     """Which samples make up which step: a function of (seed, epoch), not of who computes it.
 

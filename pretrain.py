@@ -14,7 +14,7 @@ import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 from pathlib import Path
 
 import data
-from pivot import (checkpoints, distributed, encoders, flags, model_io, records, tensors,
+from pivot import (checkpoints, distributed, encoders, flags, model_io, records, rehearsal, tensors,
                    training)
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", projector_epochs=1,
@@ -45,13 +45,22 @@ def phases(args):
 
 
 def train(args, run, device, model, tokenizer, facts, phases):
-    """The phases on one step axis, then final/. repair_eval.py re-pairs through this same loop.
+    """The phases on one step axis. repair_eval.py re-pairs through this same loop.
 
     facts: what else config.json should hold and a resumed run must agree with.
     """
-    # ---- data
     for phase in phases:       # the second's file, too, before hours are spent on the first's
         records.require_file(phase.file)
+    facts = {"projector_digest": tensors.tensors_digest(model.projector), **facts}
+
+    # ---- shard
+    model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
+                              args.replicas, args.attention, args.compile)
+    rehearsal.rehearse(args, model, phases[-1].rates,
+                       data.longest_batch(phases[-1].kind, "answers", args.micro_batch, tokenizer,
+                                          model))
+
+    # ---- data
     longest = model.llm.config.max_position_embeddings
     samples = [data.Samples(phase.kind, [(phase.file, args.images)], tokenizer, model.encoder,
                             longest, args.num_samples, args.seed, args.skip_bad, args.follow_links)
@@ -61,12 +70,8 @@ def train(args, run, device, model, tokenizer, facts, phases):
     counts = [training.num_steps(phase.epochs, phase.max_steps, order)
               for phase, order in zip(phases, orders)]
     run.describe({"data": [items.summary() for items in samples],
-                  "data_digest": [order.digest(n) for order, n in zip(orders, counts)],
-                  "projector_digest": tensors.tensors_digest(model.projector), **facts})
+                  "data_digest": [order.digest(n) for order, n in zip(orders, counts)], **facts})
 
-    # ---- shard
-    model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
-                              args.replicas, args.attention, args.compile)
     clock = training.Clock(device, args.stall_timeout)
     distributed.heed_signals()
     first = 0                                         # step at which the phase begins
@@ -74,7 +79,6 @@ def train(args, run, device, model, tokenizer, facts, phases):
         if run.start < first + steps:                 # else a checkpoint says it is behind us
             train_phase(args, run, model, clock, phase, items, order, first, steps, sum(counts))
         first += steps
-    run.finish(model, tokenizer)
 
 
 def train_phase(args, run, model, clock, phase, items, order, first, steps, all_steps):
@@ -127,6 +131,7 @@ def main():
     run = checkpoints.Run(Path(args.run, args.stage), args, facts)
     model, tokenizer = model_io.build_mllm(args.encoder, args.llm, args.seed, args.image_size)
     train(args, run, device, model, tokenizer, facts, phases(args))
+    run.finish(model, tokenizer, f"train_sft.py and train_dpo.py, with --run-dir {args.run}")
 
 
 if __name__ == "__main__":

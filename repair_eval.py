@@ -250,6 +250,7 @@ def repair(args, device, folder):
         if args.reuse_projector_layers:
             reuse_projector(model, args.encoder, args.reuse_projector_layers)
         pretrain.train(args, run, device, model, tokenizer, facts, phases(args))
+        run.finish(model, tokenizer)
     return folder / "final"
 
 

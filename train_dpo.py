@@ -18,7 +18,7 @@ import torch
 
 import data
 import model as m
-from pivot import checkpoints, distributed, flags, model_io, published, training
+from pivot import checkpoints, distributed, flags, model_io, published, rehearsal, training
 from pivot.distributed import print0
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=1e-6,
@@ -137,6 +137,10 @@ def main():
     # ---- model
     model, tokenizer = model_io.load_mllm(run.parent)
     published.refuse_layout(model.llm, args.layout)
+    model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
+                              args.replicas, args.attention, args.compile)
+    rehearsal.rehearse(args, model, training.learning_rates(args),
+                       data.longest_batch("pairs", args.layout, args.micro_batch, tokenizer, model))
 
     # ---- data
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
@@ -151,9 +155,7 @@ def main():
         sets["heldout"] = (heldout, order.like(heldout))
         print0(f"  held-out: {heldout.summary()}")
 
-    # ---- shard; the optimizer works on the sharded fp32 masters, so no forward comes before it
-    model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
-                              args.replicas, args.attention, args.compile)
+    # ---- the optimizer works on the sharded fp32 masters
     optimizer = training.adamw(model, training.learning_rates(args))
     clock = training.Clock(device, args.stall_timeout)
     if args.reference == "live":                   # the parent once more, frozen
@@ -219,7 +221,7 @@ def main():
         run.save_if_due(step + 1, steps, model, optimizer)
     if args.heldout:
         report_heldout(args, run, model, *sets["heldout"], ref["heldout"], clock, step=steps)
-    run.finish(model, tokenizer)
+    run.finish(model, tokenizer, f"python extract.py --run-dir {args.run} --stage dpo")
 
 
 if __name__ == "__main__":

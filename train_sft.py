@@ -13,7 +13,7 @@ import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 from pathlib import Path
 
 import data
-from pivot import checkpoints, distributed, flags, model_io, training
+from pivot import checkpoints, distributed, flags, model_io, rehearsal, training
 
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=5e-6,
              global_batch=256, micro_batch=8, warmup=0.03, num_samples=20_000, workers=4)
@@ -37,6 +37,10 @@ def main():
 
     # ---- model
     model, tokenizer = model_io.load_mllm(run.parent)
+    model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
+                              args.replicas, args.attention, args.compile)
+    rehearsal.rehearse(args, model, training.learning_rates(args),
+                       data.longest_batch("pairs", "answers", args.micro_batch, tokenizer, model))
 
     # ---- data
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
@@ -46,9 +50,7 @@ def main():
     run.describe({"data": pairs.summary(), "data_digest": order.digest(steps),
                   "parent_digest": checkpoints.file_digest(run.parent)})
 
-    # ---- shard; the optimizer works on the sharded fp32 masters, so no forward comes before it
-    model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
-                              args.replicas, args.attention, args.compile)
+    # ---- the optimizer works on the sharded fp32 masters
     optimizer = training.adamw(model, training.learning_rates(args))
     clock = training.Clock(device, args.stall_timeout)
     if run.start:
@@ -85,7 +87,7 @@ def main():
                 clock.lap(step, sums["tokens"]))
         bar.set_postfix(loss=f"{sums['loss']:.4f}", refresh=False)
         run.save_if_due(step + 1, steps, model, optimizer)
-    run.finish(model, tokenizer)
+    run.finish(model, tokenizer, f"python extract.py --run-dir {args.run} --stage sft")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from pivot.distributed import (asked_to_stop, barrier, end_at_signals, from_main
 STOPPED = 75          # exit code of a run that was asked to stop and saved first (EX_TEMPFAIL)
 # Arguments of every stage that may differ on resume: they do not change the numbers.
 FREE = {"run", "run_typed", "workers", "keep", "save_every", "log_every", "micro_batch",
-        "overwrite", "replicas", "activation_checkpointing", "stall_timeout", "follow_links"}
+        "overwrite", "replicas", "activation_checkpointing", "stall_timeout", "follow_links",
+        "rehearsal"}
 LOGS = ("metrics.jsonl", "timing.jsonl")
 ASK = """A question about a picture, in transformers 4 and 5:
 
@@ -151,6 +152,7 @@ class Run:
         steps = [int(p.name[5:]) for p in self.saved() if (p / "position.json").exists()]
         steps = [] if self.anew else steps
         self.start = from_main(lambda: max(steps, default=0))     # steps already done
+        self.timed = []                             # lines of timing.jsonl since the last printed
 
     @property
     def same_command(self):
@@ -245,13 +247,19 @@ class Run:
 
     def log(self, metrics, timing=None):
         """One line in metrics.jsonl (deterministic fields only), one in timing.jsonl; every
-        --log-every steps one for people."""
+        --log-every steps one for people, of the speed since the last one."""
+        if timing:
+            self.timed.append(timing)
         if "loss" in metrics and metrics["step"] % self.args.log_every == 0:
             words = [f"{k} {metrics[k]:.4g}" for k in ("loss", "margin", "accuracy")
                      if k in metrics]
             words += [f"|g| {k} {v:.3g}" for k, v in metrics["grad_norm"].items()]
-            print0(f"  step {metrics['step']}: {', '.join(words)}; {timing['tokens_per_s']:.0f} "
-                   f"tokens/s, peak {timing['peak_bytes'] / 2 ** 30:.2f} GiB")
+            seconds, waited = (sum(t[key] for t in self.timed) for key in ("seconds", "data_wait"))
+            tokens = sum(t["tokens_per_s"] * t["seconds"] for t in self.timed)
+            print0(f"  step {metrics['step']}: {', '.join(words)}; {tokens / seconds:.0f} tokens/s,"
+                   f" {waited / seconds:.0%} of the time waiting for data, peak "
+                   f"{timing['peak_bytes'] / 2 ** 30:.2f} GiB")
+            self.timed = []
         if is_main():
             for name, line in zip(LOGS, (metrics, timing)):
                 if line is not None:
@@ -356,8 +364,9 @@ class Run:
                 "| provenance | |\n|---|---|\n"
                 + "".join(f"| {k} | {v} |\n" for k, v in rows.items()))
 
-    def finish(self, model, tokenizer):
-        """Write final/, the folder transformers opens; drop the checkpoints, which it replaces."""
+    def finish(self, model, tokenizer, then=None):
+        """Write final/, the folder transformers opens; drop the checkpoints, which it replaces.
+        then: the command that comes next, in words."""
         reshard(model)
         aside = self.folder / "final.tmp"
         if is_main():
@@ -372,5 +381,20 @@ class Run:
             files.sync(self.folder)               # before the checkpoints go
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         end_at_signals()
-        print0(f"wrote {self.folder}/final")
+        if is_main():
+            self.print_curves()
+        print0(f"wrote {self.folder}/final" + (f"; next: {then}" if then else ""))
         barrier()
+
+    def print_curves(self):
+        """Loss, and DPO's margin, from the first step to the last, each in a line."""
+        phases = {}
+        with open(self.folder / "metrics.jsonl") as lines:
+            for line in map(json.loads, lines):
+                if "loss" in line:
+                    phases.setdefault(line.get("phase", ""), []).append(line)
+        for phase, lines in phases.items():
+            for what in ("loss", "margin"):
+                if what in lines[0]:
+                    print0(f"  {what} of {phase or self.args.stage} over its {len(lines)} steps, "
+                           f"a mean for each tenth: {printing.curve([x[what] for x in lines])}")

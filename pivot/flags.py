@@ -89,6 +89,9 @@ def arguments(doc, paper):
     parser.add_argument("--replicas", type=COUNT, default=1,
                         help="hybrid sharding: so many copies of the model, each sharded within "
                              "its group of processes (one a node)")
+    parser.add_argument("--rehearsal", choices=["on", "off"], help="before the data are read, "
+                        "forward and backward on the longest micro-batch that is admitted: too "
+                        "little memory is known in the first minute (default on with a GPU)")
     add("--workers", NATURAL, "image-decoding processes per training process")
     parser.add_argument("--stall-timeout", type=ABOVE_0, default=30, metavar="MINUTES",
                         help="how long a worker may take over a batch before it is given up, and "
@@ -193,6 +196,7 @@ def settle(args, stage, paper, toy, parent=None):
         refusal = missing_parent(args, parent)
     fill(args, paper, toy)
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+    args.rehearsal = args.rehearsal or ("on" if torch.cuda.is_available() else "off")
     args.stage, args.parent = stage, parent
     args.refusal = refusal or unfit_machine(args)
     return args

@@ -16,3 +16,11 @@ def table(rows):
         cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def curve(values, parts=10):
+    """A run's numbers in so many words: the mean of each of that many stretches, equal but for
+    rounding; all of them, where there are fewer."""
+    parts = min(parts, len(values))
+    ends = [round(i * len(values) / parts) for i in range(parts + 1)]
+    return " ".join(f"{sum(values[a:b]) / (b - a):.4g}" for a, b in zip(ends, ends[1:]))

@@ -188,6 +188,23 @@ def test_compiled_bf16_starts_at_ln_2(fresh, world):
     assert {x["heldout_margin"] for x in metrics(fresh / "dpo")[:1]} == {0}
 
 
+def test_a_stage_ends_with_its_curve_and_what_comes_next(fresh, world):
+    """The numbers are those of metrics.jsonl: 12 steps, so each tenth is one or two of them."""
+    shutil.rmtree(fresh / "dpo", ignore_errors=True)
+    said = stage2("dpo", fresh, world, "--max-steps", 12, "--log-every", 5).stdout
+    lines = [x for x in metrics(fresh / "dpo") if "loss" in x]
+    for what in ("loss", "margin"):
+        told = re.search(rf"  {what} of dpo over its 12 steps, a mean for each tenth: (.*)", said)[1]
+        told, values = list(map(float, told.split())), [x[what] for x in lines]
+        assert len(told) == 10 and told[0] == pytest.approx(values[0], abs=1e-4)
+        assert told[-1] == pytest.approx(values[-1], rel=1e-3)
+        assert told[2] == pytest.approx((values[2] + values[3]) / 2, rel=1e-3)
+    assert f"; next: python extract.py --run-dir {fresh} --stage dpo" in said
+    timed = [json.loads(x) for x in (fresh / "dpo/timing.jsonl").read_text().splitlines()][6:11]
+    share = sum(x["data_wait"] for x in timed) / sum(x["seconds"] for x in timed)
+    assert f"{share:.0%} of the time waiting for data" in re.search(r"step 10: .*", said)[0]
+
+
 def test_live_reference_gives_the_losses_of_the_cached_one(trained, fresh, world):
     shutil.rmtree(fresh / "dpo", ignore_errors=True)
     stage2("dpo", fresh, world, "--reference", "live")
