@@ -1,20 +1,24 @@
-"""Does the heat of tools.ask lie on the object asked about? Beside chance, for several models.
+"""Does the heat of tools.ask lie on the object asked about? Beside chance, for models of the toy.
 
-    python benchmarks/heat_on_object.py runs/toy-vit__toy-lm/{pretrain,sft,dpo} --data data/toy
+    python benchmarks/heat_on_object.py runs/toy-vit__toy-lm/{pretrain,sft,dpo}
 
-Asks the toy's held-out questions about one object, as many of its colour as of its shape, and draws
-the heat of each model's own answer. The object is where its mask says; its box is the smallest one
-around it.
+Draws scenes of two to four objects, asks of one object in each its colour or its shape, and takes
+the heat of the model's own answer. An object is the smallest box around its mask.
 
     peak     how often the middle of the hottest patch lies in the box; chance: the share of patches
              whose middle does
     heat     which share of all heat lies in the box, each patch counting by how much of it does;
-             chance: the box's share of the picture; ratio: the one over the other
+             chance: the box's share of the picture. Where a ReLU left no heat at all (--classic),
+             none lies in the box
 
---first 25 takes the questions from the 26th of each kind on, so that --at and --classic can be
-chosen by questions that are not reported.
+The same is said of all other objects of the scene together: heat that lies on whatever is there
+would be as much above chance on them.
+
+Seed 0 is the reported one; --at and --classic, the definition of the heat, were chosen by seed 1.
 """
 import argparse
+import io
+import random
 import sys
 from pathlib import Path
 
@@ -22,71 +26,89 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import gradcam  # noqa: E402
 from judge import intervals, score  # noqa: E402
-from pivot import distributed, images, model_io, printing, records  # noqa: E402
+from pivot import distributed, model_io, printing  # noqa: E402
 from tools import ask  # noqa: E402
+from toy.scenes import Scene  # noqa: E402
 
-KINDS, LIMIT = ("colour", "shape"), 32            # the longest answer of a toy, as repair_eval.py
-
-
-def questions(folder, each, first):
-    """`each` held-out pairs of every kind, from the one numbered `first`: dicts."""
-    items = [records.parse(*line) for line in records.read_lines(folder / "heldout.jsonl")]
-    kinds = [[x for x in items if x["id"].startswith(f"heldout-{kind}-")] for kind in KINDS]
-    return [x for kind in kinds for x in kind[first:first + each]]
+KINDS, LIMIT = ("colour", "shape"), 32            # LIMIT: the longest answer, as repair_eval.py
 
 
-def box_of(mask_path):
-    """The smallest box around what a mask (PNG, 0 outside) shows: bool (H, W)."""
-    mask = images.read_mask(mask_path, mask_path, str(mask_path)) > 0
-    box = np.zeros_like(mask)
+def box_of(mask):
+    """The smallest box around what a mask shows: bool (H, W) → bool (H, W)."""
     (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis))[[0, -1]] for axis in (1, 0))
+    box = np.zeros_like(mask)
     box[top:bottom + 1, left:right + 1] = True
     return box
 
 
-def measured(model, tokenizer, folder, item, at, classic):
-    """One question → right answer?, peak in the box?, its chance, share of heat, its chance."""
-    said = ask.answer_of(model, tokenizer, str(folder / "images" / item["image"]),
-                         records.one_placeholder(item["question"]), LIMIT)
-    heat = ask.heat_of(model, tokenizer, said, LIMIT, at, classic)
-    box, grid = box_of(folder / "masks" / item["image"]), int(len(heat) ** 0.5)
-    middles = [int((i + 0.5) * len(box) / grid) for i in range(grid)]
-    inside = torch.from_numpy(box[np.ix_(middles, middles)]).flatten().double()
-    cover = gradcam.coverage(box, grid, 1.0)
-    right = score.plain(tokenizer.decode(said.answer)) == score.plain(item["chosen"])
-    return [float(right), inside[heat.argmax()], inside.mean(),
-            (heat * cover).sum() / heat.sum(), cover.mean()]
+def questions(n, seed):
+    """n scenes and a question about one object of each, kinds in turn: (PNG as bytes, question,
+    right answer, box of the object, boxes of the others as one mask)."""
+    rng, found = random.Random(f"heat {seed}"), []
+    while len(found) < n:
+        scene = Scene(rng, kind="shapes").draw()
+        asked = [q for q in scene.questions() if q.kind == KINDS[len(found) % 2]]
+        if asked:
+            q, png = rng.choice(asked), io.BytesIO()
+            Image.fromarray(scene.image).save(png, "PNG")
+            boxes = {name: box_of(mask) for name, mask in scene.masks.items()}
+            box = boxes.pop(q.about[0])
+            others = np.any(list(boxes.values()), axis=0) & ~box
+            found.append((png.getvalue(), q.ask(rng), q.answer, box, others))
+    return found
+
+
+def peak_and_heat(heat, where):
+    """heat (N,), where: bool (H, W) → is the peak there? its chance, share of heat, its chance."""
+    grid = int(len(heat) ** 0.5)
+    middles = [int((i + 0.5) * len(where) / grid) for i in range(grid)]
+    inside = torch.from_numpy(where[np.ix_(middles, middles)]).flatten().double()
+    cover = gradcam.coverage(where, grid, 1.0)
+    return [inside[heat.argmax()], inside.mean(), heat @ cover / heat.sum().clamp(min=1e-30),
+            cover.mean()]
+
+
+def row(name, part, right, values):
+    """One line of the table; values (n, 4) as peak_and_heat gives them."""
+    peak, chance, heat, area = values.T
+    ahead = intervals.normal(peak - chance)
+    return [name, part, *(f"{100 * x.mean():.1f}" for x in (right, peak, chance)),
+            f"{100 * ahead['mean']:+.1f} ±{100 * ahead['ci95']:.1f}",
+            *(f"{100 * x.mean():.1f}" for x in (heat, area)), f"{heat.mean() / area.mean():.1f}"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="models, as tools.ask takes them")
-    parser.add_argument("--data", default="data/toy", help="a toy world (default data/toy)")
-    parser.add_argument("--each", type=int, default=25, help="questions of each kind (default 25)")
-    parser.add_argument("--first", type=int, default=0, help="leave out so many of each kind")
+    parser.add_argument("--questions", type=int, default=50, help="how many (default 50)")
+    parser.add_argument("--seed", type=int, default=0, help="which scenes (default 0)")
     parser.add_argument("--at", default="encoder", choices=["encoder", "projector"])
     parser.add_argument("--classic", action="store_true", help="gradcam.py's other definition")
     args = parser.parse_args()
-    folder, rows = Path(args.data, "preferences"), []
-    asked = questions(folder, args.each, args.first)
+    asked = questions(args.questions, args.seed)
+    print(f"{len(asked)} questions, {'Grad-CAM' if args.classic else 'gradient'} at the {args.at}")
+    rows = [["in percent", "on", "right", "peak", "chance", "difference", "heat", "chance",
+             "times"]]
     for name in args.folders:
         model, tokenizer = model_io.load_mllm(ask.final_of(name))
         model.eval()
-        values = torch.tensor([measured(model, tokenizer, folder, item, args.at, args.classic)
-                               for item in asked], dtype=torch.float64)
-        right, peak, peak_chance, heat, area = values.T
-        cells = [f"{100 * x.mean():.1f}" for x in (right, peak, peak_chance, heat, area)]
-        ahead = [f"{100 * found['mean']:+.1f} ±{100 * found['ci95']:.1f}" for found in
-                 (intervals.normal(peak - peak_chance), intervals.normal(heat - area))]
-        rows.append([name, cells[0], *cells[1:3], ahead[0], *cells[3:], ahead[1],
-                     f"{heat.mean() / area.mean():.2f}"])
-    print(f"{len(asked)} questions, gradient at the {args.at}{', classic' * args.classic}")
-    print("\n".join(printing.table([["in percent", "right", "peak", "chance", "difference", "heat",
-                                     "chance", "difference", "ratio"], *rows])))
+        found = {"the object": [], "the others": []}
+        right = []
+        for png, question, answer, *places in asked:
+            said = ask.answer_of(model, tokenizer, png, question, LIMIT)
+            heat = ask.heat_of(model, tokenizer, said, LIMIT, args.at, args.classic)
+            right.append(score.plain(tokenizer.decode(said.answer)) == answer)
+            for values, place in zip(found.values(), places):
+                values.append(peak_and_heat(heat, place))
+        for part, values in found.items():
+            rows.append(row(name, part, torch.tensor(right).double(),
+                            torch.tensor(values, dtype=torch.float64)))
+    print("\n".join(printing.table(rows)))
 
 
 if __name__ == "__main__":
