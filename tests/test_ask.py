@@ -157,6 +157,15 @@ def test_the_picture_shows_the_heat_where_it_is(tmp_path):
     assert (sheet[:, -ask.GAP:] == 255).all() and (sheet[-2:] == 255).all()
 
 
+def test_long_words_are_broken_and_nothing_is_lost():
+    pen, font = ask.ImageDraw.Draw(Image.new("RGB", (9, 9))), ask.ImageFont.load_default(14)
+    text = "runs/" + "W" * 90 + "/dpo is a folder " + "with words in it " * 9
+    found = ask.wrapped(pen, text, font, ask.PANEL)
+    assert "".join(found).replace(" ", "") == text.replace(" ", "") and found[-1].endswith("in it")
+    assert all(0 < pen.textlength(line, font) <= ask.PANEL for line in found)
+    assert ask.wrapped(pen, "", font, ask.PANEL) == [""]
+
+
 @pytest.mark.parametrize("words, match", [
     ("RUN/wild PHOTO", "2 of at least three words; the words are FOLDER"),
     ("RUN/wild RUN/wild PHOTO", "there is no picture .*run/wild; the words are"),

@@ -9,10 +9,10 @@ FOLDER is a final/, or the folder that holds it: of a stage, or of repair_eval.p
 answer; a benchmark's suffix ("Answer the question using a single word or phrase.") is part of its
 question, so type it along.
 
---heat shows what spoke for each answer: patch by patch Σ_d |∂ log π(answer)/∂A|, A the encoder's
-features (N patches × D channels), each picture from its own least to its own most. It is the heat
-that gradcam.py gives for the SFT loss, but of the answer that the model gave, its end included. It
-is a gradient: where a small change would matter, not proof of what the model used.
+--heat shows where each answer hangs on the picture: patch by patch Σ_d |∂ log π(answer)/∂A|, A the
+encoder's features (N patches × D channels), in every picture from its own least to its own most. It
+is the heat that gradcam.py gives for the SFT loss, but of the answer that the model gave, its end
+included. A gradient says where a small change would matter; it does not prove what the model used.
 
 Reads   the folders and the picture. Writes nothing but the PNG of --heat.
 """
@@ -143,24 +143,27 @@ def ask(args, folder, device):
     return tokenizer.decode(said.answer), heat, reach
 
 
-# --------------------------------------------------------------------------------------- the picture
+# ------------------------------------------------------------------------------------- the picture
 
 def wrapped(pen, text, font, width):
-    """A text in lines no wider than so many pixels; words longer than a line are cut."""
+    """A text in lines no wider than so many pixels; a word longer than a line is broken."""
     lines = [""]
     for word in text.split():
         while pen.textlength(word, font) > width:
-            word = word[:-2] + "…"
+            fits = next(n for n in range(len(word), 0, -1)
+                        if n == 1 or pen.textlength(word[:n], font) <= width)
+            lines.append(word[:fits])
+            word = word[fits:]
         longer = f"{lines[-1]} {word}".strip()
         if pen.textlength(longer, font) > width:
             lines.append(word)
         else:
             lines[-1] = longer
-    return lines
+    return [line for line in lines if line] or [""]
 
 
 def draw(path, picture, question, columns):
-    """The picture under its question, then for every model its name, the heat laid over, its
+    """The picture above its question, then for every model its name, the heat laid over, its
     answer. picture: uint8 (3, H, W); columns: [(name, answer, heat, reach), …]."""
     picture = Image.fromarray(picture.transpose(1, 2, 0))
     scale = PANEL / max(picture.size)
