@@ -161,7 +161,7 @@ def test_long_words_are_broken_and_nothing_is_lost():
     pen, font = ask.ImageDraw.Draw(Image.new("RGB", (9, 9))), ask.ImageFont.load_default(14)
     text = "runs/" + "W" * 90 + "/dpo is a folder " + "with words in it " * 9
     found = ask.wrapped(pen, text, font, ask.PANEL)
-    assert "".join(found).replace(" ", "") == text.replace(" ", "") and found[-1].endswith("in it")
+    assert "".join(found).replace(" ", "") == text.replace(" ", "") and found[-1].endswith("it")
     assert all(0 < pen.textlength(line, font) <= ask.PANEL for line in found)
     assert ask.wrapped(pen, "", font, ask.PANEL) == [""]
 
