@@ -221,7 +221,7 @@ def main():
         run.save_if_due(step + 1, steps, model, optimizer)
     if args.heldout:
         report_heldout(args, run, model, *sets["heldout"], ref["heldout"], clock, step=steps)
-    run.finish(model, tokenizer, f"python extract.py --run-dir {args.run} --stage dpo")
+    run.finish(model, tokenizer, f"python extract.py --run-dir {args.run} --stage {args.stage}")
 
 
 if __name__ == "__main__":

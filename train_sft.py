@@ -87,7 +87,7 @@ def main():
                 clock.lap(step, sums["tokens"]))
         bar.set_postfix(loss=f"{sums['loss']:.4f}", refresh=False)
         run.save_if_due(step + 1, steps, model, optimizer)
-    run.finish(model, tokenizer, f"python extract.py --run-dir {args.run} --stage sft")
+    run.finish(model, tokenizer, f"python extract.py --run-dir {args.run} --stage {args.stage}")
 
 
 if __name__ == "__main__":
