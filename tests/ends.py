@@ -19,7 +19,7 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import model as m  # noqa: E402
-from pivot import checkpoints, encoders, model_io, training  # noqa: E402
+from pivot import checkpoints, encoders, model_io, rehearsal, training  # noqa: E402
 
 what, left, rank = os.environ["END"].split(":")
 left, trainer = int(left), os.getpid()
@@ -82,6 +82,7 @@ MOMENTS = {
     "in the encoder": (encoders.Encoder, "forward"), "in the log": (checkpoints.Run, "log"),
     "saving": (checkpoints.dcp, "save"), "in final": (model_io, "save_mllm"),
     "opening": (model_io, "load_mllm"), "describing": (checkpoints.Run, "describe"),
+    "in the rehearsal": (rehearsal, "forward_and_backward"),
     "before the save": (checkpoints.Run, "save_if_due"),
     "in the reference": (checkpoints, "save_file")}
 if kind == "nan":

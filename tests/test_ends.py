@@ -84,6 +84,9 @@ ENDS = [
     End("full in final", 1, FULL),
     End("full in the reference", 1, FULL),
     End("oom in the loop", 2, "out of GPU memory"),
+    End("oom in the rehearsal", 1, "out of memory at the longest", flags=("--rehearsal", "on")),
+    End("oom in the rehearsal", 1, "out of memory at the longest", processes=2, rank=1,
+        flags=("--rehearsal", "on")),
     End("nan in the loop", 1, "nothing was updated", goes_on=False)]
 TABLE = [e for e in ENDS if LONG or e.short]
 
