@@ -61,7 +61,7 @@ class Samples(torch.utils.data.Dataset):
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.max_length = min(MAX_LENGTH, max_length)
         self.dropped, self.unread, self.read = Counter(), Counter(), 0
-        self.follow_links = follow_links
+        self.follow_links, self.frame = follow_links, records.frame_of(tokenizer)
         special = {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", IMAGE_TOKEN} - {""}
         wanted = math.inf if num_samples is None else num_samples
         shown = verbose and distributed.is_main()
@@ -100,8 +100,9 @@ class Samples(torch.utils.data.Dataset):
     def usable(self, raw, special, skip_bad, bad):
         """Yield the records that the recipe has a use for; count the others. A bad one ends the
         run, or with skip_bad goes to the list `bad`."""
-        make = {"captions": records.caption_record, "conversations": records.conversation_record,
-                "pairs": records.pair_record}[self.kind]
+        make = {"captions": records.caption_record,
+                "conversations": functools.partial(records.conversation_record, frame=self.frame),
+                "pairs": functools.partial(records.pair_record, frame=self.frame)}[self.kind]
         for where, item, root in raw:
             self.read += 1
             try:

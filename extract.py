@@ -178,9 +178,13 @@ def with_last_block(stage, encoder, original):
         raise SystemExit(f"error: --full: no block of a {encoder.vision.config.model_type} was "
                          f"removed: what extract.py writes without --full is already full")
     vision, _, _ = published.load_vision(*original)
-    if len(encoders.blocks_of(vision)) == len(encoder.blocks):
+    more = len(encoders.blocks_of(vision)) - len(encoder.blocks)
+    if not more:
         raise SystemExit(f"error: --full: {stage}/final began with {original[0]}, which extract.py "
                          f"wrote without its last block; begin with what it writes with --full")
+    if more > 1:
+        raise SystemExit(f"error: --full puts one block back; {stage}/final was trained with "
+                         f"{more} less than {original[0]} has")
     for name, p in encoder.vision.named_parameters():
         vision.get_parameter(name).copy_(p)
     return vision
@@ -251,7 +255,8 @@ def main():
     model, _ = model_io.load_mllm(stage / "final")
     encoder = model.encoder
     original = config["arguments"]["encoder"], config["arguments"].get("image_size")
-    changes = measure(args, stage, config, encoder, published.load_encoder(*original))
+    changes = measure(args, stage, config, encoder,
+                      published.load_encoder(*original, blocks=len(encoder.blocks)))
     vision = with_last_block(stage, encoder, original) if args.full else encoder.vision
     write(out, encoder, vision, source, card_of(args, stage, config, encoder, changes))
     print(f"wrote {out}: {encoder.num_tokens} tokens of width {encoder.hidden_size}; "

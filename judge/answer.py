@@ -167,8 +167,9 @@ class Questions(torch.utils.data.Dataset):
     def __init__(self, tsv, rows, shown, tokenizer, encoder, ocr_tokens=False):
         self.tsv, self.shown, self.size = Path(tsv), shown, encoder.image_size
         image_id = tokenizer.convert_tokens_to_ids(records.IMAGE_TOKEN)
+        frame = records.frame_of(tokenizer)
         prompts = [records.user_turn(score.prompt_of(self.tsv.stem, r, ocr_tokens), True,
-                                     records.SYSTEM) for r in rows]
+                                     frame=frame) for r in rows]
         self.ids = []
         for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]:
             if ids.count(image_id) != 1:
