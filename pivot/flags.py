@@ -133,9 +133,9 @@ def trained_stage(run, stage):
     folder = Path(run, stage)
     if not is_trained(folder):
         for config in sorted(Path(run).glob("*/config.json")):
-            parent = Path(run, files.read_json(config).get("arguments", {}).get("parent") or "")
-            if parent.name == stage and is_trained(parent):
-                return parent
+            parent = files.read_json(config).get("arguments", {}).get("parent") or stage
+            if Path(parent).name == stage and is_trained(files.from_folder(run, parent)):
+                return files.from_folder(run, parent)
         script = script_of(stage)
         there = sorted(path.parent.parent.name for path in Path(run).glob("*/final/config.json"))
         remedy = f"make it with:  python {script} --run-dir {run}" if script else \
@@ -206,7 +206,7 @@ def settle(args, stage, paper, toy, parent=None):
     refusal = None
     if parent:
         parent = parent_of(args, stage, parent)
-    if parent and is_trained(Path(args.run, parent)):
+    if parent and is_trained(files.from_folder(args.run, parent)):
         inherit(args, parent)
     elif parent:
         refusal = missing_parent(args, parent)
@@ -245,17 +245,18 @@ INHERITED = ("encoder", "llm", "image_size", "data")       # from the parent sta
 def inherit(args, parent):
     """Take encoder, LLM, image size and data from the parent stage, where they were not typed;
     raises SystemExit where what was typed is something else."""
-    made_with = files.read_json(Path(args.run, parent, "config.json"), "arguments", remedy="; "
-                                f"without it {parent}.py --overwrite must run again")["arguments"]
+    place = files.from_folder(args.run, parent)
+    made_with = files.read_json(place / "config.json", "arguments", remedy="; without it "
+                                f"{place.name}.py --overwrite must run again")["arguments"]
     for key in INHERITED:
         flag, now, then = f"--{key.replace('_', '-')}", getattr(args, key), made_with.get(key)
         if now is None and then is not None:
             setattr(args, key, then)
             print0(f"  {flag} {then} (inherited from {parent})")
         elif key == "data" and now != then:
-            print0(f"  --data {now} ({parent} had {then})")
+            print0(f"  --data {now} ({parent} had {then or 'none'})")
         elif now != then:
-            whose = args.run if Path(parent).name == parent else Path(args.run, parent)
+            whose = args.run if place.name == parent else place
             raise SystemExit(f"error: {whose} was made with {flag} {then}, not {now}; leave "
                              f"--run-dir out or name another")
 
@@ -263,8 +264,8 @@ def inherit(args, parent):
 def missing_parent(args, parent):
     """The line that says which command makes the parent, with the flags that were typed here."""
     if Path(parent).name != parent:              # once named by --parent, and gone since
-        return f"error: {Path(args.run, parent, 'final')} is gone; put it back, or --overwrite and " \
-            f"name another --parent"
+        return (f"error: {files.from_folder(args.run, parent)}/final is gone; put it back, or "
+                f"--overwrite and name another --parent")
     typed = [f"--run-dir {args.run}"] if args.run_typed else []
     typed += [f"--{key.replace('_', '-')} {getattr(args, key)}" for key in INHERITED
               if getattr(args, key)]

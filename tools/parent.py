@@ -43,6 +43,9 @@ by Pillow. The license is that of the source.
 {ask}| provenance | |
 |---|---|
 {rows}"""
+ENCODER = """The vision encoder of `../final`, as it was published inside {}: features are
+`hidden_states[-1]`{}. `extract.py` compares with it what was trained from it.
+"""
 NO_WEIGHTS = """The config and the tokenizer of the LLM inside `../final`, without weights: by them other commands
 know which LLM it is. For re-pairing take a published LLM.
 """
@@ -239,8 +242,7 @@ def bring_in(source):
     depth = source.config.vision_config.num_hidden_layers      # before the config is cut, too
     model = as_mllm(theirs, source)
     if depth > source.blocks:
-        left_out.append(f"blocks {source.blocks + 1} to {depth} of the tower, which features do "
-                        f"not go through")
+        left_out.append(f"{depth - source.blocks} of the tower's {depth} blocks, behind the features")
     features = model.projector(model.encoder(pixels))
     hidden = model.llm.base_model(inputs_embeds=model.embed(pixels, ids), use_cache=False)
     found = features, logits_of(model.llm, hidden.last_hidden_state)
@@ -273,7 +275,8 @@ def template(source):
     tokenizer, frame = source.tokenizer, records.frame_of(source.tokenizer)
     said = repr(records.user_turn("QUESTION", True, frame=frame))
     if frame == records.CHATML:
-        return f"`{said}`, the recipe's own"
+        none = tokenizer.chat_template == records.CHAT_TEMPLATE
+        return f"`{said}`, the recipe's own" + ("; the source brings none" if none else "")
     said = f"`{said}`, the source's own; the recipe's would be " \
         f"`{records.user_turn('QUESTION', True)!r}`"
     turns = [{"role": role, "content": [{"type": "text", "text": text}]}
@@ -323,6 +326,8 @@ def write(args, source, model, left_out, apart):
         vision.config.pivot_source = tensors.digest_of(aside / "final")
         model_io.save_vision(vision, aside / "encoder")
         model_io.image_processor(model.encoder).save_pretrained(aside / "encoder")
+        prefix = " without the CLS token" if model.encoder.prefix else ""
+        files.write_text(aside / "encoder" / "README.md", ENCODER.format(source.name, prefix))
         model.llm.config.save_pretrained(aside / "llm")
         source.tokenizer.save_pretrained(aside / "llm")
         files.write_text(aside / "llm" / "README.md", NO_WEIGHTS)
