@@ -61,13 +61,13 @@ class Samples(torch.utils.data.Dataset):
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.max_length = min(MAX_LENGTH, max_length)
         self.dropped, self.unread, self.read = Counter(), Counter(), 0
-        self.follow_links, self.frame = follow_links, records.frame_of(tokenizer)
+        self.follow_links = follow_links
         special = {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", IMAGE_TOKEN} - {""}
         wanted = math.inf if num_samples is None else num_samples
         shown = verbose and distributed.is_main()
         raw, table, bad = raw_items(sources, num_samples, seed), TokenTable(), []
         usable = self.usable(tqdm(raw, f"reading {kind}", disable=not shown, leave=False),
-                             special, skip_bad, bad)
+                             records.frame_of(tokenizer), special, skip_bad, bad)
         while len(table.kept) < wanted:
             some = list(itertools.islice(usable, min(1024, wanted)))
             if not some:
@@ -97,12 +97,12 @@ class Samples(torch.utils.data.Dataset):
         self.offsets = np.array(table.offsets)
         self.answer_tokens = np.array(table.answer_tokens)    # (n,): every process knows all
 
-    def usable(self, raw, special, skip_bad, bad):
+    def usable(self, raw, frame, special, skip_bad, bad):
         """Yield the records that the recipe has a use for; count the others. A bad one ends the
-        run, or with skip_bad goes to the list `bad`."""
+        run, or with skip_bad goes to the list `bad`. frame: what stands around a question."""
         make = {"captions": records.caption_record,
-                "conversations": functools.partial(records.conversation_record, frame=self.frame),
-                "pairs": functools.partial(records.pair_record, frame=self.frame)}[self.kind]
+                "conversations": functools.partial(records.conversation_record, frame=frame),
+                "pairs": functools.partial(records.pair_record, frame=frame)}[self.kind]
         for where, item, root in raw:
             self.read += 1
             try:

@@ -67,10 +67,10 @@ for norm in [m for m in encoder.modules() if hasattr(m, "eps")]:
 
 CUT = """
 
-Features are what the last block of this folder gives. The original's block behind it, which no
-gradient reaches, was removed before training. Tools that leave out the last block by themselves
-would lose a trained one here: LLaVA-NeXT's SigLIP tower deletes it, LLaVA's CLIP tower reads
-`hidden_states[-2]`. For those, `extract.py --full` writes a folder that has it."""
+Features are what the last block in this folder gives. The original's block behind it is left out:
+no gradient reaches it. Tools that leave out the last block by themselves would lose a trained one
+here: LLaVA-NeXT's SigLIP tower deletes it, LLaVA's CLIP tower reads `hidden_states[-2]`. For those,
+`extract.py --full` writes a folder that has it, if the original encoder below has it."""
 
 FULL = """
 

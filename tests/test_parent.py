@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
 
+import extract
 from conftest import COMMON, ROOT, TEXT, VISION, bit_equal, metrics, run
 from pivot import encoders, model_io, published, records, tensors
 from tools import parent
@@ -23,8 +25,9 @@ TOY = ROOT / "weights/toy-lm"
 SPACED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}"
     "{% for part in m['content'] if part['type'] == 'image' %}<image>{% endfor %}"
-    "{% for part in m['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}"
-    "{{ '<|im_end|>' }}{% endfor %}"
+    "{% for part in m['content'] if part['type'] == 'text' %}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ '\n' + part['text'] }}{% endgeneration %}"
+    "{% else %}{{ '\n' + part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 VICUNA = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
@@ -82,6 +85,25 @@ def bring(folder, run_dir, *more, check=True):
     return run("-m", "tools.parent", folder, run_dir, *more, check=check)
 
 
+def test_the_frame_is_what_the_template_renders():
+    """Cut out of our own template it is the recipe's; of another one every piece is its own."""
+    tokenizer = t.AutoTokenizer.from_pretrained(TOY)
+    tokenizer.chat_template = records.CHAT_TEMPLATE + "{# another string, the same words #}"
+    assert records.frame_of(tokenizer) == records.CHATML
+    tokenizer.chat_template = SPACED
+    assert records.frame_of(tokenizer) == records.Frame(
+        picture="<|im_start|>user <image>\n", first="<|im_start|>user \n",
+        later="<|im_start|>user \n", after="<|im_end|><|im_start|>assistant\n")
+    item = {"conversations": [
+        {"from": who, "value": said} for who, said in (
+            ("human", "<image>\nA?"), ("gpt", "B"), ("human", "C?"), ("gpt", "D"))]}
+    pieces = records.conversation_record("x:1", item, "x.png", records.frame_of(tokenizer)).pieces
+    assert "".join(f"{text}<|im_end|>" if role == records.ANSWER else text
+                   for text, role in pieces) == (
+        "<|im_start|>user <image>\nA?<|im_end|><|im_start|>assistant\nB<|im_end|>"
+        "<|im_start|>user \nC?<|im_end|><|im_start|>assistant\nD<|im_end|>")
+
+
 # ------------------------------------------------------------------------------------- brought in
 
 def picture():
@@ -122,8 +144,8 @@ def by_transformers(folder, question):
 def to_hub_names(folder):
     """The file as transformers 4 wrote it, and as the hub has it."""
     held = load_file(folder / "model.safetensors")
-    save_file({k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in held.items()},
-              folder / "model.safetensors", metadata={"format": "pt"})
+    old = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in held.items()}
+    save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def to_new_names(folder):
@@ -147,7 +169,8 @@ def test_it_computes_what_it_computed(name, names, tmp_path):
     folder = source(name, tmp_path / "src")
     if names:
         names(folder)
-    bring(folder, tmp_path / "run")
+    told = parent.examine(str(folder))                  # what main() does, in this process
+    parent.write(Namespace(run=str(tmp_path / "run"), encoder=None), told, *parent.bring_in(told))
     ids, features, logits = by_transformers(folder, "What is it?")
     final = tmp_path / "run/pretrain/final"
     model, tokenizer = model_io.load_mllm(final)
@@ -194,8 +217,8 @@ SHORT = ["--num-samples", 16, "--epochs", 1, "--lr", 1e-3]
 
 
 def train(stage, run_dir, world, *more, check=True):
-    return run(f"train_{stage}.py", "--run-dir", run_dir, "--data", world, *COMMON[2:], *SHORT, *more,
-               check=check)
+    return run(f"train_{stage}.py", "--run-dir", run_dir, "--data", world, *COMMON[2:], *SHORT,
+               *more, check=check)
 
 
 @pytest.fixture(scope="module")
@@ -268,8 +291,9 @@ def test_everything_finds_the_parent(brought, world, tmp_path):
     assert "inside the object" in run("gradcam.py", "--run-dir", other, "--data", world,
                                       "--num-samples", 2).stdout
     said = run("-m", "tools.evidence", "--run-dir", other).stdout
-    assert f"probe_linear.py --encoder {run_dir}/pretrain/encoder {other}/sft/encoder --data {world}" \
-        in said and "--llm LLM" in said
+    encoders_of_both = f"{run_dir}/pretrain/encoder {other}/sft/encoder"
+    assert f"probe_linear.py --encoder {encoders_of_both} --data {world}" in said
+    assert "--llm LLM" in said
     run("repair_eval.py", "--mllm", other / "sft/final", "--data", world, "--limit", 2,
         "--workers", 0)
     moved = tmp_path / "moved"
@@ -298,6 +322,11 @@ def test_the_published_original_where_it_is_known(tmp_path, world):
     run("extract.py", "--run-dir", tmp_path / "run", "--stage", "pretrain", "--full")
     full = published.load_vision(str(tmp_path / "run/pretrain/encoder-full"))[0]
     assert len(encoders.blocks_of(full)) == 3
+    one = published.load_encoder(str(tmp_path / "original"), blocks=1)
+    with pytest.raises(SystemExit, match="--full puts one block back"):
+        extract.with_last_block(tmp_path, one, (str(tmp_path / "original"), None))
+    done = bring(folder, tmp_path / "run", "--overwrite", "--encoder", "toy-vit", check=False)
+    assert "--encoder toy-vit" in last(done) and not (tmp_path / "run/pretrain.tmp").exists()
 
 
 # ----------------------------------------------------------------------------------------- refused
@@ -326,7 +355,24 @@ def fewer_blocks(folder):
     (folder / "config.json").write_text(json.dumps(facts))
 
 
-def pixtral(folder):
+def no_chatml(folder):
+    for path in folder.glob("tokenizer*.json"):
+        path.write_text(path.read_text().replace("<|im_start|>", "<|begin|>"))
+
+
+def with_bos(folder):
+    """A tokenizer that puts a token in front of all it is given, as Llama's do."""
+    facts = json.loads((folder / "tokenizer.json").read_text())
+    one = {"id": "<image>", "type_id": 0}
+    facts["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": one}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<image>": {"id": "<image>", "ids": [3], "tokens": ["<image>"]}}}
+    (folder / "tokenizer.json").write_text(json.dumps(facts))
+
+
+def dinov2(folder):
     facts = json.loads((folder / "config.json").read_text())
     facts["vision_config"] = {"model_type": "dinov2"}
     (folder / "config.json").write_text(json.dumps(facts))
@@ -344,13 +390,16 @@ def pixtral(folder):
      "is quantized"),
     ("clip", change("config.json", model_type="llava_next"), "which sees a picture in tiles"),
     ("clip", change("config.json", image_token_index=5), "image_token_index is 5"),
-    ("clip", pixtral, "has a dinov2 as its tower"),
+    ("clip", no_chatml, "has no <.im_start.>: a ChatML model"),
+    ("clip", with_bos, "puts a token of its own before or behind every prompt"),
+    ("clip", dinov2, "has a dinov2 as its tower"),
     ("clip", change("preprocessor_config.json", crop_size={"height": 48, "width": 48}),
      "its tower takes 32 × 32"),
     ("onevision", change("preprocessor_config.json", size={"height": 48, "width": 48}),
      "its tower takes 32 × 32"),
     ("interleave", change("preprocessor_config.json", rescale_factor=1), "scales pixels by 1"),
-    ("onevision", change("chat_template.json", chat_template=VICUNA), "is not ChatML: 'USER: <image>"),
+    ("onevision", change("chat_template.json", chat_template=VICUNA),
+     "is not ChatML: 'USER: <image>"),
     ("onevision", change("chat_template.json", chat_template="{{ nothing.at.all }}"),
      "does not render a plain conversation"),
     ("onevision", cut_file, "cannot open"),
@@ -358,7 +407,8 @@ def pixtral(folder):
     ("onevision", fewer_blocks, "a block that its config.json does not count"),
     ("onevision", lambda folder: (folder / "preprocessor_config.json").unlink(), "neither"),
     ("onevision", lambda folder: (folder / "config.json").write_text("{}"), "cannot open"),
-    ("onevision", lambda folder: (folder / "adapter_config.json").write_text("{}"), "is an adapter"),
+    ("onevision", lambda folder: (folder / "adapter_config.json").write_text("{}"),
+     "is an adapter"),
 ])
 def test_what_is_not_this_code_s_model_is_refused(name, spoil, words, sources, tmp_path):
     """One line with the reason; nothing is written."""

@@ -1,8 +1,8 @@
 """A published multimodal model as stage 1: brought in once, then SFT and DPO go on from it.
 
     python -m tools.parent llava-hf/llava-onevision-qwen2-0.5b-si-hf runs/onevision
-    python train_dpo.py --run-dir runs/onevision --data data          # or, from any other run folder:
-    python train_dpo.py --run-dir runs/other --parent runs/onevision --data data
+    python train_dpo.py --run-dir runs/onevision --data data
+    python train_dpo.py --run-dir runs/other --parent runs/onevision --data data   # or so
 
 Reads   SOURCE, a folder or a hub id: a LlavaForConditionalGeneration, or the base picture of a
         LlavaOnevisionForConditionalGeneration (no tiles, no image_newline), with a SigLIP or CLIP
@@ -46,8 +46,8 @@ by Pillow. The license is that of the source.
 ENCODER = """The vision encoder of `../final`, as it was published inside {}: features are
 `hidden_states[-1]`{}. `extract.py` compares with it what was trained from it.
 """
-NO_WEIGHTS = """The config and the tokenizer of the LLM inside `../final`, without weights: by them other commands
-know which LLM it is. For re-pairing take a published LLM.
+NO_WEIGHTS = """The config and the tokenizer of the LLM inside `../final`, without weights: by them
+other commands know which LLM it is. For re-pairing take a published LLM.
 """
 
 
@@ -242,7 +242,8 @@ def bring_in(source):
     depth = source.config.vision_config.num_hidden_layers      # before the config is cut, too
     model = as_mllm(theirs, source)
     if depth > source.blocks:
-        left_out.append(f"{depth - source.blocks} of the tower's {depth} blocks, behind the features")
+        left_out.append(f"{depth - source.blocks} of the tower's {depth} blocks, behind the "
+                        f"features")
     features = model.projector(model.encoder(pixels))
     hidden = model.llm.base_model(inputs_embeds=model.embed(pixels, ids), use_cache=False)
     found = features, logits_of(model.llm, hidden.last_hidden_state)
@@ -367,8 +368,8 @@ def main():
     parser.add_argument("source", metavar="SOURCE", help="a folder or a hub id")
     parser.add_argument("run", metavar="RUN", help="the run folder that takes it")
     parser.add_argument("--encoder", metavar="NAME", help="the published encoder that the model "
-                        "began with, where you know it (a preset, a folder or a hub id): extract.py "
-                        "then also says how far the encoder is from that")
+                        "began with, where you know it (a preset, a folder or a hub id): "
+                        "extract.py then also says how far the trained one is from that")
     parser.add_argument("--overwrite", action="store_true", help="replace what tools.parent wrote "
                         "there before")
     args = parser.parse_args()
