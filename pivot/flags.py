@@ -256,8 +256,10 @@ def inherit(args, parent):
         elif key == "data" and now != then:
             print0(f"  --data {now} ({parent} had {then or 'none'})")
         elif now != then:
-            whose = args.run if place.name == parent else place
-            raise SystemExit(f"error: {whose} was made with {flag} {then}, not {now}; leave "
+            if place.name != parent:
+                raise SystemExit(f"error: --parent {place} was made with {flag} {then}, not {now}; "
+                                 f"leave {flag} out or name another --parent")
+            raise SystemExit(f"error: {args.run} was made with {flag} {then}, not {now}; leave "
                              f"--run-dir out or name another")
 
 

@@ -52,8 +52,8 @@ other commands know which LLM it is. For re-pairing take a published LLM.
 
 
 class Source(NamedTuple):
-    """A published model's folder: as it was named, its path, its config; which block gives the
-    features; its tokenizer, with its own chat template; mean and std of its pixels."""
+    """A published model: as it was named; the folder its files are in, on this machine; its config;
+    which block gives the features; its tokenizer, with its own chat template; mean and std."""
     name: str
     path: str
     config: object
@@ -131,8 +131,8 @@ def refuse_size(name, config):
     """Raise SystemExit where the processor gives pictures of a size that the tower has not."""
     facts, wanted = pixel_facts(name), encoders.side(config.vision_config.image_size)
     given = facts.get("crop_size") if facts.get("do_center_crop") else facts.get("size")
-    sides = {*given.values()} if isinstance(given, dict) else {given or wanted}
-    if sides != {wanted}:
+    sides = given.values() if isinstance(given, dict) else [given or wanted]
+    if {side for side in sides if side} != {wanted}:
         raise SystemExit(f"error: {name}: its processor gives pictures of {given}, its tower takes "
                          f"{wanted} × {wanted}")
 
@@ -227,7 +227,7 @@ def bring_in(source):
     far features and logits are apart, relative to the largest)."""
     import transformers
     left_out, kind = [], getattr(transformers, KINDS[source.config.model_type])
-    theirs = published.open_model(kind, source.name, source.path, left_out).eval()
+    theirs = published.open_model(kind, source.name, source.name, left_out).eval()
     size = encoders.side(source.config.vision_config.image_size)
     patches = (size // encoders.side(source.config.vision_config.patch_size)) ** 2
     prompt = records.user_turn("What is it?", True, frame=records.frame_of(source.tokenizer))
