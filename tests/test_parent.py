@@ -14,9 +14,10 @@ import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
 
-import extract
+import data
 from conftest import COMMON, ROOT, TEXT, VISION, bit_equal, metrics, run
-from pivot import encoders, model_io, published, records, tensors
+from judge import answer
+from pivot import model_io, published, records, tensors
 from tools import parent
 
 TOY = ROOT / "weights/toy-lm"
@@ -102,6 +103,12 @@ def test_the_frame_is_what_the_template_renders():
                    for text, role in pieces) == (
         "<|im_start|>user <image>\nA?<|im_end|><|im_start|>assistant\nB<|im_end|>"
         "<|im_start|>user \nC?<|im_end|><|im_start|>assistant\nD<|im_end|>")
+
+
+def last(done):
+    """The last line of a command that was refused."""
+    assert done.returncode == 1
+    return done.stderr.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------- brought in
@@ -242,8 +249,20 @@ def test_sft_from_elsewhere(brought, world, tmp_path):
     assert "moved since ../run/pretrain" in (other / "sft/final/README.md").read_text()
     model, tokenizer = model_io.load_mllm(other / "sft/final")
     assert tokenizer.chat_template == SPACED and len(model.encoder.blocks) == 2
-    # the digest recorded is that of the parent: another one's is refused when it is gone
     assert config["parent_digest"] == tensors.digest_of(run_dir / "pretrain/final")
+
+    # what is fed, and what is asked, stands in the parent's template, not in the recipe's
+    pairs = data.Samples("pairs", data.pair_files(Namespace(images=None, data=str(world)), str(
+        world / "preferences/meta.json")), tokenizer, model.encoder, 2048)
+    ids, roles = pairs.tokens(0)
+    prompt = tokenizer.decode(ids[roles == records.PROMPT])
+    tsv = next((world / "bench").glob("ToyG*.tsv"))
+    rows, _ = answer.read_tsv(tsv, False)
+    asked = tokenizer.decode(answer.Questions(tsv, rows, rows, tokenizer, model.encoder).ids[0])
+    assert prompt.startswith("<|im_start|>user <image>\n")
+    assert asked.startswith("<|im_start|>user " + 16 * "<image>" + "\n")
+    for text in (prompt, asked):
+        assert text.endswith("<|im_end|><|im_start|>assistant\n")
 
     # started again: without --parent as it was begun, with the very folder, not with another
     assert "already there" in train("sft", other, world).stdout
@@ -306,28 +325,25 @@ def test_everything_finds_the_parent(brought, world, tmp_path):
         f"error: {tmp_path}/run/pretrain/final is gone; put it back")
 
 
-def test_the_published_original_where_it_is_known(tmp_path, world):
-    """--encoder: extract.py says how far it is from that, cut where the model reads it, and --full
-    puts its block back."""
-    folder = source("deeper", tmp_path / "src")
+def test_the_published_original_where_it_is_known(tmp_path):
+    """--encoder: extract.py says how far it is from that, cut where the model reads it: here behind
+    the first of three blocks, where the recipe would cut behind the second."""
+    folder = source("counted", tmp_path / "src")
     whole = t.AutoModelForImageTextToText.from_pretrained(folder).model.vision_tower
     with torch.no_grad():
         for p in whole.parameters():
-            p.mul_(1.5)                          # the model's: trained since, by two thirds of it
+            p.mul_(1.5)                          # the model's: trained since, by a third of it
     whole.save_pretrained(tmp_path / "original")
-    (tmp_path / "original/preprocessor_config.json").write_text(
-        (folder / "preprocessor_config.json").read_text())
+    shutil.copy(folder / "preprocessor_config.json", tmp_path / "original")
     bring(folder, tmp_path / "run", "--encoder", tmp_path / "original")
     assert "already there" in bring(folder, tmp_path / "run").stdout
     said = run("extract.py", "--run-dir", tmp_path / "run", "--stage", "pretrain",
                "--overwrite").stdout
-    assert f"against {tmp_path}/original" in said and said.count("3.33e-01") >= 3
-    run("extract.py", "--run-dir", tmp_path / "run", "--stage", "pretrain", "--full")
-    full = published.load_vision(str(tmp_path / "run/pretrain/encoder-full"))[0]
-    assert len(encoders.blocks_of(full)) == 3
-    one = published.load_encoder(str(tmp_path / "original"), blocks=1)
-    with pytest.raises(SystemExit, match="--full puts one block back"):
-        extract.with_last_block(tmp_path, one, (str(tmp_path / "original"), None))
+    assert f"against {tmp_path}/original" in said
+    assert "encoder.layers.0                  3.33e-01" in said and "layers.1" not in said
+    done = run("extract.py", "--run-dir", tmp_path / "run", "--stage", "pretrain", "--full",
+               check=False)
+    assert "--full puts one block back" in last(done) and "2 less than" in last(done)
     done = bring(folder, tmp_path / "run", "--overwrite", "--encoder", "toy-vit", check=False)
     assert "--encoder toy-vit" in last(done) and not (tmp_path / "run/pretrain.tmp").exists()
 
@@ -437,11 +453,6 @@ def test_a_scaled_llm_is_refused(sources, tmp_path):
     (tmp_path / "src/config.json").write_text(json.dumps(facts))
     with pytest.raises(SystemExit, match="scales its logits, which LLaVA's class leaves out"):
         parent.examine(str(tmp_path / "src"))
-
-
-def last(done):
-    assert done.returncode == 1
-    return done.stderr.splitlines()[-1]
 
 
 def test_where_nothing_is_overwritten(brought, sources, world, tmp_path):
