@@ -67,7 +67,7 @@ class Samples(torch.utils.data.Dataset):
         shown = verbose and distributed.is_main()
         raw, table, bad = raw_items(sources, num_samples, seed), TokenTable(), []
         usable = self.usable(tqdm(raw, f"reading {kind}", disable=not shown, leave=False),
-                             special, skip_bad, bad)
+                             records.frame_of(tokenizer), special, skip_bad, bad)
         while len(table.kept) < wanted:
             some = list(itertools.islice(usable, min(1024, wanted)))
             if not some:
@@ -98,11 +98,12 @@ class Samples(torch.utils.data.Dataset):
         self.offsets = np.array(table.offsets)
         self.answer_tokens = np.array(table.answer_tokens)    # (n,): every process knows all
 
-    def usable(self, raw, special, skip_bad, bad):
+    def usable(self, raw, frame, special, skip_bad, bad):
         """Yield the records that the recipe has a use for; count the others. A bad one ends the
-        run, or with skip_bad goes to the list `bad`."""
-        make = {"captions": records.caption_record, "conversations": records.conversation_record,
-                "pairs": records.pair_record}[self.kind]
+        run, or with skip_bad goes to the list `bad`. frame: what stands around a question."""
+        make = {"captions": records.caption_record,
+                "conversations": functools.partial(records.conversation_record, frame=frame),
+                "pairs": functools.partial(records.pair_record, frame=frame)}[self.kind]
         for where, item, root in raw:
             self.read += 1
             try:
@@ -296,7 +297,8 @@ def pair_row(ids, roles):
 def longest_batch(kind, layout, micro_batch, tokenizer, model):
     """The longest micro-batch that the length rule of Samples.fits admits, black pictures and one
     word over and over: what collate gives. Memory is rehearsed with it."""
-    encoder, prompt = model.encoder, records.user_turn("?", True, records.SYSTEM)
+    encoder = model.encoder
+    prompt = records.user_turn("?", True, frame=records.frame_of(tokenizer))
     ids = np.array(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     room = min(MAX_LENGTH, model.llm.config.max_position_embeddings) - len(ids) + 1 \

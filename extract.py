@@ -67,10 +67,10 @@ for norm in [m for m in encoder.modules() if hasattr(m, "eps")]:
 
 CUT = """
 
-The original's last block is not in this folder: features are what goes into it, so no gradient
-reaches it, and it was removed before training. Tools that leave out the last block by themselves
-would lose a trained one here: LLaVA-NeXT's SigLIP tower deletes it, LLaVA's CLIP tower reads
-`hidden_states[-2]`. For those, `extract.py --full` writes a folder that has it."""
+Features are what the last block in this folder gives. The original's block behind it is left out:
+no gradient reaches it. Tools that leave out the last block by themselves would lose a trained one
+here: LLaVA-NeXT's SigLIP tower deletes it, LLaVA's CLIP tower reads `hidden_states[-2]`. For those,
+`extract.py --full` writes a folder that has it, if the original encoder below has it."""
 
 FULL = """
 
@@ -147,7 +147,7 @@ def measure(args, stage, config, encoder, original):
         print(f"  {name:<32} {change:9.2e}{unused}")
     if "parent_digest" in config:     # the parent stage moved it already: what did this one add?
         name = config["arguments"].get("parent") or "pretrain"
-        parent = Path(args.run, name, "final")
+        parent = files.from_folder(args.run, name) / "final"
         if not parent.exists():
             raise SystemExit(f"error: {parent} is gone, so nobody can say what {args.stage} added "
                              f"to it; put it back, or extract before it goes")
@@ -179,9 +179,14 @@ def with_last_block(stage, encoder, original):
         raise SystemExit(f"error: --full: no block of a {encoder.vision.config.model_type} was "
                          f"removed: what extract.py writes without --full is already full")
     vision, _, _ = published.load_vision(*original)
-    if len(encoders.blocks_of(vision)) == len(encoder.blocks):
-        raise SystemExit(f"error: --full: {stage}/final began with {original[0]}, which extract.py "
-                         f"wrote without its last block; begin with what it writes with --full")
+    more = len(encoders.blocks_of(vision)) - len(encoder.blocks)
+    if not more:
+        raise SystemExit(f"error: --full: {stage}/final began with {original[0]}, which has no "
+                         f"block behind the features; begin with one that has it: a published "
+                         f"encoder, or what extract.py writes with --full")
+    if more > 1:
+        raise SystemExit(f"error: --full puts one block back; {stage}/final was trained with "
+                         f"{more} less than {original[0]} has")
     for name, p in encoder.vision.named_parameters():
         vision.get_parameter(name).copy_(p)
     return vision
@@ -252,7 +257,8 @@ def main():
     model, _ = model_io.load_mllm(stage / "final")
     encoder = model.encoder
     original = config["arguments"]["encoder"], config["arguments"].get("image_size")
-    changes = measure(args, stage, config, encoder, published.load_encoder(*original))
+    changes = measure(args, stage, config, encoder,
+                      published.load_encoder(*original, blocks=len(encoder.blocks)))
     vision = with_last_block(stage, encoder, original) if args.full else encoder.vision
     write(out, encoder, vision, source, card_of(args, stage, config, encoder, changes))
     print(f"wrote {out}: {encoder.num_tokens} tokens of width {encoder.hidden_size}; "

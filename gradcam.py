@@ -72,7 +72,7 @@ def get_args():
     args = parser.parse_args()
     stage = flags.trained_stage(args.run, args.stage)
     made_with = files.read_json(stage / "config.json", "arguments")["arguments"]
-    args.data = args.data or made_with["data"]
+    args.data = args.data or made_with["data"] or train_sft.PAPER["data"]
     heldout = Path(args.data, "preferences", "heldout.jsonl")
     args.preferences = args.preferences or str(
         heldout if heldout.exists() else heldout.with_name("meta.json"))
@@ -264,7 +264,7 @@ def summary(shares):
 def main():
     args = get_args()
     device = distributed.start()
-    model, tokenizer = model_io.load_mllm(Path(args.run, args.stage, "final"))
+    model, tokenizer = model_io.load_mllm(flags.trained_stage(args.run, args.stage) / "final")
     model, encoder = model.eval().to(device), model.encoder
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
 

@@ -4,6 +4,7 @@ One process:     python train_dpo.py --encoder toy-vit --llm toy-lm --data data/
 Eight GPUs:      torchrun --nproc_per_node=8 train_dpo.py --encoder siglip2-so400m
 
 Reads   runs/NAME/pretrain/final (policy and reference both start there) and MMPR preference pairs.
+        --parent takes another run's stage 1, or a published model, instead.
 Writes  runs/NAME/dpo/: config.json, metrics.jsonl, timing.jsonl, checkpoints/,
         ref_logps.safetensors, final/ (opens as LlavaForConditionalGeneration).
         Next: python extract.py --run-dir runs/NAME --stage dpo
@@ -31,6 +32,7 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=1, lr=5e-5, 
 
 def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
+    flags.add_parent(parser)
     parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
                         "chosen, rejected; default DATA/preferences/meta.json")
     parser.add_argument("--beta", type=flags.ABOVE_0, help="how strongly a change of the log-ratio "

@@ -4,6 +4,7 @@ One process:     python train_sft.py --encoder toy-vit --llm toy-lm --data data/
 Eight GPUs:      torchrun --nproc_per_node=8 train_sft.py --encoder siglip2-so400m
 
 Reads   runs/NAME/pretrain/final (the stage-1 model) and MMPR pairs, of which the chosen answers.
+        --parent takes another run's stage 1, or a published model, instead.
 Writes  runs/NAME/sft/: config.json, metrics.jsonl, timing.jsonl, checkpoints/, final/ (opens as
         LlavaForConditionalGeneration). Next: python extract.py --run-dir runs/NAME --stage sft
 
@@ -23,6 +24,7 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=1, lr=1e-4, 
 
 def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
+    flags.add_parent(parser)
     parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
                         "chosen, rejected; default DATA/preferences/meta.json")
     args = flags.settle(parser.parse_args(argv), "sft", PAPER, TOY, parent="pretrain")

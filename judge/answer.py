@@ -165,7 +165,8 @@ def prompt_ids(prompts, where, tokenizer, encoder):
     system turn, the image's tokens, the question. where: what names each one in the SystemExit that
     is raised where it holds `<image>`."""
     image_id, rows = tokenizer.convert_tokens_to_ids(records.IMAGE_TOKEN), []
-    turns = [records.user_turn(prompt, True, records.SYSTEM) for prompt in prompts]
+    frame = records.frame_of(tokenizer)
+    turns = [records.user_turn(prompt, True, frame=frame) for prompt in prompts]
     for ids in tokenizer(turns, add_special_tokens=False)["input_ids"]:
         if ids.count(image_id) != 1:
             raise SystemExit(f"error: {where[len(rows)]}: the question holds "

@@ -84,7 +84,7 @@ def difference(folder, arguments, facts={}, free=()):
                 if key in begun and key not in FREE and key not in free]
     compared += [(key, old[key], value) for key, value in facts.items() if key in old]
     if "parent_digest" in old and "parent_digest" not in facts:
-        parent = folder.parent / arguments["parent"] / "final"
+        parent = files.from_folder(folder.parent, arguments["parent"]) / "final"
         if parent.exists():
             compared.append(("parent_digest", old["parent_digest"], tensors.digest_of(parent)))
     for name, before, after in compared:
@@ -136,7 +136,7 @@ class Run:
             raise SystemExit(args.refusal)
         del args.refusal
         self.folder, self.args, self.free = Path(folder), args, free
-        self.parent = Path(args.run, args.parent, "final") if args.parent else None
+        self.parent = args.parent and files.from_folder(args.run, args.parent) / "final"
         if world()[1] % args.replicas:
             raise SystemExit(f"error: {world()[1]} processes cannot hold --replicas "
                              f"{args.replicas}; take a number that divides them")

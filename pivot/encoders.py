@@ -319,14 +319,19 @@ def class_options(config):
             **({"add_pooling_layer": False} if asks else {})}
 
 
-def truncate(vision):
+def truncate(vision, blocks=None):
     """Delete the block that no gradient reaches, in place; a folder already cut stays as it is.
 
-    The cut is recorded in the config (`pivot_feature_layer`), which transformers keeps untouched.
+    blocks: features are what the block of this number gives (a published model may have been
+    trained so); all behind it are deleted. The cut is recorded in the config
+    (`pivot_feature_layer`), which transformers keeps untouched.
     """
     family = family_of(vision.config)
-    if family.drop_last_block and getattr(vision.config, "pivot_feature_layer", None) is None:
-        del blocks_of(vision)[-1]
-        vision.config.num_hidden_layers -= 1
+    if family.drop_last_block and blocks is None:
+        cut = getattr(vision.config, "pivot_feature_layer", None) is not None
+        blocks = len(blocks_of(vision)) - (0 if cut else 1)
+    if family.drop_last_block:
+        del blocks_of(vision)[blocks:]
+        vision.config.num_hidden_layers = len(blocks_of(vision))
         vision.config.pivot_feature_layer = -1
     return without_pooler(vision)

@@ -67,6 +67,14 @@ def new_folder(path):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def from_folder(folder, path):
+    """A path that was written down as it is seen from a folder: `x`, or `../other/x`, also where
+    the folder is not there yet, or is a link."""
+    if Path(path).name == str(path):
+        return Path(folder, path)
+    return Path(os.path.normpath(Path(folder).resolve() / path))
+
+
 def sync(*paths):
     """fsync files and folders, so that a rename means "on disk"."""
     for path in paths:

@@ -112,6 +112,13 @@ def add_follow_links(parser):
                         "may lead out of it (a name with .. in it may not)")
 
 
+def add_parent(parser):
+    """The flag of every stage that goes on from another one: `settle` takes it."""
+    parser.add_argument("--parent", metavar="DIR", help="go on from the stage 1 of another run "
+                        "folder, or from any trained stage's folder, instead of this run's own; a "
+                        "published model becomes one by `python -m tools.parent`. Needs --run-dir")
+
+
 # ----------------------------------------------------------------------------- stages by their name
 
 def script_of(stage):
@@ -120,11 +127,19 @@ def script_of(stage):
                  if (encoders.ROOT / name).exists()), None)
 
 
+def is_trained(folder):
+    return Path(folder, "final", "config.json").exists()
+
+
 def trained_stage(run, stage):
-    """RUN/STAGE, whose final/ is there; raises SystemExit with the command that makes it, or the
-    names of those that are there."""
+    """RUN/STAGE, whose final/ is there, or the parent of that name that others of this run went on
+    from; raises SystemExit with the command that makes it, or the names of those that are there."""
     folder = Path(run, stage)
-    if not (folder / "final" / "config.json").exists():
+    if not is_trained(folder):
+        for config in sorted(Path(run).glob("*/config.json")):
+            parent = files.read_json(config).get("arguments", {}).get("parent") or stage
+            if Path(parent).name == stage and is_trained(files.from_folder(run, parent)):
+                return files.from_folder(run, parent)
         script = script_of(stage)
         there = sorted(path.parent.parent.name for path in Path(run).glob("*/final/config.json"))
         remedy = f"make it with:  python {script} --run-dir {run}" if script else \
@@ -180,17 +195,22 @@ def defaults(paper, toy, llm):
 def settle(args, stage, paper, toy, parent=None):
     """Fill every flag left open: from the parent stage, then the toy's values, then the paper's.
 
-    parent: name of the stage whose final/ is trained on. Prints what is inherited, and where a
-    toy's values differ from the paper's. What would keep the stage from running here goes to
-    args.refusal, a line or None: opening the run raises it, a plan does without.
+    parent: name of the stage whose final/ is trained on; of this run, unless --parent names another
+    (add_parent). Prints what is inherited, and where a toy's values differ from the paper's. What
+    would keep the stage from running here goes to args.refusal, a line or None: opening the run
+    raises it, a plan does without.
     """
     args.run_typed = args.run is not None
+    if getattr(args, "parent", None) and not args.run_typed:
+        raise SystemExit("error: --parent needs --run-dir: the folder that takes what is trained")
     if args.run is None:
         fallback = defaults(paper, toy, args.llm)
         encoder, llm = args.encoder or fallback["encoder"], args.llm or fallback["llm"]
         args.run = f"runs/{encoders.short_name(encoder)}__{encoders.short_name(llm)}"
     refusal = None
-    if parent and Path(args.run, parent, "final", "config.json").exists():
+    if parent:
+        parent = parent_of(args, stage, parent)
+    if parent and is_trained(files.from_folder(args.run, parent)):
         inherit(args, parent)
     elif parent:
         refusal = missing_parent(args, parent)
@@ -202,28 +222,57 @@ def settle(args, stage, paper, toy, parent=None):
     return args
 
 
+def parent_of(args, stage, parent):
+    """Where the parent lies, from the run folder: `parent` itself, a stage of this run; what
+    --parent names; or, without it, what the stage was begun with. raises SystemExit."""
+    typed = getattr(args, "parent", None)
+    if typed:
+        given = Path(typed)
+        places = [p for p in (given, given / parent, given.parent) if is_trained(p)]
+        if not places and (given / "config.json").exists():
+            raise SystemExit(f"error: --parent {typed} is no folder of a run; a published model "
+                             f"becomes one by:  python -m tools.parent {typed} {args.run}")
+        if not places:
+            raise SystemExit(f"error: --parent {typed}: no trained model at {given / parent}/final "
+                             f"or {given}/final")
+        place = Path(os.path.abspath(places[0]))       # a link in its last part stays one
+        return os.path.relpath(place.parent.resolve() / place.name, Path(args.run).resolve())
+    begun = Path(args.run, stage, "config.json")
+    if args.overwrite or not begun.exists():
+        return parent
+    config = files.read_json(begun, "arguments", remedy="; --overwrite starts anew")
+    return config["arguments"].get("parent") or parent
+
+
 INHERITED = ("encoder", "llm", "image_size", "data")       # from the parent stage
 
 
 def inherit(args, parent):
     """Take encoder, LLM, image size and data from the parent stage, where they were not typed;
     raises SystemExit where what was typed is something else."""
-    made_with = files.read_json(Path(args.run, parent, "config.json"), "arguments", remedy="; "
-                                f"without it {parent}.py --overwrite must run again")["arguments"]
+    place = files.from_folder(args.run, parent)
+    made_with = files.read_json(place / "config.json", "arguments", remedy="; without it "
+                                f"{place.name}.py --overwrite must run again")["arguments"]
     for key in INHERITED:
         flag, now, then = f"--{key.replace('_', '-')}", getattr(args, key), made_with.get(key)
         if now is None and then is not None:
             setattr(args, key, then)
             print0(f"  {flag} {then} (inherited from {parent})")
         elif key == "data" and now != then:
-            print0(f"  --data {now} ({parent} had {then})")
+            print0(f"  --data {now} ({parent} had {then or 'none'})")
         elif now != then:
+            if place.name != parent:
+                raise SystemExit(f"error: --parent {place} was made with {flag} {then}, not {now}; "
+                                 f"leave {flag} out or name another --parent")
             raise SystemExit(f"error: {args.run} was made with {flag} {then}, not {now}; leave "
                              f"--run-dir out or name another")
 
 
 def missing_parent(args, parent):
     """The line that says which command makes the parent, with the flags that were typed here."""
+    if Path(parent).name != parent:              # once named by --parent, and gone since
+        return (f"error: {files.from_folder(args.run, parent)}/final is gone; put it back, or "
+                f"--overwrite and name another --parent")
     typed = [f"--run-dir {args.run}"] if args.run_typed else []
     typed += [f"--{key.replace('_', '-')} {getattr(args, key)}" for key in INHERITED
               if getattr(args, key)]

@@ -193,8 +193,8 @@ def save_mllm(model, tokenizer, folder, is_main, file_bytes=5 * 10 ** 9):
             {"metadata": {"total_size": total}, "weight_map": index}, indent=1, sort_keys=True))
     (folder / "config.json").write_text(json.dumps(llava_config(model), indent=1))
     encoder = model.encoder
-    LlavaProcessor(image_processor(encoder), tokenizer, chat_template=CHAT_TEMPLATE,
-                   patch_size=encoder.patch_size,
+    LlavaProcessor(image_processor(encoder), tokenizer, patch_size=encoder.patch_size,
+                   chat_template=tokenizer.chat_template or CHAT_TEMPLATE,
                    num_additional_image_tokens=encoder.prefix, image_token=IMAGE_TOKEN,
                    vision_feature_select_strategy="default" if encoder.prefix else "full",
                    ).save_pretrained(folder)

@@ -4,6 +4,8 @@ Nothing that a folder lacks is made up, and nothing that it holds of what is ope
 what this code would compute otherwise than the model's own class is refused, in one line, before
 any training.
 """
+import re
+
 import torch
 from torch import nn
 
@@ -39,18 +41,18 @@ def config_of(name, path):
     return config
 
 
-def load_encoder(name, image_size=None):
+def load_encoder(name, image_size=None, blocks=None):
     """Open an encoder for training, fp32, truncated to the layer whose output is the feature.
 
     name: preset, folder (published or extracted), hub id, or a file of timm, open_clip or MoCo v3;
-    image_size: another input size than its own.
+    image_size: another input size than its own; blocks: as encoders.truncate takes them.
     raises SystemExit, one line, when the folder is missing, of a class that cannot serve, or when
         a tensor of the published model is missing.
     """
     if len(parts := encoders.parts_of(name)) == 2:
         return encoders.TwoEncoders(*(load_encoder(part, image_size) for part in parts))
     vision, mean, std = load_vision(name, image_size)
-    return encoders.Encoder(encoders.truncate(vision), mean, std)
+    return encoders.Encoder(encoders.truncate(vision, blocks), mean, std)
 
 
 def load_vision(name, image_size=None):
@@ -99,10 +101,11 @@ def three(value):
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * 3
 
 
-def open_model(kind, name, path, **options):
+def open_model(kind, name, path, left_out=None, **options):
     """kind.from_pretrained in fp32; raises SystemExit, one line, where transformers would make up
     what a folder lacks (a tensor missing, or of another shape than config.json says), or leave out
-    what it has: blocks, biases, norms that config.json does not speak of."""
+    what it has: blocks, biases, norms that config.json does not speak of. left_out: a list that
+    gets the names of what stands in no block, which is then no reason to refuse."""
     try:
         model, info = kind.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
@@ -116,9 +119,12 @@ def open_model(kind, name, path, **options):
     tensors.refuse_misfit(name, wanted, found)
     parts = {key.split(".")[0] for key in wanted}            # what is no part of this is no matter
     for key in sorted(info["unexpected_keys"]):
-        if key.split(".")[0] in parts and not key.endswith(COMPUTED):
+        in_block = left_out is None or re.search(r"\.\d+\.", key)
+        if key.split(".")[0] in parts and in_block and not key.endswith(COMPUTED):
             raise SystemExit(f"error: {name} ({path}) holds {key}, which a model of its "
                              f"config.json does not have")
+    if left_out is not None:
+        left_out += sorted(info["unexpected_keys"])
     return model
 
 

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from pivot import files
+from pivot import files, printing
 
 MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
 MAX_NAME = 1024             # characters of an image name; a picture in base64 has more
@@ -206,13 +206,55 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def user_turn(text, image, system=None):
-    """ChatML up to where the assistant speaks; the image, if any, comes first in its turn. It is
-    what CHAT_TEMPLATE renders (a test compares). Without `system` it begins with the newline that
-    ends the previous answer's turn."""
-    head = f"<|im_start|>system\n{system}<|im_end|>\n" if system else "\n"
-    picture = f"{IMAGE_TOKEN}\n" if image else ""
-    return f"{head}<|im_start|>user\n{picture}{text}<|im_end|>\n<|im_start|>assistant\n"
+class Frame(NamedTuple):
+    """What a chat template puts around a question. An answer is followed by `<|im_end|>`."""
+    picture: str       # before a first question about a picture; `<image>` is in it, once
+    first: str         # before a first question without one
+    later: str         # before a later one, behind the `<|im_end|>` of the answer before
+    after: str         # behind a question, up to where the assistant speaks
+
+
+# What CHAT_TEMPLATE renders (a test compares).
+CHATML = Frame(picture=f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{IMAGE_TOKEN}\n",
+               first=f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n",
+               later="\n<|im_start|>user\n", after="<|im_end|>\n<|im_start|>assistant\n")
+
+
+def frame_of(tokenizer):
+    """The Frame of a tokenizer's chat template, cut out of what it renders: ours, or that of a
+    published model which tools.parent brought in. raises SystemExit where it is not ChatML."""
+    if tokenizer.chat_template in (None, CHAT_TEMPLATE):
+        return CHATML
+    question, answer, more = "Qpivot?", "Apivot.", "Mpivot?"      # words that no template has
+
+    def user(text, *parts):
+        return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+    def render(*messages):
+        return tokenizer.apply_chat_template(list(messages), tokenize=False,
+                                             add_generation_prompt=True)
+    try:
+        picture, after = render(user(question, {"type": "image"})).split(question)
+        first, same = render(user(question)).split(question)
+        said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        between, last = render(user(question), said, user(more)).split(answer)[1].split(more)
+    except Exception as e:                    # jinja's own, or a question that is not there once
+        raise SystemExit(f"error: the chat template of {tokenizer.name_or_path} does not render a "
+                         f"plain conversation ({printing.first_line(e)})")
+    ends = between.startswith("<|im_end|>") and "<|im_start|>assistant" in after
+    if not ends or not after == same == last or (picture.count(IMAGE_TOKEN), first.count(
+            IMAGE_TOKEN)) != (1, 0):
+        raise SystemExit(f"error: the chat template of {tokenizer.name_or_path} is not ChatML: "
+                         f"{(picture + question + after)[:80]!r}")
+    return Frame(picture, first, between.removeprefix("<|im_end|>"), after)
+
+
+def user_turn(text, image, first=True, frame=CHATML):
+    """A question up to where the assistant speaks; the image, if any, comes first in its turn.
+    first: of its conversation."""
+    if not first:
+        return frame.later + text + frame.after
+    return (frame.picture if image else frame.first) + text + frame.after
 
 
 def caption_record(where, item, image):
@@ -252,20 +294,19 @@ def one_placeholder(text):
     return text.replace(IMAGE_TOKEN, "", 1).strip() if text.count(IMAGE_TOKEN) == 1 else text
 
 
-def conversation_record(where, item, image):
+def conversation_record(where, item, image, frame=CHATML):
     """LLaVA instructions: every answer of the conversation is supervised in one pass."""
     turns, pieces, said = turns_of(where, item), [], []
     if image is None and IMAGE_TOKEN in turns[0][0]:
         raise BadRecord(f"{where}: the text has {IMAGE_TOKEN} but the record has no image")
     for i, (question, answer) in enumerate(turns):
         question = one_placeholder(question) if i == 0 else question
-        pieces += [(user_turn(question, image and i == 0, SYSTEM if i == 0 else None),
-                    PROMPT), (answer, ANSWER)]
+        pieces += [(user_turn(question, image, i == 0, frame), PROMPT), (answer, ANSWER)]
         said += [question, answer]
     return Record(where, image, pieces, said)
 
 
-def pair_record(where, item, image):
+def pair_record(where, item, image, frame=CHATML):
     """MMPR: image, question, chosen, rejected → prompt, chosen answer, rejected answer."""
     question, chosen, rejected = (text_of(item, k, where) for k in
                                   ("question", "chosen", "rejected"))
@@ -274,8 +315,9 @@ def pair_record(where, item, image):
     if chosen == rejected:
         raise BadRecord(f"{where}: chosen and rejected are the same")
     question = one_placeholder(question)
-    return Record(where, image, [(user_turn(question, image, SYSTEM), PROMPT), (chosen, ANSWER),
-                                 (rejected, OTHER)], [question, chosen, rejected])
+    prompt = user_turn(question, True, frame=frame)
+    return Record(where, image, [(prompt, PROMPT), (chosen, ANSWER), (rejected, OTHER)],
+                  [question, chosen, rejected])
 
 
 def pair_sources(path):

@@ -365,7 +365,7 @@ def test_full_and_not_full_are_never_taken_for_one_another(tmp_path):
     said = extract(tmp_path / "r", "--full", "--out", tmp_path / "r/pretrain/encoder", check=False)
     assert "or that one without --full; --overwrite replaces it" in said.stderr
     # an encoder that lost its block before this run began has none to put back; a full one has
-    for base, words in (("encoder", "which extract.py wrote without its last block"),
+    for base, words in (("encoder", "which has no block behind the features"),
                         ("encoder-full", None)):
         trained_run(tmp_path / base, tmp_path / "r/pretrain" / base)
         done = extract(tmp_path / base, "--full", check=not words)

@@ -15,8 +15,9 @@ import compat
 import model as m
 from conftest import COMMON, ROOT, run
 from pivot import convert, encoders, model_io, published, tensors
-from pivot.records import SYSTEM, user_turn
+from pivot.records import frame_of, user_turn
 from test_llms import folder_of
+import test_parent
 
 OUT = ROOT / ".pytest_cache" / "opens"
 TABLE = json.loads((ROOT / "tests/opens.json").read_text())
@@ -62,15 +63,19 @@ def few_classes(world, tmp_path_factory):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_every_family_comes_out_as_it_was_trained(name, world, few_classes, tmp_path):
-    """NAME is an encoder's family, or siglip-KIND with another LLM than the toy's."""
+    """NAME is an encoder's family, siglip-KIND with another LLM than the toy's, or published-KIND:
+    a model that tools.parent brought in, in the place of stage 1."""
     family, _, other = name.partition("-")
-    kind, config, options = models()[family]
-    torch.manual_seed(0)
-    kind(config, **options).save_pretrained(tmp_path / family)
-    llm = folder_of(other, tmp_path / other) if other else "toy-lm"
     folder, tiny = tmp_path / "run", ["--run-dir", tmp_path / "run", "--data", world, *COMMON[2:]]
-    run("pretrain.py", "--encoder", tmp_path / family, "--llm", llm, *tiny,
-        "--projector-max-steps", 1, "--max-steps", 1)
+    if family == "published":
+        test_parent.bring(test_parent.source(other, tmp_path / other), folder)
+    else:
+        kind, config, options = models()[family]
+        torch.manual_seed(0)
+        kind(config, **options).save_pretrained(tmp_path / family)
+        llm = folder_of(other, tmp_path / other) if other else "toy-lm"
+        run("pretrain.py", "--encoder", tmp_path / family, "--llm", llm, *tiny,
+            "--projector-max-steps", 1, "--max-steps", 1)
     run("train_dpo.py", *tiny, "--max-steps", 1, "--num-samples", 8, "--lr", 1e-3)
     said = run("extract.py", "--run-dir", folder, "--stage", "dpo").stdout
     assert "features bit-equal" in said
@@ -91,7 +96,8 @@ def test_every_family_comes_out_as_it_was_trained(name, world, few_classes, tmp_
 
 def ids_of(question, model, tokenizer):
     """The prompt that our code makes of a question about a picture: (1, T)."""
-    ids, n = tokenizer(user_turn(question, True, SYSTEM))["input_ids"], model.encoder.num_tokens
+    ids = tokenizer(user_turn(question, True, frame=frame_of(tokenizer)))["input_ids"]
+    n = model.encoder.num_tokens
     at = ids.index(model.image_token_id)
     return torch.tensor([ids[:at] + [model.image_token_id] * n + ids[at + 1:]])
 

@@ -43,7 +43,7 @@ def test_one_token_more_is_over_long(toy, kind, layout, bound, monkeypatch):
     batch = data.longest_batch(kind, layout, 3, tokenizer, model)
     rows = 6 if layout == "rows" else 3
     assert batch["pixel_values"].shape[0] == 3 and batch["input_ids"].shape[0] == rows
-    prompt = records.user_turn("?", True, records.SYSTEM)
+    prompt = records.user_turn("?", True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     supervised = int((batch["labels"][0] != m.IGNORE).sum())
     answer = supervised // 2 if layout == "pair" else supervised

@@ -11,8 +11,8 @@ it means.
 from pathlib import Path
 from statistics import mean
 
-from judge import report, score
-from pivot import distributed, encoders, files, flags, printing
+from judge import probing, report, score
+from pivot import distributed, files, flags, printing
 
 
 def percent(value):
@@ -113,6 +113,18 @@ def stages_of(run):
     return [name for *_, name in sorted(found)]
 
 
+def made_with_of(run, stages):
+    """The arguments of stage 1, or of the first stage where that lies elsewhere (--parent) or was
+    published, with no data of its own (tools.parent)."""
+    first = run / "pretrain" / "config.json"
+    for config in (first, *(run / stage / "config.json" for stage in stages)):
+        if config.exists():
+            made_with = files.read_json(config, "arguments")["arguments"]
+            if made_with["data"]:
+                return made_with
+    raise SystemExit(f"error: no {first}, and no stage that went on from elsewhere")
+
+
 def heading_of(stage):
     """sft, dpo → SFT, DPO; another stage by its own name."""
     return stage.upper() if len(stage) <= 4 else stage
@@ -126,18 +138,20 @@ def main():
                         "first being what others are compared with (default: all of the run)")
     args = parser.parse_args()
     run = Path(args.run)
-    made_with = files.read_json(run / "pretrain" / "config.json", "arguments")["arguments"]
     stages = args.stages or stages_of(run) or ["sft", "dpo"]
-    names = [encoders.short_name(made_with["encoder"]), *stages]
+    made_with = made_with_of(run, stages)
+    names = [*probing.short_names([made_with["encoder"]]), *stages]
     folders = [made_with["encoder"], *(f"{run}/{stage}/encoder" for stage in stages)]
+    llm = made_with["llm"]             # of a published parent there is its config alone
+    llm = "LLM" if Path(llm).is_dir() and not [*Path(llm).glob("*.safetensors")] else llm
     size = f" --image-size {made_with['image_size']}" if made_with.get("image_size") else ""
     words = {"all": " ".join(folders) + size, "run": run, "data": made_with["data"],
-             "llm": made_with["llm"]}
+             "llm": llm}
 
     sections, pictures, missing = [("Re-paired with a new LLM", repaired(run, names))], [], []
     for folder, name in zip(folders, names):
         if not (run / "repair" / name / "bench" / "results.json").exists():
-            missing.append(f"python repair_eval.py --encoder {folder} --llm {made_with['llm']} "
+            missing.append(f"python repair_eval.py --encoder {folder} --llm {llm} "
                            f"--data {made_with['data']} --run-dir {run}{size}")
     for heading, folder, read, picture, command in INSTRUMENTS:
         path = run / "probes" / folder / "results.json"
