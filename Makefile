@@ -85,7 +85,7 @@ compat: .venv/done .venv-compat/done
 
 # Every way to end, and every stage killed at every named moment and at random ones; an hour.
 kill: .venv/done
-	PIVOT_KILLS=long $(PY) -m pytest -v tests/test_ends.py tests/test_survive.py
+	PIVOT_KILLS=long $(PY) -m pytest -v -n 2 --dist loadfile tests/test_ends.py tests/test_survive.py
 
 # The controlled study: hours, resumable; SEEDS=1 QUICK=1 says in minutes whether it all works;
 # MINUTES=140 is a slice of it, PARTS="lr vqa" the parts to run. The plan: results/README.md.
