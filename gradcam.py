@@ -166,17 +166,23 @@ def shares_inside(heats, cover):
     return torch.cat([inside, cover.mean(1, keepdim=True), cover.amax(1, keepdim=True)], 1)
 
 
+def lay_over(picture, heat, reach):
+    """Heat (N,) over a picture of any size, in place, as the authors do: min–max, power 1.1,
+    bilinear, jet colours at 0.6."""
+    heat = ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-30)) ** 1.1
+    grid, size = int(len(heat) ** 0.5), [round(side * reach) for side in picture.size]
+    heat = Image.fromarray(heat.view(grid, grid).float().numpy()).resize(size, 2)
+    jet = (1.5 - abs(4 * np.asarray(heat)[..., None] - (3, 2, 1))).clip(0, 1) * 255
+    jet = Image.fromarray(jet.astype(np.uint8))
+    picture.paste(Image.blend(picture.crop((0, 0, *size)), jet, 0.6))
+
+
 def panel(pixels, mask, heat, reach):
-    """The image as the encoder sees it, the mask's outline, and the heat, if any, laid over as the
-    authors do: min–max, power 1.1, bilinear, jet colours at 0.6. → PANEL² picture."""
+    """The image as the encoder sees it, the mask's outline, and the heat, if any: PANEL² picture.
+    """
     picture = Image.fromarray(pixels.transpose(1, 2, 0)).resize((PANEL, PANEL), Image.NEAREST)
     if heat is not None:
-        heat = ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-30)) ** 1.1
-        grid, side = int(len(heat) ** 0.5), round(PANEL * reach)
-        heat = Image.fromarray(heat.view(grid, grid).float().numpy()).resize((side, side), 2)
-        jet = (1.5 - abs(4 * np.asarray(heat)[..., None] - (3, 2, 1))).clip(0, 1) * 255
-        jet = Image.fromarray(jet.astype(np.uint8))
-        picture.paste(Image.blend(picture.crop((0, 0, side, side)), jet, 0.6))
+        lay_over(picture, heat, reach)
     if mask is not None:
         mask = Image.fromarray(mask.astype(np.uint8) * 255).resize((PANEL, PANEL), Image.NEAREST)
         rim = np.asarray(mask) != np.asarray(mask.filter(ImageFilter.MinFilter(5)))

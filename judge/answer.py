@@ -160,22 +160,29 @@ def wrong_pictures(rows):
 
 # -------------------------------------------------------------------------------- the questions
 
+def prompt_ids(prompts, where, tokenizer, encoder):
+    """Questions in full → the tokens up to where the assistant answers, a list of ids each: the
+    system turn, the image's tokens, the question. where: what names each one in the SystemExit that
+    is raised where it holds `<image>`."""
+    image_id, rows = tokenizer.convert_tokens_to_ids(records.IMAGE_TOKEN), []
+    turns = [records.user_turn(prompt, True, records.SYSTEM) for prompt in prompts]
+    for ids in tokenizer(turns, add_special_tokens=False)["input_ids"]:
+        if ids.count(image_id) != 1:
+            raise SystemExit(f"error: {where[len(rows)]}: the question holds "
+                             f"{records.IMAGE_TOKEN}")
+        at = ids.index(image_id)
+        rows.append(ids[:at] + [image_id] * encoder.num_tokens + ids[at + 1:])
+    return rows
+
+
 class Questions(torch.utils.data.Dataset):
     """Benchmark rows, tokenised; pictures are read in the worker, one question at a time.
     shown: the rows whose pictures go with the questions, their own or (--wrong-image) others."""
 
     def __init__(self, tsv, rows, shown, tokenizer, encoder, ocr_tokens=False):
         self.tsv, self.shown, self.size = Path(tsv), shown, encoder.image_size
-        image_id = tokenizer.convert_tokens_to_ids(records.IMAGE_TOKEN)
-        prompts = [records.user_turn(score.prompt_of(self.tsv.stem, r, ocr_tokens), True,
-                                     records.SYSTEM) for r in rows]
-        self.ids = []
-        for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]:
-            if ids.count(image_id) != 1:
-                raise SystemExit(f"error: {rows[len(self.ids)]['where']}: the question holds "
-                                 f"{records.IMAGE_TOKEN}")
-            at = ids.index(image_id)
-            self.ids.append(ids[:at] + [image_id] * encoder.num_tokens + ids[at + 1:])
+        prompts = [score.prompt_of(self.tsv.stem, r, ocr_tokens) for r in rows]
+        self.ids = prompt_ids(prompts, [r["where"] for r in rows], tokenizer, encoder)
 
     def __len__(self):
         return len(self.ids)

@@ -216,6 +216,19 @@ def empty_vision(vision_config, image_mean, image_std, **_):
     return encoders.Encoder(encoders.without_pooler(vision), image_mean, image_std)
 
 
+def read_config(folder):
+    """The config of a folder written by save_mllm; raises SystemExit where it is not one."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise SystemExit(f"error: {folder} is not a trained model (no config.json)")
+    facts = files.read_json(folder / "config.json")
+    if "vision_config" not in facts or "text_config" not in facts:
+        kind = f"is a {facts['model_type']}, not a" if "model_type" in facts else "holds no"
+        raise SystemExit(f"error: {folder} {kind} model that a training stage or repair_eval.py "
+                         f"wrote")
+    return facts
+
+
 def load_mllm(folder):
     """Open a folder written by save_mllm, strictly: (MLLM in fp32, tokenizer).
 
@@ -223,13 +236,7 @@ def load_mllm(folder):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise SystemExit(f"error: {folder} is not a trained model (no config.json)")
-    facts = files.read_json(folder / "config.json")
-    if "vision_config" not in facts or "text_config" not in facts:
-        raise SystemExit(f"error: {folder} is a {facts.get('model_type')}, not a model that a "
-                         f"training stage or repair_eval.py wrote")
+    folder, facts = Path(folder), read_config(folder)
     with no_init_weights():               # every tensor is read from the file: names are compared
         config = AutoConfig.for_model(**facts["text_config"])
         llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32,
