@@ -37,14 +37,14 @@ def get_args(argv=None):
     parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
                         "chosen, rejected; default DATA/preferences/meta.json")
     parser.add_argument("--beta", type=flags.ABOVE_0, help="how strongly a change of the log-ratio "
-                        "counts; a smaller one lets the policy move further (default 0.1, MPO's "
-                        "own; 0.5 with a toy LLM)")
+                        "counts; a smaller one lets the policy move further (default 0.1, the "
+                        "paper's; 0.5 with a toy LLM)")
     parser.add_argument("--preference-weight", type=flags.RATE, help="of DPO's term, the right "
-                        "answer against the wrong one (default 0.8, MPO's own)")
+                        "answer against the wrong one (default 0.8)")
     parser.add_argument("--quality-weight", type=flags.RATE, help="of BCO's term, each answer by "
-                        "itself against δ (default 0.2, MPO's own)")
+                        "itself against δ (default 0.2)")
     parser.add_argument("--generation-weight", type=flags.RATE, help="of the right answer's "
-                        "negative log-likelihood, a mean over its tokens (default 1, MPO's own)")
+                        "negative log-likelihood, a mean over its tokens (default 1)")
     parser.add_argument("--reference", choices=["cached", "live"], default="cached",
                         help="reference log-probs from one pass before the first step (cached) or "
                         "from a frozen second model at every step (live: teaching, checking)")
@@ -122,7 +122,7 @@ def require_same_function(args, loss, generation, margin):
     weight = args.preference_weight + 2 * args.quality_weight
     rest = loss - args.generation_weight * generation
     off = max(abs(margin), abs(rest - weight * math.log(2)) / max(1, loss))
-    said = (f"step 0: loss {loss:.6f}, of which not generation {rest:.6f} ({weight:g} ln 2 = "
+    said = (f"step 0: loss {loss:.6f}, without generation {rest:.6f} ({weight:g} ln 2 = "
             f"{weight * math.log(2):.6f}), margin {margin:.2g}: policy and reference")
     if off > (1e-3 if args.dtype == "bf16" else 1e-5):
         raise SystemExit(f"error: {said} are NOT the same function; nothing was updated. Usual "
