@@ -43,7 +43,7 @@ def fresh(stage1, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(stage1, world, tmp_path_factory):
-    """One process, whole micro-batches, the defaults' weights."""
+    """One process, one micro-batch a step, the default weights."""
     folder = copied(stage1, tmp_path_factory.mktemp("mpo") / "run")
     run(*command("mpo", folder, world))
     return folder / "mpo"
@@ -197,7 +197,7 @@ def test_processes_micro_batches_and_layouts_count_the_same(trained, fresh, worl
 
 
 def test_killed_and_started_again_is_bit_equal(trained, fresh, world, tmp_path):
-    """δ included: it is in every line of metrics.jsonl. A checkpoint without it is refused."""
+    """δ included, which every line of metrics.jsonl shows. A checkpoint without it is refused."""
     words = [str(x) for x in command("mpo", fresh, world, "--save-every", 2)]
     done = in_fork.run(in_fork.server(), words, ROOT, out=tmp_path, killed=True)
     position = fresh / "mpo/checkpoints/step-2/position.json"
