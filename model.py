@@ -279,3 +279,25 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     rejected_logratio = rejected_logps - ref_rejected_logps
     losses = -F.logsigmoid(beta * (chosen_logratio - rejected_logratio))
     return losses, beta * chosen_logratio.detach(), beta * rejected_logratio.detach()
+
+
+def mpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, delta,
+             chosen_tokens):
+    """MPO (arXiv 2411.10442), per pair: its three terms, which the caller weights. With
+    r = β (log π(y) − log π_ref(y)):
+
+        preference  −log σ(r_c − r_r)                     DPO: which of the two is better
+        quality     −log σ(r_c − δ) − log σ(−(r_r − δ))   BCO: is each of them good by itself
+        generation  −log π(y_c) / |y_c|                   SFT: the right one, a mean over its tokens
+
+    Log-probs (B,) fp32: *sums* over an answer's tokens, as for dpo_loss; delta: δ, a float, one for
+    all pairs of a step; chosen_tokens (B,) int: |y_c|, the end token included.
+    → preference, quality, generation, chosen_rewards, rejected_rewards, each (B,); the rewards are
+    detached.
+    """
+    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
+    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+    preference = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    quality = -F.logsigmoid(chosen_rewards - delta) - F.logsigmoid(-(rejected_rewards - delta))
+    generation = -chosen_logps / chosen_tokens
+    return preference, quality, generation, chosen_rewards.detach(), rejected_rewards.detach()

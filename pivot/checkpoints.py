@@ -221,13 +221,14 @@ class Run:
         for key, value in facts.items():
             print0(f"  {key}: {value}")
 
-    def resume(self, model, optimizer=()):
+    def resume(self, model, optimizer=(), own=()):
         """Load the newest whole checkpoint, resharding as needed (without an optimizer: weights
-        alone); truncate the metrics to it."""
+        alone); truncate the metrics to it. own: names of the stage's own numbers that `save` was
+        given; → {name: number}, the same bits."""
         reshard(model)
         folder = self.folder / "checkpoints" / f"step-{self.start}"
         remedy = f"; delete {folder}: the run then goes on from the checkpoint before it, if any"
-        position = files.read_json(folder / "position.json", "lengths", remedy=remedy)
+        position = files.read_json(folder / "position.json", "lengths", *own, remedy=remedy)
         logging.disable(logging.CRITICAL)      # torch logs a traceback a process; ours is one line
         try:
             weights, moments = get_state_dict(model, optimizer)
@@ -244,6 +245,7 @@ class Run:
                 if (log := self.folder / name).exists():
                     os.truncate(log, min(length, log.stat().st_size))
         print0(f"  continuing after {self.start} steps, from {folder}")
+        return {name: position[name] for name in own}
 
     def log(self, metrics, timing=None):
         """One line in metrics.jsonl (deterministic fields only), one in timing.jsonl; every
@@ -291,19 +293,20 @@ class Run:
                                  f"now {now}; delete it or --overwrite")
         return tables
 
-    def save_if_due(self, done, steps, model, optimizer):
-        """After a step: save every --save-every steps, and when any process was asked to stop."""
+    def save_if_due(self, done, steps, model, optimizer, own={}):
+        """After a step: save every --save-every steps, and when any process was asked to stop.
+        own: {name: number} of the stage's own that the next step needs."""
         asked = reduce_sum({"stop": asked_to_stop()})["stop"] > 0
         if done == steps:                     # final/ comes next: faster than stopping for it
             return
         if asked or done % self.args.save_every == 0:
-            self.save(done, model, optimizer)
+            self.save(done, model, optimizer, own)
         if asked:
             print0(f"asked to stop: {self.same_command} from there")
             stop()
             raise SystemExit(STOPPED)
 
-    def save(self, done, model, optimizer):
+    def save(self, done, model, optimizer, own={}):
         """Shards, position and metric lengths: written aside, fsynced, renamed; the last K stay."""
         folder, began = self.folder / "checkpoints" / f"step-{done}", time.perf_counter()
         aside = folder.with_name(f"writing-{done}")
@@ -324,7 +327,7 @@ class Run:
         if is_main():
             logs = [self.folder / name for name in LOGS if (self.folder / name).exists()]
             files.write_json(aside / "position.json", {
-                "step": done, "lengths": {log.name: log.stat().st_size for log in logs}})
+                "step": done, "lengths": {log.name: log.stat().st_size for log in logs}, **own})
             files.sync(*logs, *aside.rglob("*"), aside)
             os.replace(aside, folder)
             files.sync(folder.parent)             # before anything older goes

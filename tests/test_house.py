@@ -11,7 +11,7 @@ import pytest
 
 from conftest import ROOT, run
 
-STAGES = ["pretrain", "train_sft", "train_dpo", "extract", "repair_eval"]
+STAGES = ["pretrain", "train_sft", "train_dpo", "train_mpo", "extract", "repair_eval"]
 INSTRUMENTS = ["probe_linear", "probe_seg", "probe_align", "gradcam"]
 SHARED = ["model", "data"]
 FOLDERS = ["pivot", "judge", "tools", "toy", "study"]
@@ -143,7 +143,7 @@ def test_run_time_imports_are_the_six():
 def test_what_a_fork_takes_along():
     """Somebody's own loss needs model.py, data.py and pivot/; a probe brings no benchmark code, no
     checkpoint code, no other probe."""
-    for stage in ("pretrain", "train_sft", "train_dpo"):
+    for stage in ("pretrain", "train_sft", "train_dpo", "train_mpo"):
         assert {n.split(".")[0] for n in needs(stage)} == {"model", "data", "pivot"}, stage
     seg = needs("probe_seg")
     assert not seg & {"judge.answer", "judge.score", "judge.report", "pivot.checkpoints",
@@ -172,8 +172,8 @@ def test_stage_names_are_not_wired_into_the_ground_floor():
         code = ast.parse(path.read_text(encoding="utf-8"))
         words = {n.value for n in ast.walk(code) if isinstance(n, ast.Constant)
                  and isinstance(n.value, str)}
-        assert not words & {"sft", "dpo", "pretrain", "repair", "train_sft.py", "train_dpo.py",
-                            "pretrain.py"}, path.name
+        assert not words & {"sft", "dpo", "mpo", "pretrain", "repair", "train_sft.py", "train_dpo.py",
+                            "train_mpo.py", "pretrain.py"}, path.name
 
 
 def test_commands_import_pivot_first():
@@ -198,11 +198,13 @@ def test_one_word_for_one_thing():
 
 
 def test_the_method_is_the_diff():
-    """SFT and DPO run the same lines in the same order, but for the method and its reports."""
-    sft, dpo = ([x.strip() for x in lines(ROOT / f"train_{s}.py")] for s in ("sft", "dpo"))
-    inside = sft[sft.index("def main():"):]
-    missing = [x for x in inside if x and x not in dpo]
-    assert len(missing) <= 10, missing
+    """SFT, DPO and MPO run the same lines in the same order, but for the method and its reports."""
+    sft, dpo, mpo = ([x.strip() for x in lines(ROOT / f"train_{s}.py")]
+                     for s in ("sft", "dpo", "mpo"))
+    for one, other in ((sft, dpo), (dpo, mpo)):
+        inside = one[one.index("def main():"):]
+        missing = [x for x in inside if x and x not in other]
+        assert len(missing) <= 10, missing
 
 
 # --------------------------------------------------------------------------------- a stage of one's own
