@@ -1,0 +1,768 @@
+"""One page a run: look, not read. Curves, scores, pictures and answers in one file for a browser.
+
+    python -m tools.page runs/toy-vit__toy-lm            # writes runs/toy-vit__toy-lm/page.html
+    python -m tools.page runs/A runs/B                   # side by side: runs/page.html
+    python -m tools.page runs/A --png slides             # the figures alone, as PNG
+
+The page needs nothing beside itself: no script, no font or picture from elsewhere. It can be sent,
+printed, read on a telephone, in light and dark. It can be made at any moment: half a run shows
+half, and the page names the commands for the rest.
+
+Reads   what the run folders hold: config.json, metrics.jsonl, timing.jsonl of every stage,
+        encoder/moved.json, bench/ and repair/*/bench/, probes/; and the benchmark files, for
+        questions and pictures. It opens no model.
+Writes  runs/NAME/page.html (several runs: page.html beside the first), or --out FILE; with --png
+        DIR one PNG a figure (needs matplotlib), and no page.
+"""
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from judge import score
+from pivot import checkpoints, distributed, encoders, files, flags, images, records
+from tools import evidence, figures, questions
+from tools.figures import COLOURS, Chart, Dots, Heat, Line, text
+
+# Name in the style sheet → colour on light and on dark ground. Words: ink, soft, good, bad, link.
+PALETTE = {"paper": ("#ffffff", "#14161a"), "card": ("#f6f6f3", "#1e2127"),
+           "ink": ("#1c1c1c", "#e8e8e8"), "soft": ("#565656", "#b3b7bd"),
+           "good": ("#0a6629", "#74d697"), "bad": ("#a80020", "#ff9d9d"),
+           "link": ("#0b5394", "#8cc4ff"), "rule": ("#d9d9d4", "#3a3f48")}
+STYLE = """
+:root { color-scheme: light dark; LIGHT }
+@media (prefers-color-scheme: dark) { :root { DARK } }
+METHODS
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 0 1rem 3rem; max-width: 100rem; background: var(--paper);
+  color: var(--ink); font: 15px/1.45 system-ui, "Segoe UI", "Noto Sans", sans-serif }
+h1 { font-size: 1.5rem; margin: 1.2rem 0 .2rem; overflow-wrap: anywhere }
+h2 { font-size: 1.2rem; margin: 2.4rem 0 .3rem; padding-top: .6rem;
+  border-top: 2px solid var(--rule) }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; overflow-wrap: anywhere }
+p { margin: .3rem 0; max-width: 60rem } p.note, .meta { color: var(--soft) }
+a { color: var(--link) } nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem }
+code { font: .85em/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere }
+.runs { display: grid; gap: 0 2rem; grid-template-columns: minmax(0, 1fr) }
+.strip { display: grid; gap: .8rem; margin: .6rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)) }
+.card { background: var(--card); border-top: 4px solid var(--c, var(--rule)); padding: .6rem .8rem;
+  border-radius: 4px; overflow-wrap: anywhere }
+.card h3 { margin: 0 } .card dl { margin: .4rem 0 0; font-size: .87rem }
+.card dt { color: var(--soft); float: left; clear: left; margin-right: .5em }
+.card dd { margin: 0 } .card code { font-size: .8rem }
+.good { color: var(--good) } .bad { color: var(--bad) } .soft { color: var(--soft) }
+.missing { background: var(--card); padding: .6rem .8rem; border-radius: 4px }
+.missing li { margin: .15rem 0 } .missing ul { margin: .2rem 0; padding-left: 1.2rem }
+.figures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
+figure { margin: 0; background: var(--card); padding: .6rem; border-radius: 4px; min-width: 0 }
+figcaption { font-size: .9rem; font-weight: 600; margin-bottom: .3rem }
+figcaption span { font-weight: 400; margin-right: .7em; white-space: nowrap }
+figure > svg { display: block; width: 100%; max-width: 34rem; height: auto }
+figure > img { display: block; max-width: 100%; height: auto }
+svg text { fill: var(--soft); font: 11px system-ui, "Segoe UI", "Noto Sans", sans-serif }
+svg text.end { text-anchor: end } svg text.middle { text-anchor: middle }
+svg .grid { stroke: var(--rule); fill: none } svg .axis { stroke: var(--soft); fill: none }
+svg polyline { fill: none; stroke: var(--c); stroke-linejoin: round; stroke-width: 2 }
+svg polyline.faint { stroke-width: 1; opacity: .35 }
+svg polyline.thin { stroke-width: .8; opacity: .6 }
+svg .dashed { stroke-dasharray: 5 3 }
+svg .marks circle { fill: var(--card); stroke: var(--c); stroke-width: 2 }
+svg .dot path { fill: var(--c) } svg .dot .bar { stroke: var(--c); stroke-width: 2; fill: none }
+svg rect.best { stroke: #ff2d2d; stroke-width: 2.5 }
+svg.key { width: 1.6em; height: .8em; margin-right: .3em; vertical-align: middle }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem }
+th, td { text-align: right; padding: .1rem .6rem .1rem 0; vertical-align: top }
+th:first-child, td:first-child { text-align: left } th { color: var(--soft); font-weight: 600 }
+details { margin: .5rem 0 } summary { cursor: pointer; color: var(--link) }
+.questions { display: grid; gap: .8rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(27rem, 100%), 1fr)) }
+.q { background: var(--card); border-radius: 4px; padding: .6rem; display: flex; gap: .8rem }
+.q > svg { flex: 0 0 7rem; width: 7rem; height: 7rem } .q > div { min-width: 0; flex: 1 }
+.q .meta { font-size: .8rem } .data { white-space: pre-wrap; overflow-wrap: anywhere;
+  max-height: 12rem; overflow-y: auto; margin: .1rem 0 } .q table { width: 100% }
+.q td { text-align: left } .q td:first-child { white-space: nowrap; color: var(--soft) }
+.q td:last-child { text-align: right; padding-right: 0 } .store { display: none }
+@media (min-width: 60rem) { .n2 { grid-template-columns: repeat(2, minmax(0, 1fr)) }
+  .n3 { grid-template-columns: repeat(3, minmax(0, 1fr)) } }
+@media (max-width: 30rem) { .q { flex-direction: column } }
+@media print { :root { color-scheme: light; LIGHT } nav { display: none }
+  body { max-width: none; font-size: 11px } .data { max-height: none }
+  figure, .card, .q { break-inside: avoid } h2, h3 { break-after: avoid }
+  details::details-content { content-visibility: visible; height: auto }
+  * { print-color-adjust: exact } }
+"""
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
+style-src 'unsafe-inline'">
+<title>{title}</title><style>{style}</style></head><body>
+<header><h1>{title}</h1><p class="note">{about}</p><nav aria-label="Sections">{links}</nav></header>
+"""
+TITLES = {"loss": "Loss", "margin": "Reward margin", "accuracy": "Reward accuracy",
+          "rewards": "Rewards (dashed: of rejected answers)", "data_wait":
+          "Data wait, % of a step's time", "tokens_per_s": "Tokens a second"}
+MODULES = ("encoder", "projector", "llm")
+# The last of a run's curves are the rates and the clock's; unknown ones come before them.
+ORDER = ["loss", "margin", "accuracy", "rewards", *(f"grad_norm.{x}" for x in MODULES), "?",
+         *(f"lr.{x}" for x in MODULES), "data_wait", "tokens_per_s"]
+NOT_CURVES = {"step", "samples_seen", "phase"}
+# Arguments that other lines of a stage's card say, or that say where things lie.
+ELSEWHERE = checkpoints.FREE | {"stage", "encoder", "llm", "parent", "data", "images", "captions",
+                                "instruct", "preferences", "heldout", "bench"}
+
+
+# ------------------------------------------------------------------------------- what a run holds
+
+def log_lines(path):
+    """The objects of a .jsonl that may still be written to: a last line cut off is left out;
+    raises SystemExit at any other that is no JSON."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            item = json.loads(line)
+        except ValueError as e:
+            raise SystemExit(f"error: {path}:{number}: not JSON ({e}); delete the line")
+        if isinstance(item, dict):
+            yield item
+
+
+def numbers(item, above=""):
+    """The numbers of a line of metrics: [("loss", 0.7), ("lr.encoder", 1e-5), …]."""
+    for key, value in item.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{above}{key}.")
+        elif isinstance(value, int | float) and key not in NOT_CURVES and np.isfinite(value):
+            yield f"{above}{key}", value
+
+
+class Stage:
+    """A folder that a training stage writes: RUN/sft, or RUN/repair/sft."""
+
+    def __init__(self, folder, name):
+        self.folder, self.name = folder, name
+        self.config = files.read_json(folder / "config.json", "arguments")
+        self.done = (folder / "final" / "config.json").exists()
+        self.columns, self.seconds, self.steps, self.peak = {}, 0.0, 0, 0
+        for item in log_lines(folder / "metrics.jsonl"):
+            if isinstance(item.get("step"), int):
+                self.steps = max(self.steps, item["step"] + ("loss" in item))
+                for key, value in numbers(item):
+                    self.add(item.get("phase"), key, item["step"], value)
+        for item in log_lines(folder / "timing.jsonl"):
+            if isinstance(item.get("step"), int) and item.get("seconds"):
+                self.seconds += item["seconds"]
+                self.peak = max(self.peak, item.get("peak_bytes", 0))
+                self.add(None, "data_wait", item["step"],
+                         100 * item.get("data_wait", 0) / item["seconds"])
+                self.add(None, "tokens_per_s", item["step"], item.get("tokens_per_s", 0))
+
+    def add(self, phase, key, step, value):
+        steps, values = self.columns.setdefault((key, phase), ([], []))
+        steps.append(step)
+        values.append(value)
+
+
+class Run:
+    """A run folder, read once."""
+
+    def __init__(self, folder):
+        self.folder, self.name = Path(folder), Path(folder).resolve().name
+        if not self.folder.is_dir():
+            raise SystemExit(f"error: {folder} is no folder; a run folder is e.g. "
+                             f"runs/toy-vit__toy-lm")
+        self.stages = [Stage(p.parent, p.parent.name)
+                       for p in sorted(self.folder.glob("*/config.json")) if p.parent.name != "bench"]
+        order = ["pretrain", "sft", *evidence.stages_of(self.folder)]
+        self.stages.sort(key=lambda s: order.index(s.name) if s.name in order else len(order))
+        if not self.stages:
+            raise SystemExit(f"error: {folder} holds no run: no stage's config.json in it; a run "
+                             f"folder is e.g. runs/toy-vit__toy-lm")
+        self.arguments = self.stages[0].config["arguments"]
+        self.original = encoders.short_name(self.arguments["encoder"])
+        self.repairs = [Stage(p.parent, p.parent.name)
+                        for p in sorted(self.folder.glob("repair/*/config.json"))]
+        self.repairs.sort(key=lambda s: order.index(s.name) if s.name in order else -1)
+        self.evidence = None
+        if (self.folder / "pretrain" / "config.json").exists():
+            self.evidence = evidence.gather(self.folder)
+
+    def method(self, name):
+        """A model's name → that of its colour: the original encoder has one of its own."""
+        return "original" if name == self.original else name
+
+    def label(self, name):
+        if name in (self.original, "original"):
+            return "original"
+        return "stage 1" if name == "pretrain" else evidence.heading_of(name)
+
+    def json(self, *parts):
+        """The JSON below probes/, or elsewhere in the folder; None where it is not there yet."""
+        path = self.folder.joinpath(*parts)
+        return files.read_json(path) if path.exists() else None
+
+
+# ------------------------------------------------------------------------------- pieces of the page
+
+def legend(entries):
+    """entries: [(method, label, dashed or the index of its mark), …]."""
+    out = []
+    for name, label, how in dict.fromkeys(entries):
+        if isinstance(how, bool):
+            inside = f'<polyline class="{"dashed" if how else "curve"}" points="0,5 20,5"/>'
+        else:
+            inside = f'<g class="dot"><path transform="translate(10 5)" ' \
+                     f'd="{figures.SHAPES[how % 4]}"/></g>'
+        out.append(f'<span><svg class="key {figures.method(name)}" viewBox="0 0 20 10" '
+                   f'aria-hidden="true">{inside}</svg>{text(label)}</span>')
+    return "".join(out)
+
+
+def shown(figure, ranges):
+    """A figure with its caption."""
+    if isinstance(figure, Chart):
+        entries = [(x.name, x.label, x.dashed) for x in figure.lines if not x.thin and len(x.x)]
+        picture = figures.svg_chart(figure, ranges)
+    elif isinstance(figure, Dots):
+        entries = [(name, label, i) for i, (name, label) in enumerate(figure.labels.items())]
+        picture = figures.svg_dots(figure)
+    else:
+        entries, picture = [], figures.svg_heat(figure, ranges)
+    return f"<figure><figcaption>{text(figure.title)}<br>{legend(entries)}</figcaption>" \
+           f"{picture}</figure>"
+
+
+def table(rows, name=""):
+    """Rows of text, the header first, in a box that scrolls where the screen is narrow."""
+    head, *body = [[text(cell) for cell in row] for row in rows]
+    lines = ["<tr>" + "".join(f"<th>{c}</th>" for c in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in body]
+    return f'<div class="scroll"><table data-table="{text(name)}">{"".join(lines)}</table></div>'
+
+
+def folded(summary, inside):
+    return f"<details><summary>{text(summary)}</summary>{inside}</details>"
+
+
+def grid(drawn):
+    return f'<div class="figures">{"".join(drawn)}</div>' if drawn else ""
+
+
+def nothing(what):
+    return f'<p class="note">{text(what)}</p>'
+
+
+def embedded(path, alt):
+    """A picture file of an instrument, decoded and written anew; or what is wrong with it."""
+    try:
+        pixels = images.load_image(str(path), None, str(path))
+    except records.BadRecord as e:
+        return nothing(e)
+    uri, (wide, tall) = questions.jpeg(Image.fromarray(pixels.transpose(1, 2, 0)), 2400)
+    return f'<figure><img src="{uri}" width="{wide}" height="{tall}" alt="{text(alt)}"></figure>'
+
+
+# ------------------------------------------------------------------------------------- the recipe
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def facts_of(stage):
+    """What a stage was made from and how: [(what, said), …]."""
+    config, arguments = stage.config, stage.config["arguments"]
+    rows = []
+    if stage.config.get("parent_digest"):
+        rows.append(("from", f"{arguments.get('parent')} {config['parent_digest']}"))
+    else:
+        rows.append(("encoder", f"{arguments['encoder']} {config.get('encoder_digest', '')}"))
+        rows.append(("LLM", f"{arguments['llm']} {config.get('llm_digest', '')}"))
+    for what, key in (("data", "data"), ("data digest", "data_digest")):
+        found = config.get(key) or []
+        rows += [(what, x) for x in (found if isinstance(found, list) else [found])]
+    settings = [f"--{k.replace('_', '-')} {v}" for k, v in arguments.items()
+                if k not in ELSEWHERE and v is not None and v is not False]
+    rows.append(("settings", " ".join(settings)))
+    if stage.steps:
+        rows.append(("time", f"{duration(stage.seconds)} for {stage.steps} steps"
+                     + (f", peak {stage.peak / 2 ** 30:.2f} GiB" if stage.peak else "")))
+    versions = config.get("versions", {})
+    return [*rows, ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()))]
+
+
+def card(stage, run, title):
+    if stage.done:
+        state = '<span class="good">finished</span>'
+    else:
+        state = f'<span class="bad">not finished: {stage.steps} steps so far</span>'
+    facts = "".join(f"<dt>{text(what)}</dt><dd><code>{text(said)}</code></dd>"
+                    for what, said in facts_of(stage))
+    return f'<div class="card {figures.method(run.method(stage.name))}"><h3>{text(title)}</h3>' \
+           f"{state}<dl>{facts}</dl></div>"
+
+
+def missing(run):
+    """The commands for what a run has not got yet, in the order of the recipe."""
+    folder, args = run.folder, run.arguments
+    common = f"--llm {args['llm']} --data {args['data']}"
+    done = [s.name for s in run.stages if s.done]
+    out = []
+    for name in dict.fromkeys(["pretrain", "sft", "dpo", *(s.name for s in run.stages)]):
+        if name not in done:
+            script = flags.script_of(name) or f"train_{name}.py"
+            more = f" --encoder {args['encoder']} {common}" if name == "pretrain" else ""
+            out.append(f"python {script} --run-dir {folder}{more}")
+    for name in done:
+        encoder = folder / name / "encoder"
+        if name != "pretrain" and not (encoder / "moved.json").exists():
+            out.append(f"python extract.py --run-dir {folder} --stage {name}"
+                       + (" --overwrite" if encoder.exists() else ""))
+    for name in done:
+        if not (folder / name / "bench" / "results.json").exists():
+            out.append(f"python repair_eval.py --mllm {folder}/{name}/final {common}")
+    out += run.evidence.missing if run.evidence else []
+    if not (folder / "probes" / "gradcam" / "path.json").exists():
+        out.append(f"python gradcam.py --run-dir {folder} --path")
+    return out
+
+
+def controlled(run):
+    """Did the methods see the same items in the same order, from the same parent? As a line."""
+    second = [s for s in run.stages if s.config.get("parent_digest")]
+    if len(second) < 2:
+        return ""
+    apart = [what for what in ("data_digest", "parent_digest")
+             if len({str(s.config.get(what)) for s in second}) > 1]
+    who = ", ".join(run.label(s.name) for s in second)
+    if apart:
+        return f'<p class="bad">NOT a controlled comparison: {text(who)} differ in ' \
+               f"{text(' and '.join(apart))}</p>"
+    return f'<p class="good">{text(who)}: the same items in the same order, from the same parent</p>'
+
+
+def recipe(runs, args):
+    out = []
+    for run in runs:
+        cards = [card(s, run, run.label(s.name).capitalize() if s.name == "pretrain"
+                      else run.label(s.name)) for s in run.stages]
+        again = [card(s, run, f"Re-paired: {run.label(s.name)}") for s in run.repairs]
+        todo = "".join(f"<li><code>{text(line)}</code></li>" for line in missing(run))
+        todo = f'<div class="missing">Not there yet:<ul>{todo}</ul></div>' if todo else ""
+        out.append(controlled(run) + f'<div class="strip">{"".join(cards + again)}</div>{todo}')
+    return out
+
+
+# ------------------------------------------------------------------------------------- the curves
+
+def title_of(key):
+    module = {"llm": "LLM"}.get(key.split(".")[-1], key.split(".")[-1])
+    if key.startswith("grad_norm."):
+        return f"Gradient norm, {module}"
+    if key.startswith("lr."):
+        return f"Learning rate, {module}"
+    return TITLES.get(key) or key.replace("_", " ").replace(".", ", ")
+
+
+def charts_of(run, stages):
+    """{key: Chart}: every curve that these stages logged, laid over one another."""
+    found = {}
+    for stage in stages:
+        phases = list(dict.fromkeys(phase for _, phase in stage.columns if phase))
+        for (key, phase), (x, y) in stage.columns.items():
+            name, label = run.method(stage.name), run.label(stage.name)
+            dashed = len(phases) > 1 and phase == phases[0]
+            label = f"{label}, {phase}" if phase else label
+            marks = key.startswith("heldout_")
+            if marks:
+                key, label = key.removeprefix("heldout_"), f"{label}, held-out"
+            if key in ("chosen_reward", "rejected_reward"):
+                dashed, key = key == "rejected_reward", "rewards"
+                label += ", rejected" if dashed else ", chosen"
+            found.setdefault(key, []).append(Line(name, label, x, y, dashed, marks=marks))
+    place = {key: i for i, key in enumerate(ORDER)}
+    return {key: Chart(key, title_of(key), lines,
+                       log=key.startswith("grad_norm") and all(min(x.y) > 0 for x in lines))
+            for key, lines in sorted(found.items(), key=lambda c: place.get(c[0], place["?"]))}
+
+
+def groups_of(run):
+    return {"Stage 2: the methods over one another":
+            charts_of(run, [s for s in run.stages if s.name != "pretrain"]),
+            "Stage 1": charts_of(run, [s for s in run.stages if s.name == "pretrain"]),
+            "Re-pairing": charts_of(run, run.repairs)}
+
+
+def digits(charts):
+    rows = [["", "", "values", "first", "last", "lowest", "highest"]]
+    for chart in charts:
+        for x in chart.lines:
+            if not x.thin:
+                values = (x.y[0], x.y[-1], min(x.y), max(x.y))
+                rows.append([chart.title, x.label, len(x.y), *map(figures.short, values)])
+    return folded("numbers", table(rows, "curves"))
+
+
+def curves(runs, args):
+    groups, out = [groups_of(run) for run in runs], []
+    for found in groups:
+        parts = []
+        for heading, charts in found.items():
+            same = {key: [g[heading][key] for g in groups if key in g[heading]] for key in charts}
+            drawn = [shown(chart, figures.bounds(same[key])) for key, chart in charts.items()]
+            if drawn:
+                parts.append(f"<h3>{text(heading)}</h3>{grid(drawn)}{digits(charts.values())}")
+        out.append("".join(parts) or nothing("no step has been logged yet"))
+    return out
+
+
+# ------------------------------------------------------------------------------------- the scores
+
+def score_figures(run):
+    """The closing tables: [(heading, [Dots, …], rows of text), …]."""
+    sections, trained = [], {}
+    for stage in run.stages:
+        for folder in ("bench", "bench-wrong-image")[:2 if stage.name == "pretrain" else 1]:
+            path = stage.folder / folder / "results.json"
+            if path.exists():
+                name = stage.name if folder == "bench" else "wrong image"
+                trained[name] = path, files.read_json(path, "benchmarks", "groups", "average")
+    if trained:
+        sections.append(("The trained models", evidence.scores_of(trained, list(trained))))
+    sections += run.evidence.sections if run.evidence else []
+    out = []
+    for i, (heading, rows) in enumerate(sections):
+        rows = [row for row in rows if row[1]]
+        names = list(dict.fromkeys(n for _, cells, apart in rows for n in (*cells, *apart)))
+        labels = {run.method(n): run.label(n) for n in names}
+        scores = [(label, {run.method(n): c for n, c in cells.items()})
+                  for label, cells, _ in rows]
+        apart = [(label, {run.method(n): c for n, c in row.items()})
+                 for label, _, row in rows if row]
+        drawn = [Dots(f"score-{i}", heading, scores, labels)] if scores else []
+        if apart:
+            there = [n for n in names if n not in dict.fromkeys(m for _, r in apart for m in r)]
+            first = next(n for n in (["pretrain", *there]) if n in names and n != run.original)
+            drawn.append(Dots(f"change-{i}", f"Difference to {run.label(first)}", apart,
+                              labels, zero=True))
+        said = [["", *labels.values(), *(f"{x}, difference" for x in labels.values())]]
+        for label, cells, row in rows:
+            said.append([label, *(cells[n].text if n in cells else "–" for n in names),
+                         *(row[n].text if n in row else "–" for n in names)])
+        if drawn:
+            out.append((heading, drawn, said))
+    return out
+
+
+def scores(runs, args):
+    out = []
+    for run in runs:
+        parts = [f"<h3>{text(heading)}</h3>{grid([shown(d, None) for d in drawn])}"
+                 + folded("numbers", table(said, heading))
+                 for heading, drawn, said in score_figures(run)]
+        out.append("".join(parts) or nothing("nothing has been scored yet"))
+    return out
+
+
+# ---------------------------------------------------------------------------- inside the encoder
+
+def moved_charts(run):
+    """How far every block moved, against the original and since stage 1: [Chart, …]."""
+    out = []
+    for key, title in (("moved", f"Against {run.original}, as published"),
+                       ("moved_since_parent", "Since the stage before")):
+        lines, names = [], []
+        for stage in run.stages:
+            found = (run.json(stage.name, "encoder", "moved.json") or {}).get(key)
+            if found:
+                blocks = {k: v for k, v in found.items() if k.split(".")[-1].isdigit()}
+                first = {"emb.": v for k, v in found.items() if k == "embeddings"}
+                values = {**first, **{str(i): v for i, v in enumerate(blocks.values(), 1)}}
+                names = max(names, list(values), key=len)
+                lines.append(Line(stage.name, run.label(stage.name), list(range(len(values))),
+                                  list(values.values())))
+        if lines:
+            out.append(Chart(key, title, lines, "block (emb.: what stands before the first)",
+                             names=tuple(names)))
+    return out
+
+
+def drawn_together(runs, charts_by_run, empty):
+    """Charts of the same key with one range in all runs."""
+    out = []
+    for charts in charts_by_run:
+        drawn = []
+        for chart in charts:
+            same = [c for found in charts_by_run for c in found if c.key == chart.key]
+            drawn.append(shown(chart, figures.bounds(same)))
+        rows = [["", "", *max((c.names for c in charts), key=len, default=())]]
+        for chart in charts:
+            rows += [[chart.title, x.label, *map(figures.short, x.y)]
+                     for x in chart.lines if not x.thin]
+        out.append(grid(drawn) + folded("numbers", table(rows, charts[0].key))
+                   if drawn else nothing(empty))
+    return out
+
+
+def moved(runs, args):
+    return drawn_together(runs, [moved_charts(run) for run in runs],
+                          "no encoder has been extracted yet (extract.py writes moved.json)")
+
+
+def path_charts(run):
+    """The way of the gradient: the whole of each loss, and its largest tokens, thin: [Chart]."""
+    found = run.json("probes", "gradcam", "path.json")
+    if not found:
+        return []
+    lines = []
+    for name, way in found["methods"].items():
+        most = sorted(way["tokens"], key=lambda token: -token["norms"][0])[:16]
+        for token in most:
+            lines.append(Line(name, f"{run.label(name)}, {token['answer']} {token['text']!r}",
+                              list(range(len(token["norms"]))), token["norms"],
+                              dashed=token["answer"] == "rejected", thin=True))
+        lines.append(Line(name, f"{run.label(name)}, the whole loss",
+                          list(range(len(way["whole"]))), way["whole"]))
+    lines = [x for x in lines if min(x.y) > 0]            # a token may send nothing
+    return [Chart("path", "Norm of the gradient, station by station", lines,
+                  "from the answer to the pixels", log=True, names=tuple(found["stations"]))]
+
+
+def token_table(found):
+    rows = [["", "pull", *found["stations"]]]
+    for name, way in found["methods"].items():
+        rows.append([f"{evidence.heading_of(name)}, whole", "", *map(figures.short, way["whole"])])
+        for token in way["tokens"]:
+            rows.append([f"{evidence.heading_of(name)}, {token['answer']} {token['text']!r}",
+                         figures.short(token["pull"]), *map(figures.short, token["norms"])])
+    return table(rows, "path tokens")
+
+
+def path(runs, args):
+    drawn = drawn_together(runs, [path_charts(run) for run in runs],
+                           "not traced yet (gradcam.py --path)")
+    for i, run in enumerate(runs):
+        if found := run.json("probes", "gradcam", "path.json"):
+            said = f"{found['question']}   chosen: {found['chosen']}   rejected: " \
+                   f"{found['rejected']}"
+            drawn[i] = f'<p class="data"><bdi>{text(said)}</bdi></p>{drawn[i]}' \
+                + folded("token by token", token_table(found))
+    return drawn
+
+
+def pictures(*parts, alt, empty):
+    """A section that shows one picture file of a probe."""
+    def section(runs, args):
+        paths = [run.folder.joinpath("probes", *parts) for run in runs]
+        return [embedded(p, alt) if p.exists() else nothing(empty) for p in paths]
+    return section
+
+
+def heat_figures(run):
+    found, out = run.json("probes", "align", "results.json") or {"scores": []}, []
+    for s in found["scores"]:
+        best = s["rows"].index(s["block"]), s["columns"].index(s["layer"])
+        out.append(Heat(f"align-{s['encoder']}-{s['llm']}", f"{run.label(s['encoder'])} with "
+                        f"{s['llm']}: {s['text']}", s["rows"], s["columns"], s["map"], best))
+    return out
+
+
+def alignment(runs, args):
+    heats = [heat_figures(run) for run in runs]
+    values = [np.array(h.values) for found in heats for h in found]
+    ranges = (min(v.min() for v in values), max(v.max() for v in values)) if values else None
+    note = nothing(f"dark {ranges[0]:.3f}, bright {ranges[1]:.3f}; framed: the best cell") \
+        if values else ""
+    return [note + grid([shown(h, ranges) for h in found]) if found else
+            nothing("not measured yet (probe_align.py)") for found in heats]
+
+
+# ----------------------------------------------------------------------------------- the questions
+
+class Pictures:
+    """Every picture of the page once, however often it is shown."""
+
+    def __init__(self):
+        self.ids, self.symbols = {}, []
+
+    def shown(self, question):
+        key = str(question.tsv), question.row["image_id"]
+        if key not in self.ids:
+            uri, size = questions.picture(question)
+            self.ids[key] = uri if size is None else f"p{len(self.symbols)}"
+            if size:
+                wide, tall = size
+                self.symbols.append(
+                    f'<symbol id="p{len(self.symbols)}" viewBox="0 0 {wide} {tall}"><image '
+                    f'width="{wide}" height="{tall}" href="{uri}"/></symbol>')
+        name = self.ids[key]
+        if not name[1:].isdigit():
+            return nothing(name)
+        return f'<svg role="img" aria-label="the picture"><use href="#{name}"/></svg>'
+
+    def store(self):
+        return f'<svg class="store" aria-hidden="true">{"".join(self.symbols)}</svg>'
+
+
+def worth(value):
+    if value in (0, 1):
+        return '<span class="good">✓</span>' if value else '<span class="bad">✗</span>'
+    return f'<span class="soft">{value:.2f}</span>'
+
+
+def asked(run, pictures, question, models):
+    """A question with its picture, what is right, and what these models said."""
+    rows = "".join(
+        f'<tr><td>{text(label)}</td><td><div class="data"><bdi>{text(question.said[name][0])}</bdi>'
+        f"</div></td><td>{worth(question.said[name][1])}</td></tr>"
+        for name, label in models.items() if name in question.said)
+    differ = "" if question.rank[0] else " · models differ"
+    return (f'<article class="q">{pictures.shown(question)}<div><p class="meta">'
+            f'{text(question.bench)} · {text(question.index)}{differ}</p>'
+            f'<div class="data"><bdi>{text(question.asked)}</bdi></div>'
+            f'<p>right: <b><bdi>{text(question.right)}</bdi></b></p><table>{rows}</table>'
+            f"</div></article>")
+
+
+def models_of(run):
+    """{name: (label, its bench/ folder)}: the trained models, then the re-paired ones."""
+    found = {s.name: (run.label(s.name), s.folder / "bench") for s in run.stages}
+    found |= {f"repair/{s.name}": (f"re-paired {run.label(s.name)}", s.folder / "bench")
+              for s in run.repairs}
+    return {name: both for name, both in found.items() if both[1].is_dir()}
+
+
+def answers(runs, args):
+    out, pictures = [], Pictures()
+    for run in runs:
+        models = models_of(run)
+        labels = {name: label for name, (label, _) in models.items()}
+        by_bench, lost = questions.gather({n: f for n, (_, f) in models.items()}, args.bench)
+        parts = [nothing(line) for line in lost]
+        chosen = questions.to_show(by_bench, args.questions)
+        parts.append('<div class="questions">' + "".join(
+            asked(run, pictures, q, labels) for q in chosen) + "</div>")
+        counts = [["not fully right", *by_bench]]
+        for name, label in labels.items():
+            found = questions.wrong(by_bench, name)
+            asked_in_all = {b: sum(name in q.said for q in qs) for b, qs in by_bench.items()}
+            counts.append([label, *(f"{len(found[b])} of {asked_in_all[b]}" for b in by_bench)])
+            some = "".join(asked(run, pictures, q, {name: label})
+                           for q in questions.picked(found, args.wrong))
+            parts.append(folded(f"Wrong answers: {label}", f'<div class="questions">{some}</div>'))
+        if by_bench:
+            parts.insert(len(lost) + 1, f"<h3>Wrong answers</h3>{table(counts, 'wrong')}")
+        out.append("".join(parts) if by_bench else "".join(parts[:len(lost)])
+                   or nothing("no question has been answered yet"))
+    out[0] = pictures.store() + out[0]
+    return out
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+SECTIONS = (
+    ("recipe", "The recipe", "What every stage was made from. A digest is a hash: equal digests, "
+     "equal things.", recipe),
+    ("curves", "Curves", "Thin: every step (of many the lowest and the highest); thick: a moving "
+     "mean over a fortieth of them.", curves),
+    ("scores", "Scores", "In percent but for the alignment; bars: 95 % intervals (of the "
+     "alignment: ± over subsets).", scores),
+    ("moved", "How far the encoder moved", "‖w − w₀‖ / ‖w₀‖ of every block, a line a method.",
+     moved),
+    ("path", "The gradient's way", "One pair: what reaches the image positions, then the weights "
+     "of projector, blocks (the last one first) and patch embedding. Thick: the whole loss; thin: "
+     "one answer token each (dashed: of the rejected answer).", path),
+    ("segmentation", "Segmentation", "Image, truth, and what a small head reads from each "
+     "encoder's frozen patch tokens.", pictures("seg", "overlays.png", alt="segmentation overlays",
+                                                empty="not measured yet (probe_seg.py)")),
+    ("looks", "Where each loss looks", "The gradient of one pair's SFT and DPO loss, patch by "
+     "patch, at stage 1.", pictures("gradcam", "gradcam.png", alt="heat of SFT and DPO",
+                                    empty="not measured yet (gradcam.py)")),
+    ("alignment", "Alignment", "Mutual k-NN of every block with every layer of the LLM.",
+     alignment),
+    ("questions", "Questions", "Those in which models differ come first.", answers))
+
+
+def style():
+    """The style sheet, with the colours of both grounds."""
+    every = {**PALETTE, **{f"m-{name}": both for name, both in COLOURS.items()}}
+    light, dark = ("; ".join(f"--{name}: {both[i]}" for name, both in every.items())
+                   for i in (0, 1))
+    methods = "\n".join(f".m-{name} {{ --c: var(--m-{name}) }}" for name in COLOURS)
+    return STYLE.replace("LIGHT", light).replace("DARK", dark).replace("METHODS", methods)
+
+
+def page_of(runs, args):
+    """The whole page."""
+    title = " | ".join(run.name for run in runs)
+    about = "; ".join(f"{run.arguments['encoder']} with {run.arguments['llm']}" for run in runs)
+    links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, *_ in SECTIONS)
+    out = [HEAD.format(title=text(title), style=style(), about=text(about), links=links), "<main>"]
+    for key, heading, note, section in SECTIONS:
+        columns = section(runs, args)
+        if len(runs) > 1:
+            columns = [f"<div><h3>{text(run.name)}</h3>{inside}</div>"
+                       for run, inside in zip(runs, columns)]
+        else:
+            columns = [f"<div>{columns[0]}</div>"]
+        out.append(f'<section id="{key}"><h2>{heading}</h2><p class="note">{note}</p>'
+                   f'<div class="runs n{min(len(runs), 3)}">{"".join(columns)}</div></section>')
+    return "\n".join([*out, "</main></body></html>\n"])
+
+
+def draw_figures(runs, folder):
+    """Every figure as a PNG of its own; → how many."""
+    figures.pyplot()                                      # before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    count = 0
+    for run in runs:
+        found = [(f"{heading.split(':')[0]}-{chart.key}", chart)
+                 for heading, charts in groups_of(run).items() for chart in charts.values()]
+        found += [(figure.key, figure) for _, drawn, _ in score_figures(run) for figure in drawn]
+        found += [(figure.key, figure) for figure in (*moved_charts(run), *path_charts(run),
+                                                      *heat_figures(run))]
+        for name, figure in found:
+            name = "".join(c if c.isalnum() or c in "-." else "-" for c in name.lower())
+            name = f"{run.name}-{name}.png" if len(runs) > 1 else f"{name}.png"
+            files.write_aside(folder / name, lambda aside: figures.draw_png(figure, aside))
+            count += 1
+    return count
+
+
+def main():
+    parser = flags.Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, e.g. "
+                        "runs/toy-vit__toy-lm; several are shown side by side")
+    parser.add_argument("--out", type=Path, help="the file to write (default RUN/page.html; of "
+                        "several runs page.html beside the first)")
+    parser.add_argument("--bench", help="folder of the benchmark TSVs, where they are not where "
+                        "the run found them")
+    parser.add_argument("--questions", type=flags.NATURAL, default=40,
+                        help="so many questions with every model's answer (default 40)")
+    parser.add_argument("--wrong", type=flags.NATURAL, default=20,
+                        help="so many wrong answers of each model besides (default 20)")
+    parser.add_argument("--png", type=Path, metavar="DIR", help="write the figures alone, a PNG "
+                        "each, into DIR")
+    args = parser.parse_args()
+    began = time.perf_counter()
+    runs = [Run(folder) for folder in args.runs]
+    if args.png:
+        print(f"wrote {draw_figures(runs, args.png)} figures to {args.png}")
+        return
+    first = runs[0].folder
+    out = args.out or (first if len(runs) == 1 else first.resolve().parent) / "page.html"
+    page = page_of(runs, args)
+    files.write_text(out, page)
+    print(f"wrote {out}: {len(page.encode()) / 1e6:.2f} MB, in "
+          f"{time.perf_counter() - began:.1f} s; open it in a browser")
+
+
+if __name__ == "__main__":
+    distributed.launch(main)
