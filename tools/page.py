@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import repair_eval
 from judge import score
 from pivot import checkpoints, distributed, encoders, files, flags, images, records
 from tools import evidence, figures, questions
@@ -85,6 +86,7 @@ details { margin: .5rem 0 } summary { cursor: pointer; color: var(--link) }
 .q .meta { font-size: .8rem } .data { white-space: pre-wrap; overflow-wrap: anywhere;
   max-height: 12rem; overflow-y: auto; margin: .1rem 0 } .q table { width: 100% }
 .q td { text-align: left } .q td:first-child { white-space: nowrap; color: var(--soft) }
+.q td:nth-child(2) { width: 100% }
 .q td:last-child { text-align: right; padding-right: 0 } .store { display: none }
 @media (min-width: 60rem) { .n2 { grid-template-columns: repeat(2, minmax(0, 1fr)) }
   .n3 { grid-template-columns: repeat(3, minmax(0, 1fr)) } }
@@ -112,8 +114,9 @@ ORDER = ["loss", "margin", "accuracy", "rewards", *(f"grad_norm.{x}" for x in MO
          *(f"lr.{x}" for x in MODULES), "data_wait", "tokens_per_s"]
 NOT_CURVES = {"step", "samples_seen", "phase"}
 # Arguments that other lines of a stage's card say, or that say where things lie.
-ELSEWHERE = checkpoints.FREE | {"stage", "encoder", "llm", "parent", "data", "images", "captions",
-                                "instruct", "preferences", "heldout", "bench"}
+ELSEWHERE = checkpoints.FREE | repair_eval.SCORING | {
+    "stage", "encoder", "llm", "parent", "data", "images", "captions",
+    "instruct", "preferences", "heldout"}
 
 
 # ------------------------------------------------------------------------------- what a run holds
@@ -147,6 +150,8 @@ class Stage:
         self.folder, self.name = folder, name
         self.config = files.read_json(folder / "config.json", "arguments")
         self.done = (folder / "final" / "config.json").exists()
+        moved = folder / "encoder" / "moved.json"
+        self.extracted = files.read_json(moved) if moved.exists() else {}
         self.columns, self.seconds, self.steps, self.peak = {}, 0.0, 0, 0
         for item in log_lines(folder / "metrics.jsonl"):
             if isinstance(item.get("step"), int):
@@ -176,7 +181,7 @@ class Run:
             raise SystemExit(f"error: {folder} is no folder; a run folder is e.g. "
                              f"runs/toy-vit__toy-lm")
         self.stages = [Stage(p.parent, p.parent.name)
-                       for p in sorted(self.folder.glob("*/config.json")) if p.parent.name != "bench"]
+                       for p in sorted(self.folder.glob("*/config.json"))]
         order = ["pretrain", "sft", *evidence.stages_of(self.folder)]
         self.stages.sort(key=lambda s: order.index(s.name) if s.name in order else len(order))
         if not self.stages:
@@ -225,10 +230,13 @@ def legend(entries):
 def shown(figure, ranges):
     """A figure with its caption."""
     if isinstance(figure, Chart):
-        entries = [(x.name, x.label, x.dashed) for x in figure.lines if not x.thin and len(x.x)]
+        entries = [(x.name, x.label, 0 if x.marks else x.dashed) for x in figure.lines
+                   if not x.thin and len(x.x)]
         picture = figures.svg_chart(figure, ranges)
     elif isinstance(figure, Dots):
-        entries = [(name, label, i) for i, (name, label) in enumerate(figure.labels.items())]
+        there = {name for _, row in figure.rows for name in row}
+        entries = [(name, label, i) for i, (name, label) in enumerate(figure.labels.items())
+                   if name in there]
         picture = figures.svg_dots(figure)
     else:
         entries, picture = [], figures.svg_heat(figure, ranges)
@@ -288,12 +296,15 @@ def facts_of(stage):
     for what, key in (("data", "data"), ("data digest", "data_digest")):
         found = config.get(key) or []
         rows += [(what, x) for x in (found if isinstance(found, list) else [found])]
-    settings = [f"--{k.replace('_', '-')} {v}" for k, v in arguments.items()
-                if k not in ELSEWHERE and v is not None and v is not False]
-    rows.append(("settings", " ".join(settings)))
+    rows.append(("settings", ", ".join(
+        f"{k.replace('_', ' ')}\u00a0{v}" for k, v in arguments.items()
+        if k not in ELSEWHERE and v is not None and v is not False)))
     if stage.steps:
         rows.append(("time", f"{duration(stage.seconds)} for {stage.steps} steps"
                      + (f", peak {stage.peak / 2 ** 30:.2f} GiB" if stage.peak else "")))
+    if moved := stage.extracted.get("moved_since_parent"):
+        changes = [v for k, v in moved.items() if k.split(".")[-1].isdigit()]
+        rows.append(("encoder", f"extracted; moved {min(changes):.1e} … {max(changes):.1e} a block"))
     versions = config.get("versions", {})
     return [*rows, ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()))]
 
@@ -345,7 +356,8 @@ def controlled(run):
     if apart:
         return f'<p class="bad">NOT a controlled comparison: {text(who)} differ in ' \
                f"{text(' and '.join(apart))}</p>"
-    return f'<p class="good">{text(who)}: the same items in the same order, from the same parent</p>'
+    return f'<p class="good">{text(who)}: the same items in the same order, from the same ' \
+           "parent</p>"
 
 
 def recipe(runs, args):
@@ -425,49 +437,60 @@ def curves(runs, args):
 
 # ------------------------------------------------------------------------------------- the scores
 
-def score_figures(run):
-    """The closing tables: [(heading, [Dots, …], rows of text), …]."""
-    sections, trained = [], {}
+def scored(run):
+    """The closing tables of a run: [(heading, rows as evidence.scores_of gives them), …]."""
+    found = {}
     for stage in run.stages:
-        for folder in ("bench", "bench-wrong-image")[:2 if stage.name == "pretrain" else 1]:
-            path = stage.folder / folder / "results.json"
+        for bench in ("bench", "bench-wrong-image"):
+            path = stage.folder / bench / "results.json"
             if path.exists():
-                name = stage.name if folder == "bench" else "wrong image"
-                trained[name] = path, files.read_json(path, "benchmarks", "groups", "average")
+                found[stage.name, bench] = \
+                    path, files.read_json(path, "benchmarks", "groups", "average")
+    out, blind = [], ("pretrain", "bench-wrong-image")
+    if blind in found and ("pretrain", "bench") in found:
+        both = {"pretrain": found["pretrain", "bench"], "wrong image": found[blind]}
+        out.append(("Stage 1, and shown the wrong images", evidence.scores_of(both, list(both))))
+    trained = {name: both for (name, bench), both in found.items() if bench == "bench"}
     if trained:
-        sections.append(("The trained models", evidence.scores_of(trained, list(trained))))
-    sections += run.evidence.sections if run.evidence else []
+        out.append(("The trained models", evidence.scores_of(trained, list(trained))))
+    return out + (run.evidence.sections if run.evidence else [])
+
+
+def score_figures(run):
+    """Those tables as dots and bars, and their digits: [(heading, [Dots, …], rows of text), …]."""
     out = []
-    for i, (heading, rows) in enumerate(sections):
-        rows = [row for row in rows if row[1]]
-        names = list(dict.fromkeys(n for _, cells, apart in rows for n in (*cells, *apart)))
-        labels = {run.method(n): run.label(n) for n in names}
-        scores = [(label, {run.method(n): c for n, c in cells.items()})
-                  for label, cells, _ in rows]
-        apart = [(label, {run.method(n): c for n, c in row.items()})
-                 for label, _, row in rows if row]
-        drawn = [Dots(f"score-{i}", heading, scores, labels)] if scores else []
-        if apart:
-            there = [n for n in names if n not in dict.fromkeys(m for _, r in apart for m in r)]
-            first = next(n for n in (["pretrain", *there]) if n in names and n != run.original)
-            drawn.append(Dots(f"change-{i}", f"Difference to {run.label(first)}", apart,
-                              labels, zero=True))
-        said = [["", *labels.values(), *(f"{x}, difference" for x in labels.values())]]
-        for label, cells, row in rows:
-            said.append([label, *(cells[n].text if n in cells else "–" for n in names),
-                         *(row[n].text if n in row else "–" for n in names)])
-        if drawn:
-            out.append((heading, drawn, said))
+    for i, (heading, rows) in enumerate(scored(run)):
+        rows = [(label, {run.method(n): c for n, c in cells.items()},
+                 {run.method(n): c for n, c in apart.items()})
+                for label, cells, apart in rows if cells]
+        if not rows:
+            continue
+        labels = {n: run.label(n) for _, cells, apart in rows for n in (*cells, *apart)}
+        drawn = [Dots(f"score-{i}", heading, [(label, cells) for label, cells, _ in rows], labels)]
+        compared = {n for *_, apart in rows for n in apart}
+        if compared:
+            first = next(n for n in labels if n not in compared and n != "original")
+            drawn.append(Dots(f"change-{i}", f"{heading}: difference to {labels[first]}",
+                              [(label, apart) for label, _, apart in rows if apart], labels,
+                              zero=True))
+        said = [[heading, *labels.values(), *(f"{labels[n]}, difference" for n in labels
+                                              if n in compared)]]
+        for label, cells, apart in rows:
+            said.append([label, *(cells[n].text if n in cells else "–" for n in labels),
+                         *(apart[n].text if n in apart else "–" for n in labels
+                           if n in compared)])
+        out.append((heading, drawn, said))
     return out
 
 
 def scores(runs, args):
     out = []
     for run in runs:
-        parts = [f"<h3>{text(heading)}</h3>{grid([shown(d, None) for d in drawn])}"
-                 + folded("numbers", table(said, heading))
-                 for heading, drawn, said in score_figures(run)]
-        out.append("".join(parts) or nothing("nothing has been scored yet"))
+        found = score_figures(run)
+        drawn = grid([shown(figure, None) for _, both, _ in found for figure in both])
+        said = "".join(table(rows, heading) for heading, _, rows in found)
+        out.append(drawn + folded("numbers", said) if found else
+                   nothing("nothing has been scored yet"))
     return out
 
 
@@ -480,7 +503,7 @@ def moved_charts(run):
                        ("moved_since_parent", "Since the stage before")):
         lines, names = [], []
         for stage in run.stages:
-            found = (run.json(stage.name, "encoder", "moved.json") or {}).get(key)
+            found = stage.extracted.get(key)
             if found:
                 blocks = {k: v for k, v in found.items() if k.split(".")[-1].isdigit()}
                 first = {"emb.": v for k, v in found.items() if k == "embeddings"}
@@ -494,45 +517,49 @@ def moved_charts(run):
     return out
 
 
-def drawn_together(runs, charts_by_run, empty):
+def drawn_together(charts_by_run, empty):
     """Charts of the same key with one range in all runs."""
     out = []
     for charts in charts_by_run:
         drawn = []
         for chart in charts:
-            same = [c for found in charts_by_run for c in found if c.key == chart.key]
+            kind = chart.key.split(":")[0]
+            same = [c for found in charts_by_run for c in found if c.key.split(":")[0] == kind]
             drawn.append(shown(chart, figures.bounds(same)))
         rows = [["", "", *max((c.names for c in charts), key=len, default=())]]
         for chart in charts:
             rows += [[chart.title, x.label, *map(figures.short, x.y)]
-                     for x in chart.lines if not x.thin]
-        out.append(grid(drawn) + folded("numbers", table(rows, charts[0].key))
-                   if drawn else nothing(empty))
+                     for x in chart.lines if not x.thin and ":" not in chart.key]
+        said = folded("numbers", table(rows, charts[0].key)) if len(rows) > 1 else ""
+        out.append(grid(drawn) + said if drawn else nothing(empty))
     return out
 
 
 def moved(runs, args):
-    return drawn_together(runs, [moved_charts(run) for run in runs],
+    return drawn_together([moved_charts(run) for run in runs],
                           "no encoder has been extracted yet (extract.py writes moved.json)")
 
 
 def path_charts(run):
-    """The way of the gradient: the whole of each loss, and its largest tokens, thin: [Chart]."""
+    """The way of the gradient: of each whole loss, then of its tokens, thin: [Chart, …]."""
     found = run.json("probes", "gradcam", "path.json")
     if not found:
         return []
-    lines = []
+    lines = {"whole": []}
     for name, way in found["methods"].items():
+        whole = Line(name, run.label(name), range(len(way["whole"])), way["whole"])
         most = sorted(way["tokens"], key=lambda token: -token["norms"][0])[:16]
-        for token in most:
-            lines.append(Line(name, f"{run.label(name)}, {token['answer']} {token['text']!r}",
-                              list(range(len(token["norms"]))), token["norms"],
-                              dashed=token["answer"] == "rejected", thin=True))
-        lines.append(Line(name, f"{run.label(name)}, the whole loss",
-                          list(range(len(way["whole"]))), way["whole"]))
-    lines = [x for x in lines if min(x.y) > 0]            # a token may send nothing
-    return [Chart("path", "Norm of the gradient, station by station", lines,
-                  "from the answer to the pixels", log=True, names=tuple(found["stations"]))]
+        tokens = [Line(name, f"{token['answer']} {token['text']!r}", range(len(token["norms"])),
+                       token["norms"], dashed=token["answer"] == "rejected", thin=True)
+                  for token in most if min(token["norms"]) > 0]        # a token may send nothing
+        lines["whole"].append(whole)
+        lines[name] = [whole, *tokens]
+    short = {"image positions": "image", "projector": "proj.", "patch embedding": "patch"}
+    names = tuple(short.get(name, name.removeprefix("block ")) for name in found["stations"])
+    titles = {"whole": "Norm of the gradient"}
+    return [Chart(f"path:{name}", titles.get(name) or f"{run.label(name)}, token by token", drawn,
+                  "image positions, projector, blocks, patch embedding", log=True, names=names)
+            for name, drawn in lines.items()]
 
 
 def token_table(found):
@@ -546,14 +573,14 @@ def token_table(found):
 
 
 def path(runs, args):
-    drawn = drawn_together(runs, [path_charts(run) for run in runs],
+    drawn = drawn_together([path_charts(run) for run in runs],
                            "not traced yet (gradcam.py --path)")
     for i, run in enumerate(runs):
         if found := run.json("probes", "gradcam", "path.json"):
             said = f"{found['question']}   chosen: {found['chosen']}   rejected: " \
                    f"{found['rejected']}"
             drawn[i] = f'<p class="data"><bdi>{text(said)}</bdi></p>{drawn[i]}' \
-                + folded("token by token", token_table(found))
+                + token_table(found)
     return drawn
 
 
@@ -674,8 +701,8 @@ SECTIONS = (
      "mean over a fortieth of them.", curves),
     ("scores", "Scores", "In percent but for the alignment; bars: 95 % intervals (of the "
      "alignment: ± over subsets).", scores),
-    ("moved", "How far the encoder moved", "‖w − w₀‖ / ‖w₀‖ of every block, a line a method.",
-     moved),
+    ("moved", "How far the encoder moved", "Relative change of the weights of every block, "
+     "‖w − w₀‖ / ‖w₀‖: a line a method.", moved),
     ("path", "The gradient's way", "One pair: what reaches the image positions, then the weights "
      "of projector, blocks (the last one first) and patch embedding. Thick: the whole loss; thin: "
      "one answer token each (dashed: of the rejected answer).", path),
