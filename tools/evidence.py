@@ -10,6 +10,7 @@ it means.
 """
 import math
 from pathlib import Path
+from shlex import quote
 from statistics import mean
 from typing import NamedTuple
 
@@ -182,13 +183,13 @@ def gather(run, stages=None):
     stages = stages or stages_of(run) or ["sft", "dpo"]
     names = [encoders.short_name(made_with["encoder"]), *stages]
     folders = [made_with["encoder"], *(f"{run}/{stage}/encoder" for stage in stages)]
-    words = {"all": " ".join(folders), "run": run, "data": made_with["data"],
-             "llm": made_with["llm"]}
+    words = {"all": " ".join(map(quote, folders)), "run": quote(str(run)),
+             "data": quote(made_with["data"]), "llm": quote(made_with["llm"])}
     sections, pictures, missing = [("Re-paired with a new LLM", repaired(run, names))], [], []
     for folder, name in zip(folders, names):
         if not (run / "repair" / name / "bench" / "results.json").exists():
-            missing.append(f"python repair_eval.py --encoder {folder} --llm {made_with['llm']} "
-                           f"--data {made_with['data']} --run-dir {run}")
+            missing.append("python repair_eval.py --encoder {} --llm {llm} --data {data} "
+                           "--run-dir {run}".format(quote(folder), **words))
     for heading, folder, read, picture, command in INSTRUMENTS:
         path = run / "probes" / folder / "results.json"
         if not path.exists():

@@ -20,7 +20,7 @@ COLOURS = {"original": ("#6e6e6e", "#a6a6a6"), "pretrain": ("#111111", "#f2f2f2"
            "ppo": ("#80650a", "#f0dc50"), "other0": ("#5b4bb5", "#b4a7ff"),
            "other1": ("#9a2d2d", "#ff9a9a"), "other2": ("#4c6b00", "#b9dd55")}
 VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 360, 220, 52, 10, 14, 34
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 360, 220, 52, 10, 18, 34
 PLOT = WIDTH - LEFT - RIGHT                      # columns of pixels a curve is thinned to
 SHAPES = ("M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0Z", "M-4-4H4V4H-4Z",     # circle, square,
           "M0-5.5L5.5 0L0 5.5L-5.5 0Z", "M0-5L5 4.5H-5Z")                        # rhomb, triangle

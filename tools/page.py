@@ -17,6 +17,7 @@ Writes  runs/NAME/page.html (several runs: page.html beside the first), or --out
 import json
 import time
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from PIL import Image
@@ -57,12 +58,14 @@ code { font: .85em/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wra
 .good { color: var(--good) } .bad { color: var(--bad) } .soft { color: var(--soft) }
 .missing { background: var(--card); padding: .6rem .8rem; border-radius: 4px }
 .missing li { margin: .15rem 0 } .missing ul { margin: .2rem 0; padding-left: 1.2rem }
-.figures { display: grid; gap: 1rem;
+.figures { display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
 figure { margin: 0; background: var(--card); padding: .6rem; border-radius: 4px; min-width: 0 }
 figcaption { font-size: .9rem; font-weight: 600; margin-bottom: .3rem }
-figcaption span { font-weight: 400; margin-right: .7em; white-space: nowrap }
+figcaption span { font-weight: 400; margin-right: .7em; display: inline-block; max-width: 100% }
+figcaption { overflow-wrap: anywhere }
 figure > svg { display: block; width: 100%; max-width: 34rem; height: auto }
+.picture { width: fit-content; max-width: 100% }
 figure > img { display: block; max-width: 100%; height: auto }
 svg text { fill: var(--soft); font: 11px system-ui, "Segoe UI", "Noto Sans", sans-serif }
 svg text.end { text-anchor: end } svg text.middle { text-anchor: middle }
@@ -77,12 +80,13 @@ svg rect.best { stroke: #ff2d2d; stroke-width: 2.5 }
 svg.key { width: 1.6em; height: .8em; margin-right: .3em; vertical-align: middle }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem }
 th, td { text-align: right; padding: .1rem .6rem .1rem 0; vertical-align: top }
-th:first-child, td:first-child { text-align: left } th { color: var(--soft); font-weight: 600 }
+th:first-child, td:first-child { text-align: left; white-space: nowrap } th { color: var(--soft); font-weight: 600 }
 details { margin: .5rem 0 } summary { cursor: pointer; color: var(--link) }
-.questions { display: grid; gap: .8rem;
+.questions { display: grid; gap: .8rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(27rem, 100%), 1fr)) }
 .q { background: var(--card); border-radius: 4px; padding: .6rem; display: flex; gap: .8rem }
-.q > svg { flex: 0 0 7rem; width: 7rem; height: 7rem } .q > div { min-width: 0; flex: 1 }
+.q > svg, .q > p { flex: 0 0 7rem; width: 7rem; overflow-wrap: anywhere }
+.q > svg { height: 7rem } .q > div { min-width: 0; flex: 1 }
 .q .meta { font-size: .8rem } .data { white-space: pre-wrap; overflow-wrap: anywhere;
   max-height: 12rem; overflow-y: auto; margin: .1rem 0 } .q table { width: 100% }
 .q td { text-align: left } .q td:first-child { white-space: nowrap; color: var(--soft) }
@@ -271,7 +275,7 @@ def embedded(path, alt):
     except records.BadRecord as e:
         return nothing(e)
     uri, (wide, tall) = questions.jpeg(Image.fromarray(pixels.transpose(1, 2, 0)), 2400)
-    return f'<figure><img src="{uri}" width="{wide}" height="{tall}" alt="{text(alt)}"></figure>'
+    return f'<figure class="picture"><img src="{uri}" width="{wide}" height="{tall}" alt="{text(alt)}"></figure>'
 
 
 # ------------------------------------------------------------------------------------- the recipe
@@ -304,7 +308,8 @@ def facts_of(stage):
                      + (f", peak {stage.peak / 2 ** 30:.2f} GiB" if stage.peak else "")))
     if moved := stage.extracted.get("moved_since_parent"):
         changes = [v for k, v in moved.items() if k.split(".")[-1].isdigit()]
-        rows.append(("encoder", f"extracted; moved {min(changes):.1e} … {max(changes):.1e} a block"))
+        rows.append(("encoder", f"extracted; moved {min(changes):.1e} … {max(changes):.1e} a "
+                     "block"))
     versions = config.get("versions", {})
     return [*rows, ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()))]
 
@@ -322,25 +327,26 @@ def card(stage, run, title):
 
 def missing(run):
     """The commands for what a run has not got yet, in the order of the recipe."""
-    folder, args = run.folder, run.arguments
+    folder, args = quote(str(run.folder)), {k: quote(str(v)) for k, v in run.arguments.items()}
     common = f"--llm {args['llm']} --data {args['data']}"
     done = [s.name for s in run.stages if s.done]
     out = []
     for name in dict.fromkeys(["pretrain", "sft", "dpo", *(s.name for s in run.stages)]):
         if name not in done:
-            script = flags.script_of(name) or f"train_{name}.py"
+            script = flags.script_of(name) or quote(f"train_{name}.py")
             more = f" --encoder {args['encoder']} {common}" if name == "pretrain" else ""
             out.append(f"python {script} --run-dir {folder}{more}")
     for name in done:
-        encoder = folder / name / "encoder"
+        encoder = run.folder / name / "encoder"
         if name != "pretrain" and not (encoder / "moved.json").exists():
-            out.append(f"python extract.py --run-dir {folder} --stage {name}"
+            out.append(f"python extract.py --run-dir {folder} --stage {quote(name)}"
                        + (" --overwrite" if encoder.exists() else ""))
     for name in done:
-        if not (folder / name / "bench" / "results.json").exists():
-            out.append(f"python repair_eval.py --mllm {folder}/{name}/final {common}")
+        if not (run.folder / name / "bench" / "results.json").exists():
+            final = quote(f"{run.folder}/{name}/final")
+            out.append(f"python repair_eval.py --mllm {final} {common}")
     out += run.evidence.missing if run.evidence else []
-    if not (folder / "probes" / "gradcam" / "path.json").exists():
+    if not (run.folder / "probes" / "gradcam" / "path.json").exists():
         out.append(f"python gradcam.py --run-dir {folder} --path")
     return out
 
