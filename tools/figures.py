@@ -203,11 +203,11 @@ def axes(chart, ranges):
 def curve(line, across, up):
     """A line: as it is, and, where it is long, its moving mean over it."""
     x, y = np.asarray(line.x, float), np.asarray(line.y, float)
-    label = (f"{line.label}: {len(x)} values, first {short(y[0])}, last {short(y[-1])}, "
-             f"lowest {short(y.min())}, highest {short(y.max())}")
-    facts = (f'data-line="{text(line.label)}" data-n="{len(x)}" data-first="{y[0]!r}" '
-             f'data-last="{y[-1]!r}" data-min="{y.min()!r}" data-max="{y.max()!r}"'
-             ).replace("np.float64(", "").replace(")", "")
+    first, last, least, most = map(float, (y[0], y[-1], y.min(), y.max()))
+    label = (f"{line.label}: {len(x)} values, first {short(first)}, last {short(last)}, "
+             f"lowest {short(least)}, highest {short(most)}")
+    facts = (f'data-line="{text(line.label)}" data-n="{len(x)}" data-first="{first!r}" '
+             f'data-last="{last!r}" data-min="{least!r}" data-max="{most!r}"')
     kind = f"{method(line.name)}{' dashed' if line.dashed else ''}"
     if line.marks:
         dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4.5"/>'
@@ -382,5 +382,5 @@ def draw_png(figure, path):
     sheet, axis = plt.subplots(figsize=(6, max(tall, 2.4)), layout="constrained")
     {Chart: png_chart, Dots: png_dots, Heat: png_heat}[type(figure)](axis, figure)
     axis.set_title(figure.title, fontsize=11)
-    sheet.savefig(path, dpi=200, metadata={"Software": None})
+    sheet.savefig(path, format="png", dpi=200, metadata={"Software": None})
     plt.close(sheet)

@@ -15,6 +15,7 @@ Writes  runs/NAME/page.html (several runs: page.html beside the first), or --out
         DIR one PNG a figure (needs matplotlib), and no page.
 """
 import json
+import math
 import time
 from pathlib import Path
 from shlex import quote
@@ -116,6 +117,7 @@ MODULES = ("encoder", "projector", "llm")
 # The last of a run's curves are the rates and the clock's; unknown ones come before them.
 ORDER = ["loss", "margin", "accuracy", "rewards", *(f"grad_norm.{x}" for x in MODULES), "?",
          *(f"lr.{x}" for x in MODULES), "data_wait", "tokens_per_s"]
+CLOCK = ("data_wait", "tokens_per_s")
 NOT_CURVES = {"step", "samples_seen", "phase"}
 # Arguments that other lines of a stage's card say, or that say where things lie.
 ELSEWHERE = checkpoints.FREE | repair_eval.SCORING | {
@@ -126,29 +128,42 @@ ELSEWHERE = checkpoints.FREE | repair_eval.SCORING | {
 # ------------------------------------------------------------------------------- what a run holds
 
 def log_lines(path):
-    """The objects of a .jsonl that may still be written to: a last line cut off is left out;
-    raises SystemExit at any other that is no JSON."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            item = json.loads(line)
-        except ValueError as e:
-            raise SystemExit(f"error: {path}:{number}: not JSON ({e}); delete the line")
-        if isinstance(item, dict):
-            yield item
+    """The objects of a .jsonl that may still be written to, those with a step: a last line cut off
+    is left out; raises SystemExit at any other that is no JSON."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    try:
+        items = json.loads(b"[" + b",".join(lines) + b"]")          # at once: four times as fast
+    except ValueError:
+        items = []
+        for number, line in enumerate(lines, 1):
+            try:
+                items.append(json.loads(line))
+            except ValueError as e:
+                raise SystemExit(f"error: {path}:{number}: not JSON ({e}); delete the line")
+    return [x for x in items if isinstance(x, dict) and isinstance(x.get("step"), int)]
 
 
-def numbers(item, above=""):
-    """The numbers of a line of metrics: [("loss", 0.7), ("lr.encoder", 1e-5), …]."""
-    for key, value in item.items():
-        if isinstance(value, dict):
-            yield from numbers(value, f"{above}{key}.")
-        elif isinstance(value, int | float) and key not in NOT_CURVES and np.isfinite(value):
-            yield f"{above}{key}", value
+def columns_of(items, above=""):
+    """Lines of metrics, [{"step": 0, "loss": 0.7, "lr": {"encoder": …}}, …] → {"loss": (steps,
+    values), "lr.encoder": …}: finite numbers alone, each with its step."""
+    found, steps = {}, np.array([item["step"] for item in items])
+    for key in dict.fromkeys(key for item in items for key in item):
+        values = [item.get(key) for item in items]
+        inner = [{**value, "step": item["step"]} for item, value in zip(items, values)
+                 if isinstance(value, dict)]
+        if inner:
+            found |= columns_of(inner, f"{above}{key}.")
+        numbers = np.array([value if isinstance(value, int | float) else math.nan
+                            for value in values], float)
+        kept = np.isfinite(numbers)
+        if kept.any() and key not in NOT_CURVES:
+            found[above + key] = steps[kept], numbers[kept]
+    return found
 
 
 class Stage:
-    """A folder that a training stage writes: RUN/sft, or RUN/repair/sft."""
+    """A folder that a training stage writes: RUN/sft, or RUN/repair/sft. columns: {(key, phase):
+    (steps, values)}, where phase is None in a stage that has but one."""
 
     def __init__(self, folder, name):
         self.folder, self.name = folder, name
@@ -156,24 +171,18 @@ class Stage:
         self.done = (folder / "final" / "config.json").exists()
         moved = folder / "encoder" / "moved.json"
         self.extracted = files.read_json(moved) if moved.exists() else {}
-        self.columns, self.seconds, self.steps, self.peak = {}, 0.0, 0, 0
-        for item in log_lines(folder / "metrics.jsonl"):
-            if isinstance(item.get("step"), int):
-                self.steps = max(self.steps, item["step"] + ("loss" in item))
-                for key, value in numbers(item):
-                    self.add(item.get("phase"), key, item["step"], value)
-        for item in log_lines(folder / "timing.jsonl"):
-            if isinstance(item.get("step"), int) and item.get("seconds"):
-                self.seconds += item["seconds"]
-                self.peak = max(self.peak, item.get("peak_bytes", 0))
-                self.add(None, "data_wait", item["step"],
-                         100 * item.get("data_wait", 0) / item["seconds"])
-                self.add(None, "tokens_per_s", item["step"], item.get("tokens_per_s", 0))
-
-    def add(self, phase, key, step, value):
-        steps, values = self.columns.setdefault((key, phase), ([], []))
-        steps.append(step)
-        values.append(value)
+        items, self.columns = log_lines(folder / "metrics.jsonl"), {}
+        self.steps = max((x["step"] + ("loss" in x) for x in items), default=0)
+        for phase in dict.fromkeys(x.get("phase") for x in items):
+            lines = [x for x in items if x.get("phase") == phase]
+            found = columns_of(lines)
+            self.columns |= {(key, phase): column for key, column in found.items()}
+        timing = [x for x in log_lines(folder / "timing.jsonl") if x.get("seconds")]
+        timing = [{**x, "data_wait": 100 * x.get("data_wait", 0) / x["seconds"]} for x in timing]
+        self.seconds = sum(x["seconds"] for x in timing)
+        self.peak = max((x.get("peak_bytes", 0) for x in timing), default=0)
+        found = columns_of(timing)
+        self.columns |= {(key, None): found[key] for key in CLOCK if key in found}
 
 
 class Run:
