@@ -341,18 +341,19 @@ def path_tables(names, methods):
 
 
 def show_path(args, model, tokenizer, pairs, device):
-    """Print the way of both gradients for the first pair, and write path.json."""
-    methods, batches = {}, batches_of(model, pairs[0], device)
-    start = [p.detach().clone() for p in model.parameters()]
+    """Print the way of both gradients for the first pair, each from the same weights, and write
+    path.json."""
+    answers, both = batches_of(model, pairs[0], device)
     with torch.no_grad():
-        ref = m.answer_logps(model(**batches[1]), batches[1].get("branch"))
-    steps = dict(zip(("sft", "dpo"), losses_of(args, model, pairs[0], device)))
-    for (method, (loss_of, lr)), batch in zip(steps.items(), batches):
+        ref = m.answer_logps(model(**both), both.get("branch"))
+    # The losses of log-probs that are there already: of a "model" that gives just these.
+    losses = {"sft": lambda logps: sft_loss(lambda **batch: logps, answers),
+              "dpo": lambda logps: dpo_loss(lambda **batch: logps, both, ref, args.beta)}
+    start, methods = [p.detach().clone() for p in model.parameters()], {}
+    for method, batch, (loss_of, lr) in zip(losses, (answers, both),
+                                            losses_of(args, model, pairs[0], device)):
         train_on(model, loss_of, lr, args.steps)
-        # The loss of log-probs already computed: a model that gives just these.
-        of_logps = (lambda logps: sft_loss(lambda **_: logps, batches[0])) if method == "sft" else \
-            (lambda logps: dpo_loss(lambda **_: logps, batches[1], ref, args.beta))
-        methods[method] = path_of(model, batch, of_logps, tokenizer)
+        methods[method] = path_of(model, batch, losses[method], tokenizer)
         with torch.no_grad():
             for p, before in zip(model.parameters(), start):
                 p.copy_(before)
@@ -365,9 +366,8 @@ def show_path(args, model, tokenizer, pairs, device):
             "pair": pairs.where[0], "question": question, "chosen": chosen, "rejected": rejected,
             "stage": args.stage, "steps": args.steps, "stations": names, "methods": methods})
     print0(f"{pairs.where[0]}: {question}\nchosen: {chosen}   rejected: {rejected}\nnorm of the "
-           f"gradient on its way from the answer to the pixels, {args.steps} steps")
-    print0("\n".join(path_tables(names, methods)))
-    print0(f"wrote {out}/path.json")
+           f"gradient on its way from the answer to the pixels, {args.steps} steps\n")
+    print0("\n".join([*path_tables(names, methods), f"wrote {out}/path.json"]))
 
 
 def main():
