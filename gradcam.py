@@ -72,8 +72,8 @@ def get_args():
     add("--skip-bad", **flag, help="drop and count bad records")
     flags.add_follow_links(parser)
     add("--at", default="encoder", choices=["encoder", "projector"], help="default encoder")
-    add("--path", **flag, help="of the first pair drawn, the norm of the gradient from every answer "
-        "token to every station on its way; no pictures")
+    add("--path", **flag, help="of the first pair drawn, the norm of the gradient from every "
+        "answer token to every station on its way; no pictures")
     add("--classic", **flag, help="gradient-weighted activations and a ReLU")
     add("--steps", type=flags.NATURAL, default=0, help="train on each pair so long first "
         "(default 0)")

@@ -23,7 +23,7 @@ WIDTHS, THEMES = (400, 1600), ("light", "dark")
 CONTRAST = """() => {
   const channel = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
   const light = c => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
-  const rgba = s => { const v = s.match(/[\\d.]+/g).map(Number); return v.length > 3 ? v : [...v, 1] };
+  const rgba = s => [...s.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
   const ground = e => { for (; e; e = e.parentElement) {
     const c = rgba(getComputedStyle(e).backgroundColor); if (c[3] > 0) return c; }
     return [255, 255, 255, 1] };
@@ -40,7 +40,8 @@ CONTRAST = """() => {
   return found.sort((a, b) => a[0] - b[0]);
 }"""
 SHAPE = """() => [document.documentElement.scrollWidth, window.innerWidth,
-  [...document.images].filter(i => !i.complete || !i.naturalWidth).length, document.images.length]"""
+  [...document.images].filter(i => !i.complete || !i.naturalWidth).length,
+  document.images.length]"""
 
 
 def chromium(browsers):
@@ -88,7 +89,8 @@ def main():
     with sync_playwright() as play:
         browser, wrong = chromium(play.chromium), []
         for page in pages:
-            ways = [look(browser, page, *way, out) for way in product(WIDTHS, THEMES, (True, False))]
+            ways = [look(browser, page, *way, out)
+                    for way in product(WIDTHS, THEMES, (True, False))]
             wrong += [line for lines, *_ in ways for line in lines]
             print(f"{page}: {len(ways)} ways, {ways[0][2]} texts, least contrast "
                   f"{min(least for _, least, _ in ways):.2f}")

@@ -15,7 +15,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-EVIL = """<script>alert(1)</script>"'&amp;<img src=x onerror=alert(2)> \u202egnitirw\u2066 אבג 👩‍🔬"""
+EVIL = ("<script>alert(1)</script>\"'&amp;<img src=x onerror=alert(2)> \u202egnitirw\u2066 אבג "
+        "$x_$ 👩‍🔬")
 LONG = "ab" * 5000
 STAGES, STATIONS = ("pretrain", "sft", "dpo"), ["image positions", "projector", "block 2",
                                                 "block 1", "patch embedding"]
@@ -81,8 +82,8 @@ def answers(folder, rng, evil):
         units[name] = [["", str(i), float(v)] for i, v in enumerate(right)]
         said = [f"yes {evil}".replace('"', "''") if v else LONG if i == 3 else f"no {evil}"
                 for i, v in enumerate(right)]
-        put(folder / f"{name}.0.jsonl", "".join(
-            json.dumps({"index": str(i), "prediction": text}) + "\n" for i, text in enumerate(said)))
+        lines = [json.dumps({"index": str(i), "prediction": x}) for i, x in enumerate(said)]
+        put(folder / f"{name}.0.jsonl", "\n".join(lines) + "\n")
         found[name] = {"score": 100 * right.mean(), "ci95": 5.0, "n": 20, "chance": 50.0}
     put(folder / "units.json", units)
     scores = {name: f["score"] for name, f in found.items()}

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tools import evidence, figures, page, questions
+from tools import evidence, figures, layout, page, questions
 from made_run import EVIL, LONG, make
 
 TAGS = set("html head meta title style body header h1 h2 h3 p nav a main section div span dl dt dd "
@@ -80,7 +80,8 @@ def require_harmless(source):
         for name in ("href", "src"):
             value = attributes.get(name, "#")
             assert re.fullmatch(r"#[\w-]+|#|data:image/jpeg;base64,[\w+/=]+", value), value[:80]
-    assert "default-src 'none'" in found.of("meta", http_equiv="Content-Security-Policy")[0]["content"]
+    policy, = found.of("meta", http_equiv="Content-Security-Policy")
+    assert "default-src 'none'" in policy["content"]
     assert not re.search(r"(?i)@import|url\(|</?script", source)
     return found
 
@@ -94,7 +95,7 @@ def test_names_and_answers_stay_text(tmp_path, monkeypatch):
     assert not re.search("[\u202a-\u202e\u2066-\u2069]", found.text)
     assert "cannot be read (UnidentifiedImageError" in found.text      # the picture that is none
     assert f"--run-dir '{tmp_path}/run <i>&[U+202E]'" in found.text    # a shell takes it as a name
-    for module in (figures, page):                                     # the check can fail
+    for module in (figures, layout, page):                             # the check can fail
         monkeypatch.setattr(module, "text", str)
     with pytest.raises(AssertionError):
         require_harmless(source_of(folder))
@@ -119,8 +120,8 @@ def test_curves_are_the_numbers_that_were_logged(run, read):
                         ("grad_norm.encoder", lambda x: x["grad_norm"]["encoder"]),
                         ("lr.llm", lambda x: x["lr"]["llm"])):
             values = np.array([of(x) for x in lines])
-            drawn = [(svg, line) for svg, line in curves_of(read, key) if line["data-line"] == label]
-            (svg, line), = drawn[:1] if stage != "pretrain" else drawn[-1:]
+            svg, line = next(both for both in curves_of(read, key)
+                             if both[1]["data-line"] == label)
             facts = [float(line[f"data-{x}"]) for x in ("first", "last", "min", "max", "n")]
             assert facts == [values[0], values[-1], values.min(), values.max(), len(values)]
             left, top, right, bottom = map(float, svg["data-box"].split())
@@ -275,11 +276,11 @@ def test_the_beginning_of_a_run(run, tmp_path):
         page.Run(folder)
 
 
-def test_runs_side_by_side_share_their_scales(run, tmp_path):
+def test_runs_side_by_side_share_their_height(run, tmp_path):
     other = make(tmp_path / "other", steps=300, seed=1)
     found = require_harmless(source_of(run, other))
     for key in ("loss", "moved", "path:whole"):
-        ranges = [(a["data-x"], a["data-y"]) for a in found.of("svg", data_key=key)]
+        ranges = [a["data-y"] for a in found.of("svg", data_key=key)]
         groups = len(ranges) // 2
         assert ranges[:groups] == ranges[groups:] and groups
     assert "toy | other" in found.text and len(found.of("h1")) == 1
@@ -316,9 +317,9 @@ def contrast(a, b):
 def test_words_and_curves_stand_out(theme):
     """Words 4.5 : 1, curves 3 : 1, on both grounds; no two methods share a colour."""
     for ground in ("paper", "card"):
-        ground = page.PALETTE[ground][theme]
+        ground = layout.PALETTE[ground][theme]
         for name in ("ink", "soft", "good", "bad", "link"):
-            assert contrast(page.PALETTE[name][theme], ground) >= 4.5, name
+            assert contrast(layout.PALETTE[name][theme], ground) >= 4.5, name
         for name, both in figures.COLOURS.items():
             assert contrast(both[theme], ground) >= 3, name
     assert len({both[theme] for both in figures.COLOURS.values()}) == len(figures.COLOURS)

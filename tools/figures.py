@@ -116,22 +116,20 @@ def moving_mean(y):
     return (sums[high] - sums[low]) / (high - low)
 
 
-def bounds(charts):
-    """The ranges that hold all these charts: (x0, x1, y0, y1); None where there is no point."""
-    points = [(np.asarray(line.x, float), np.asarray(line.y, float))
-              for chart in charts for line in chart.lines if len(line.x)]
-    if not points:
-        return None
-    x, y = (np.concatenate(values) for values in zip(*points))
-    x0, x1, y0, y1 = x.min(), x.max(), y.min(), y.max()
-    if charts[0].log:
-        y0, y1 = y0 / 1.2, y1 * 1.2
-    else:
-        if 0 <= y0 < y1 / 2:
-            y0 = 0.0
-        gap = 0.04 * (y1 - y0) or 0.05 * abs(y1) or 1.0
-        y0, y1 = y0 if y0 == 0 else y0 - gap, y1 + gap
-    return float(x0), float(max(x1, x0 + 1e-9)), float(y0), float(y1)
+def bounds(chart, charts):
+    """The ranges of a chart: as wide as its own curves, as high as those of all charts that are
+    compared: (x0, x1, y0, y1)."""
+    def all_of(charts, axis):
+        return np.concatenate([np.asarray(getattr(line, axis), float)
+                               for chart in charts for line in chart.lines])
+    x, y = all_of([chart], "x"), all_of(charts, "y")
+    x0, x1, y0, y1 = map(float, (x.min(), x.max(), y.min(), y.max()))
+    if chart.log:
+        return x0, max(x1, x0 + 1), y0 / 1.2, y1 * 1.2
+    if 0 <= y0 < y1 / 2:
+        y0 = 0.0
+    gap = 0.04 * (y1 - y0) or 0.05 * abs(y1) or 1.0
+    return x0, max(x1, x0 + 1), y0 if y0 == 0 else y0 - gap, y1 + gap
 
 
 def ticks(low, high, wanted=4):
@@ -324,6 +322,11 @@ def pyplot():
     return plt
 
 
+def plain(words):
+    """Words from data for matplotlib, which would read mathematics between two dollars."""
+    return str(words).replace("$", r"\$")
+
+
 def paper_colour(name):
     return COLOURS[method(name)[2:]][0]
 
@@ -333,19 +336,20 @@ def png_chart(axis, chart):
         x, y = np.asarray(line.x, float), np.asarray(line.y, float)
         look = dict(color=paper_colour(line.name), linestyle="--" if line.dashed else "-")
         if line.marks:
-            axis.plot(x, y, "o", color=look["color"], label=line.label)
+            axis.plot(x, y, "o", color=look["color"], label=plain(line.label))
         elif line.thin:
             axis.plot(x, y, **look, linewidth=0.6, alpha=0.5)
         elif len(x) >= 80:
             axis.plot(x, y, **look, linewidth=0.6, alpha=0.3)
-            axis.plot(x, moving_mean(y), **look, linewidth=1.8, label=line.label)
+            axis.plot(x, moving_mean(y), **look, linewidth=1.8, label=plain(line.label))
         else:
-            axis.plot(x, y, **look, linewidth=1.8, label=line.label)
+            axis.plot(x, y, **look, linewidth=1.8, label=plain(line.label))
     axis.set_yscale("log" if chart.log else "linear")
     axis.set_xlabel(chart.x_label)
     if chart.names:
-        axis.set_xticks(range(len(chart.names)), chart.names, rotation=90 if len(chart.names) > 9
-                        else 20, fontsize=8)
+        turned = 90 if len(chart.names) > 9 else 20
+        axis.set_xticks(range(len(chart.names)), [*map(plain, chart.names)], rotation=turned,
+                        fontsize=8)
     axis.legend()
 
 
@@ -357,8 +361,8 @@ def png_dots(axis, dots):
             half = None if cell.low is None else [[cell.value - cell.low], [cell.high - cell.value]]
             axis.errorbar(cell.value, y, xerr=half, fmt="osD^"[names.index(name) % 4],
                           color=paper_colour(name), capsize=2, markersize=5,
-                          label=None if i else dots.labels[name])
-    axis.set_yticks([-i for i in range(len(dots.rows))], [label for label, _ in dots.rows])
+                          label=None if i else plain(dots.labels[name]))
+    axis.set_yticks([-i for i in range(len(dots.rows))], [plain(label) for label, _ in dots.rows])
     if dots.zero:
         axis.axvline(0, color="black", linewidth=0.8)
     axis.legend(fontsize=9)
@@ -367,9 +371,11 @@ def png_dots(axis, dots):
 def png_heat(axis, heat):
     seen = axis.imshow(heat.values, cmap="viridis")
     axis.grid(False)
-    axis.set_xticks(range(len(heat.columns)), heat.columns, fontsize=7)
-    axis.set_yticks(range(len(heat.rows)), heat.rows, fontsize=7)
-    axis.plot(heat.best[1], heat.best[0], "s", color="red", fillstyle="none", markersize=12)
+    axis.set_xticks(range(len(heat.columns)), [*map(plain, heat.columns)], fontsize=7)
+    axis.set_yticks(range(len(heat.rows)), [*map(plain, heat.rows)], fontsize=7)
+    (v, l) = heat.best
+    axis.plot([l - 0.5, l + 0.5, l + 0.5, l - 0.5, l - 0.5],
+              [v - 0.5, v - 0.5, v + 0.5, v + 0.5, v - 0.5], color="red", linewidth=2)
     axis.set_xlabel("layer of the LLM")
     axis.set_ylabel("block of the encoder")
     axis.figure.colorbar(seen, ax=axis)
@@ -381,6 +387,6 @@ def draw_png(figure, path):
     tall = 1.2 + 0.5 * len(figure.rows) if isinstance(figure, Dots) else 3.6
     sheet, axis = plt.subplots(figsize=(6, max(tall, 2.4)), layout="constrained")
     {Chart: png_chart, Dots: png_dots, Heat: png_heat}[type(figure)](axis, figure)
-    axis.set_title(figure.title, fontsize=11)
+    axis.set_title(plain(figure.title), fontsize=11)
     sheet.savefig(path, format="png", dpi=200, metadata={"Software": None})
     plt.close(sheet)

@@ -14,102 +14,20 @@ Reads   what the run folders hold: config.json, metrics.jsonl, timing.jsonl of e
 Writes  runs/NAME/page.html (several runs: page.html beside the first), or --out FILE; with --png
         DIR one PNG a figure (needs matplotlib), and no page.
 """
-import json
-import math
+import re
 import time
 from pathlib import Path
 from shlex import quote
 
 import numpy as np
-from PIL import Image
 
 import repair_eval
-from judge import score
-from pivot import checkpoints, distributed, encoders, files, flags, images, records
-from tools import evidence, figures, questions
-from tools.figures import COLOURS, Chart, Dots, Heat, Line, text
+from pivot import checkpoints, distributed, files, flags
+from tools import evidence, figures, layout, questions
+from tools.figures import Chart, Dots, Heat, Line, text
+from tools.folder import Run
+from tools.layout import embedded, folded, grid, nothing, shown, table
 
-# Name in the style sheet → colour on light and on dark ground. Words: ink, soft, good, bad, link.
-PALETTE = {"paper": ("#ffffff", "#14161a"), "card": ("#f6f6f3", "#1e2127"),
-           "ink": ("#1c1c1c", "#e8e8e8"), "soft": ("#565656", "#b3b7bd"),
-           "good": ("#0a6629", "#74d697"), "bad": ("#a80020", "#ff9d9d"),
-           "link": ("#0b5394", "#8cc4ff"), "rule": ("#d9d9d4", "#3a3f48")}
-STYLE = """
-:root { color-scheme: light dark; LIGHT }
-@media (prefers-color-scheme: dark) { :root { DARK } }
-METHODS
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 0 1rem 3rem; max-width: 100rem; background: var(--paper);
-  color: var(--ink); font: 15px/1.45 system-ui, "Segoe UI", "Noto Sans", sans-serif }
-h1 { font-size: 1.5rem; margin: 1.2rem 0 .2rem; overflow-wrap: anywhere }
-h2 { font-size: 1.2rem; margin: 2.4rem 0 .3rem; padding-top: .6rem;
-  border-top: 2px solid var(--rule) }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; overflow-wrap: anywhere }
-p { margin: .3rem 0; max-width: 60rem } p.note, .meta { color: var(--soft) }
-a { color: var(--link) } nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem }
-code { font: .85em/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere }
-.runs { display: grid; gap: 0 2rem; grid-template-columns: minmax(0, 1fr) }
-.strip { display: grid; gap: .8rem; margin: .6rem 0;
-  grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)) }
-.card { background: var(--card); border-top: 4px solid var(--c, var(--rule)); padding: .6rem .8rem;
-  border-radius: 4px; overflow-wrap: anywhere }
-.card h3 { margin: 0 } .card dl { margin: .4rem 0 0; font-size: .87rem }
-.card dt { color: var(--soft); float: left; clear: left; margin-right: .5em }
-.card dd { margin: 0 } .card code { font-size: .8rem }
-.good { color: var(--good) } .bad { color: var(--bad) } .soft { color: var(--soft) }
-.missing { background: var(--card); padding: .6rem .8rem; border-radius: 4px }
-.missing li { margin: .15rem 0 } .missing ul { margin: .2rem 0; padding-left: 1.2rem }
-.figures { display: grid; gap: 1rem; align-items: start;
-  grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
-figure { margin: 0; background: var(--card); padding: .6rem; border-radius: 4px; min-width: 0 }
-figcaption { font-size: .9rem; font-weight: 600; margin-bottom: .3rem }
-figcaption span { font-weight: 400; margin-right: .7em; display: inline-block; max-width: 100% }
-figcaption { overflow-wrap: anywhere }
-figure > svg { display: block; width: 100%; max-width: 34rem; height: auto }
-.picture { width: fit-content; max-width: 100% }
-figure > img { display: block; max-width: 100%; height: auto }
-svg text { fill: var(--soft); font: 11px system-ui, "Segoe UI", "Noto Sans", sans-serif }
-svg text.end { text-anchor: end } svg text.middle { text-anchor: middle }
-svg .grid { stroke: var(--rule); fill: none } svg .axis { stroke: var(--soft); fill: none }
-svg polyline { fill: none; stroke: var(--c); stroke-linejoin: round; stroke-width: 2 }
-svg polyline.faint { stroke-width: 1; opacity: .35 }
-svg polyline.thin { stroke-width: .8; opacity: .6 }
-svg .dashed { stroke-dasharray: 5 3 }
-svg .marks circle { fill: var(--card); stroke: var(--c); stroke-width: 2 }
-svg .dot path { fill: var(--c) } svg .dot .bar { stroke: var(--c); stroke-width: 2; fill: none }
-svg rect.best { stroke: #ff2d2d; stroke-width: 2.5 }
-svg.key { width: 1.6em; height: .8em; margin-right: .3em; vertical-align: middle }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem }
-th, td { text-align: right; padding: .1rem .6rem .1rem 0; vertical-align: top }
-th:first-child, td:first-child { text-align: left; white-space: nowrap } th { color: var(--soft); font-weight: 600 }
-details { margin: .5rem 0 } summary { cursor: pointer; color: var(--link) }
-.questions { display: grid; gap: .8rem; align-items: start;
-  grid-template-columns: repeat(auto-fill, minmax(min(27rem, 100%), 1fr)) }
-.q { background: var(--card); border-radius: 4px; padding: .6rem; display: flex; gap: .8rem }
-.q > svg, .q > p { flex: 0 0 7rem; width: 7rem; overflow-wrap: anywhere }
-.q > svg { height: 7rem } .q > div { min-width: 0; flex: 1 }
-.q .meta { font-size: .8rem } .data { white-space: pre-wrap; overflow-wrap: anywhere;
-  max-height: 12rem; overflow-y: auto; margin: .1rem 0 } .q table { width: 100% }
-.q td { text-align: left } .q td:first-child { white-space: nowrap; color: var(--soft) }
-.q td:nth-child(2) { width: 100% }
-.q td:last-child { text-align: right; padding-right: 0 } .store { display: none }
-@media (min-width: 60rem) { .n2 { grid-template-columns: repeat(2, minmax(0, 1fr)) }
-  .n3 { grid-template-columns: repeat(3, minmax(0, 1fr)) } }
-@media (max-width: 30rem) { .q { flex-direction: column } }
-@media print { :root { color-scheme: light; LIGHT } nav { display: none }
-  body { max-width: none; font-size: 11px } .data { max-height: none }
-  figure, .card, .q { break-inside: avoid } h2, h3 { break-after: avoid }
-  details::details-content { content-visibility: visible; height: auto }
-  * { print-color-adjust: exact } }
-"""
-HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
-style-src 'unsafe-inline'">
-<title>{title}</title><style>{style}</style></head><body>
-<header><h1>{title}</h1><p class="note">{about}</p><nav aria-label="Sections">{links}</nav></header>
-"""
 TITLES = {"loss": "Loss", "margin": "Reward margin", "accuracy": "Reward accuracy",
           "rewards": "Rewards (dashed: of rejected answers)", "data_wait":
           "Data wait, % of a step's time", "tokens_per_s": "Tokens a second"}
@@ -117,174 +35,10 @@ MODULES = ("encoder", "projector", "llm")
 # The last of a run's curves are the rates and the clock's; unknown ones come before them.
 ORDER = ["loss", "margin", "accuracy", "rewards", *(f"grad_norm.{x}" for x in MODULES), "?",
          *(f"lr.{x}" for x in MODULES), "data_wait", "tokens_per_s"]
-CLOCK = ("data_wait", "tokens_per_s")
-NOT_CURVES = {"step", "samples_seen", "phase"}
 # Arguments that other lines of a stage's card say, or that say where things lie.
 ELSEWHERE = checkpoints.FREE | repair_eval.SCORING | {
     "stage", "encoder", "llm", "parent", "data", "images", "captions",
     "instruct", "preferences", "heldout"}
-
-
-# ------------------------------------------------------------------------------- what a run holds
-
-def log_lines(path):
-    """The objects of a .jsonl that may still be written to, those with a step: a last line cut off
-    is left out; raises SystemExit at any other that is no JSON."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    try:
-        items = json.loads(b"[" + b",".join(lines) + b"]")          # at once: four times as fast
-    except ValueError:
-        items = []
-        for number, line in enumerate(lines, 1):
-            try:
-                items.append(json.loads(line))
-            except ValueError as e:
-                raise SystemExit(f"error: {path}:{number}: not JSON ({e}); delete the line")
-    return [x for x in items if isinstance(x, dict) and isinstance(x.get("step"), int)]
-
-
-def columns_of(items, above=""):
-    """Lines of metrics, [{"step": 0, "loss": 0.7, "lr": {"encoder": …}}, …] → {"loss": (steps,
-    values), "lr.encoder": …}: finite numbers alone, each with its step."""
-    found, steps = {}, np.array([item["step"] for item in items])
-    for key in dict.fromkeys(key for item in items for key in item):
-        values = [item.get(key) for item in items]
-        inner = [{**value, "step": item["step"]} for item, value in zip(items, values)
-                 if isinstance(value, dict)]
-        if inner:
-            found |= columns_of(inner, f"{above}{key}.")
-        numbers = np.array([value if isinstance(value, int | float) else math.nan
-                            for value in values], float)
-        kept = np.isfinite(numbers)
-        if kept.any() and key not in NOT_CURVES:
-            found[above + key] = steps[kept], numbers[kept]
-    return found
-
-
-class Stage:
-    """A folder that a training stage writes: RUN/sft, or RUN/repair/sft. columns: {(key, phase):
-    (steps, values)}, where phase is None in a stage that has but one."""
-
-    def __init__(self, folder, name):
-        self.folder, self.name = folder, name
-        self.config = files.read_json(folder / "config.json", "arguments")
-        self.done = (folder / "final" / "config.json").exists()
-        moved = folder / "encoder" / "moved.json"
-        self.extracted = files.read_json(moved) if moved.exists() else {}
-        items, self.columns = log_lines(folder / "metrics.jsonl"), {}
-        self.steps = max((x["step"] + ("loss" in x) for x in items), default=0)
-        for phase in dict.fromkeys(x.get("phase") for x in items):
-            lines = [x for x in items if x.get("phase") == phase]
-            found = columns_of(lines)
-            self.columns |= {(key, phase): column for key, column in found.items()}
-        timing = [x for x in log_lines(folder / "timing.jsonl") if x.get("seconds")]
-        timing = [{**x, "data_wait": 100 * x.get("data_wait", 0) / x["seconds"]} for x in timing]
-        self.seconds = sum(x["seconds"] for x in timing)
-        self.peak = max((x.get("peak_bytes", 0) for x in timing), default=0)
-        found = columns_of(timing)
-        self.columns |= {(key, None): found[key] for key in CLOCK if key in found}
-
-
-class Run:
-    """A run folder, read once."""
-
-    def __init__(self, folder):
-        self.folder, self.name = Path(folder), Path(folder).resolve().name
-        if not self.folder.is_dir():
-            raise SystemExit(f"error: {folder} is no folder; a run folder is e.g. "
-                             f"runs/toy-vit__toy-lm")
-        self.stages = [Stage(p.parent, p.parent.name)
-                       for p in sorted(self.folder.glob("*/config.json"))]
-        order = ["pretrain", "sft", *evidence.stages_of(self.folder)]
-        self.stages.sort(key=lambda s: order.index(s.name) if s.name in order else len(order))
-        if not self.stages:
-            raise SystemExit(f"error: {folder} holds no run: no stage's config.json in it; a run "
-                             f"folder is e.g. runs/toy-vit__toy-lm")
-        self.arguments = self.stages[0].config["arguments"]
-        self.original = encoders.short_name(self.arguments["encoder"])
-        self.repairs = [Stage(p.parent, p.parent.name)
-                        for p in sorted(self.folder.glob("repair/*/config.json"))]
-        self.repairs.sort(key=lambda s: order.index(s.name) if s.name in order else -1)
-        self.evidence = None
-        if (self.folder / "pretrain" / "config.json").exists():
-            self.evidence = evidence.gather(self.folder)
-
-    def method(self, name):
-        """A model's name → that of its colour: the original encoder has one of its own."""
-        return "original" if name == self.original else name
-
-    def label(self, name):
-        if name in (self.original, "original"):
-            return "original"
-        return "stage 1" if name == "pretrain" else evidence.heading_of(name)
-
-    def json(self, *parts):
-        """The JSON below probes/, or elsewhere in the folder; None where it is not there yet."""
-        path = self.folder.joinpath(*parts)
-        return files.read_json(path) if path.exists() else None
-
-
-# ------------------------------------------------------------------------------- pieces of the page
-
-def legend(entries):
-    """entries: [(method, label, dashed or the index of its mark), …]."""
-    out = []
-    for name, label, how in dict.fromkeys(entries):
-        if isinstance(how, bool):
-            inside = f'<polyline class="{"dashed" if how else "curve"}" points="0,5 20,5"/>'
-        else:
-            inside = f'<g class="dot"><path transform="translate(10 5)" ' \
-                     f'd="{figures.SHAPES[how % 4]}"/></g>'
-        out.append(f'<span><svg class="key {figures.method(name)}" viewBox="0 0 20 10" '
-                   f'aria-hidden="true">{inside}</svg>{text(label)}</span>')
-    return "".join(out)
-
-
-def shown(figure, ranges):
-    """A figure with its caption."""
-    if isinstance(figure, Chart):
-        entries = [(x.name, x.label, 0 if x.marks else x.dashed) for x in figure.lines
-                   if not x.thin and len(x.x)]
-        picture = figures.svg_chart(figure, ranges)
-    elif isinstance(figure, Dots):
-        there = {name for _, row in figure.rows for name in row}
-        entries = [(name, label, i) for i, (name, label) in enumerate(figure.labels.items())
-                   if name in there]
-        picture = figures.svg_dots(figure)
-    else:
-        entries, picture = [], figures.svg_heat(figure, ranges)
-    return f"<figure><figcaption>{text(figure.title)}<br>{legend(entries)}</figcaption>" \
-           f"{picture}</figure>"
-
-
-def table(rows, name=""):
-    """Rows of text, the header first, in a box that scrolls where the screen is narrow."""
-    head, *body = [[text(cell) for cell in row] for row in rows]
-    lines = ["<tr>" + "".join(f"<th>{c}</th>" for c in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in body]
-    return f'<div class="scroll"><table data-table="{text(name)}">{"".join(lines)}</table></div>'
-
-
-def folded(summary, inside):
-    return f"<details><summary>{text(summary)}</summary>{inside}</details>"
-
-
-def grid(drawn):
-    return f'<div class="figures">{"".join(drawn)}</div>' if drawn else ""
-
-
-def nothing(what):
-    return f'<p class="note">{text(what)}</p>'
-
-
-def embedded(path, alt):
-    """A picture file of an instrument, decoded and written anew; or what is wrong with it."""
-    try:
-        pixels = images.load_image(str(path), None, str(path))
-    except records.BadRecord as e:
-        return nothing(e)
-    uri, (wide, tall) = questions.jpeg(Image.fromarray(pixels.transpose(1, 2, 0)), 2400)
-    return f'<figure class="picture"><img src="{uri}" width="{wide}" height="{tall}" alt="{text(alt)}"></figure>'
 
 
 # ------------------------------------------------------------------------------------- the recipe
@@ -306,7 +60,7 @@ def facts_of(stage):
     else:
         rows.append(("encoder", f"{arguments['encoder']} {config.get('encoder_digest', '')}"))
         rows.append(("LLM", f"{arguments['llm']} {config.get('llm_digest', '')}"))
-    for what, key in (("data", "data"), ("data digest", "data_digest")):
+    for what, key in (("data", "data"), ("digest", "data_digest")):
         found = config.get(key) or []
         rows += [(what, x) for x in (found if isinstance(found, list) else [found])]
     rows.append(("settings", ", ".join(
@@ -443,7 +197,8 @@ def curves(runs, args):
         parts = []
         for heading, charts in found.items():
             same = {key: [g[heading][key] for g in groups if key in g[heading]] for key in charts}
-            drawn = [shown(chart, figures.bounds(same[key])) for key, chart in charts.items()]
+            drawn = [shown(chart, figures.bounds(chart, same[key]))
+                     for key, chart in charts.items()]
             if drawn:
                 parts.append(f"<h3>{text(heading)}</h3>{grid(drawn)}{digits(charts.values())}")
         out.append("".join(parts) or nothing("no step has been logged yet"))
@@ -474,18 +229,21 @@ def scored(run):
 def score_figures(run):
     """Those tables as dots and bars, and their digits: [(heading, [Dots, …], rows of text), …]."""
     out = []
-    for i, (heading, rows) in enumerate(scored(run)):
+    for heading, rows in scored(run):
         rows = [(label, {run.method(n): c for n, c in cells.items()},
                  {run.method(n): c for n, c in apart.items()})
                 for label, cells, apart in rows if cells]
         if not rows:
             continue
         labels = {n: run.label(n) for _, cells, apart in rows for n in (*cells, *apart)}
-        drawn = [Dots(f"score-{i}", heading, [(label, cells) for label, cells, _ in rows], labels)]
+        for _, cells, _ in rows:              # the heat's: of no encoder, and chance beside it
+            labels |= {n: "chance" for n, c in cells.items() if c.text.startswith("chance")}
+        drawn = [Dots(f"scores {heading}", heading,
+                      [(label, cells) for label, cells, _ in rows], labels)]
         compared = {n for *_, apart in rows for n in apart}
         if compared:
             first = next(n for n in labels if n not in compared and n != "original")
-            drawn.append(Dots(f"change-{i}", f"{heading}: difference to {labels[first]}",
+            drawn.append(Dots(f"changes {heading}", f"{heading}: difference to {labels[first]}",
                               [(label, apart) for label, _, apart in rows if apart], labels,
                               zero=True))
         said = [[heading, *labels.values(), *(f"{labels[n]}, difference" for n in labels
@@ -533,14 +291,14 @@ def moved_charts(run):
 
 
 def drawn_together(charts_by_run, empty):
-    """Charts of the same key with one range in all runs."""
+    """Charts of the same key, in all runs up to the same height."""
     out = []
     for charts in charts_by_run:
         drawn = []
         for chart in charts:
             kind = chart.key.split(":")[0]
             same = [c for found in charts_by_run for c in found if c.key.split(":")[0] == kind]
-            drawn.append(shown(chart, figures.bounds(same)))
+            drawn.append(shown(chart, figures.bounds(chart, same)))
         rows = [["", "", *max((c.names for c in charts), key=len, default=())]]
         for chart in charts:
             rows += [[chart.title, x.label, *map(figures.short, x.y)]
@@ -571,8 +329,10 @@ def path_charts(run):
         lines[name] = [whole, *tokens]
     short = {"image positions": "image", "projector": "proj.", "patch embedding": "patch"}
     names = tuple(short.get(name, name.removeprefix("block ")) for name in found["stations"])
-    titles = {"whole": "Norm of the gradient"}
-    return [Chart(f"path:{name}", titles.get(name) or f"{run.label(name)}, token by token", drawn,
+    titles = {"whole": "Norm of the gradient"} | {
+        name: f"Norm of the gradient: {run.label(name)}, token by token" for name in lines
+        if name != "whole"}
+    return [Chart(f"path:{name}", titles[name], drawn,
                   "image positions, projector, blocks, patch embedding", log=True, names=names)
             for name, drawn in lines.items()]
 
@@ -732,21 +492,13 @@ SECTIONS = (
     ("questions", "Questions", "Those in which models differ come first.", answers))
 
 
-def style():
-    """The style sheet, with the colours of both grounds."""
-    every = {**PALETTE, **{f"m-{name}": both for name, both in COLOURS.items()}}
-    light, dark = ("; ".join(f"--{name}: {both[i]}" for name, both in every.items())
-                   for i in (0, 1))
-    methods = "\n".join(f".m-{name} {{ --c: var(--m-{name}) }}" for name in COLOURS)
-    return STYLE.replace("LIGHT", light).replace("DARK", dark).replace("METHODS", methods)
-
-
 def page_of(runs, args):
     """The whole page."""
     title = " | ".join(run.name for run in runs)
     about = "; ".join(f"{run.arguments['encoder']} with {run.arguments['llm']}" for run in runs)
     links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, *_ in SECTIONS)
-    out = [HEAD.format(title=text(title), style=style(), about=text(about), links=links), "<main>"]
+    out = [layout.HEAD.format(title=text(title), style=layout.style(), about=text(about),
+                              links=links), "<main>"]
     for key, heading, note, section in SECTIONS:
         columns = section(runs, args)
         if len(runs) > 1:
@@ -771,8 +523,8 @@ def draw_figures(runs, folder):
         found += [(figure.key, figure) for figure in (*moved_charts(run), *path_charts(run),
                                                       *heat_figures(run))]
         for name, figure in found:
-            name = "".join(c if c.isalnum() or c in "-." else "-" for c in name.lower())
-            name = f"{run.name}-{name}.png" if len(runs) > 1 else f"{name}.png"
+            name = f"{run.name} {name}" if len(runs) > 1 else name
+            name = re.sub(r"[^\w.]+", "-", name.lower()) + ".png"
             files.write_aside(folder / name, lambda aside: figures.draw_png(figure, aside))
             count += 1
     return count
@@ -801,6 +553,7 @@ def main():
     first = runs[0].folder
     out = args.out or (first if len(runs) == 1 else first.resolve().parent) / "page.html"
     page = page_of(runs, args)
+    out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(out, page)
     print(f"wrote {out}: {len(page.encode()) / 1e6:.2f} MB, in "
           f"{time.perf_counter() - began:.1f} s; open it in a browser")
