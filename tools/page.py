@@ -443,6 +443,8 @@ def models_of(run):
 
 def answers(runs, args):
     out, pictures = [], Pictures()
+    if not args.questions and not args.wrong:                # nor are the benchmark files read
+        return [nothing("left out, by --questions 0 --wrong 0") for _ in runs]
     for run in runs:
         models = models_of(run)
         labels = {name: label for name, (label, _) in models.items()}

@@ -49,15 +49,15 @@ def bench_of(folder):
     return None
 
 
-def said_by(folder, tsv, rows):
-    """{index: prediction} in a bench/ folder, of what the file still asks."""
-    for ocr_tokens in (False, True):
-        if not ocr_tokens or "ocr_tokens" in rows[0]:
-            found = answer.predictions(folder, tsv.stem,
-                                       answer.asked_of(tsv, rows, rows, ocr_tokens))
-            if found:
-                return found
-    return {}
+def said_by(folders, tsv, rows):
+    """{model: {index: prediction}} in bench/ folders, of what the file still asks: as it is, or
+    with --ocr-tokens. folders: {model: folder}."""
+    said = {}
+    for ocr_tokens in (False, True)[:2 if "ocr_tokens" in rows[0] else 1]:
+        asked = answer.asked_of(tsv, rows, rows, ocr_tokens)
+        for model, folder in folders.items():
+            said[model] = said.get(model) or answer.predictions(folder, tsv.stem, asked)
+    return said
 
 
 def gather(folders, bench=None):
@@ -76,8 +76,7 @@ def gather(folders, bench=None):
                         f"the benchmark files lie)")
             continue
         rows, _ = answer.read_tsv(tsv, follow_links=True)
-        said = {model: said_by(folder, tsv, rows) for model, folder in models.items()}
-        found.setdefault(tsv.stem, []).extend(questions(tsv, rows, said))
+        found.setdefault(tsv.stem, []).extend(questions(tsv, rows, said_by(models, tsv, rows)))
     return found, lost
 
 
