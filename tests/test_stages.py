@@ -72,7 +72,8 @@ def test_an_extracted_encoder_says_how_far_every_block_moved(trained):
     part = [k for k in old if ".encoder.layers.2." in k and "vision" in k]
     apart, size = (torch.cat([x.flatten() for x in values]).double().norm() for values in (
         [new[k] - old[k] for k in part], [old[k] for k in part]))
-    assert moved["moved_since_parent"]["encoder.layers.2"] == pytest.approx(apart / size, rel=1e-5)
+    assert moved["moved_since_parent"]["encoder.layers.2"] == \
+        pytest.approx((apart / size).item(), rel=1e-5)
 
 
 def test_metrics_carry_rates_and_norms_of_every_module(trained):
