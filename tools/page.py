@@ -332,8 +332,9 @@ def path_charts(run):
     titles = {"whole": "Norm of the gradient"} | {
         name: f"Norm of the gradient: {run.label(name)}, token by token" for name in lines
         if name != "whole"}
+    log = all(min(line.y) > 0 for drawn in lines.values() for line in drawn)
     return [Chart(f"path:{name}", titles[name], drawn,
-                  "image positions, projector, blocks, patch embedding", log=True, names=names)
+                  "image positions, projector, blocks, patch embedding", log=log, names=names)
             for name, drawn in lines.items()]
 
 
