@@ -1,6 +1,6 @@
 # Two commands: `make demo` (the whole recipe on a toy world, CPU) and `make test`. For more time:
 # `make reproduce` (the controlled study), `make real` (data nobody here drew), `make kill` (crashes),
-# `make bench` (speed and memory).
+# `make bench` (speed and memory), `make look` (the run's page in a browser).
 PYTHON ?= python3
 PY := .venv/bin/python
 TOY := --encoder toy-vit --llm toy-lm --data data/toy
@@ -8,7 +8,7 @@ SCORE := --llm toy-lm --data data/toy
 RUN := runs/toy-vit__toy-lm
 EYES := toy-vit $(RUN)/sft/encoder $(RUN)/dpo/encoder
 
-.PHONY: demo test compat real reproduce bench kill clean
+.PHONY: demo test compat real reproduce bench kill look clean
 
 .venv/done: requirements-dev.txt requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
@@ -39,6 +39,7 @@ demo: .venv/done data/toy
 	$(PY) probe_seg.py --encoder $(EYES) --data data/toy/ade20k
 	$(PY) probe_align.py --encoder $(EYES) --llm toy-lm --data data/toy/align
 	$(PY) gradcam.py --run-dir $(RUN) --num-samples 120
+	$(PY) gradcam.py --run-dir $(RUN) --path
 	@echo; echo "1. Stage 1, and the same model shown the wrong images"
 	@$(PY) repair_eval.py --compare $(RUN)/pretrain/bench $(RUN)/pretrain/bench-wrong-image
 	@echo; echo "2. The trained models (pretrain = stage 1)"
@@ -47,6 +48,8 @@ demo: .venv/done data/toy
 	@$(PY) repair_eval.py --compare $(RUN)/repair/toy-vit $(RUN)/repair/sft $(RUN)/repair/dpo
 	@echo; echo "4. All instruments"
 	@$(PY) -m tools.evidence --run-dir $(RUN)
+	@echo; echo "All of it to look at"
+	@$(PY) -m tools.page $(RUN)
 
 # The same chain on data nobody here drew: easy-VQA, 5,000 images and 48k questions (MIT).
 REAL := --encoder toy-vit --llm toy-lm --data data/real
@@ -112,5 +115,18 @@ bench: .venv-bench/done data/toy
 	$(BENCHPY) benchmarks/logistic_vs_sklearn.py $(BENCH)
 	$(BENCHPY) benchmarks/checkpoint.py data/toy
 
+# The page of the demo's run, and one of hostile names, in headless Chromium, which must be there
+# already: light and dark, narrow and wide, without JavaScript; screenshots in runs/look.
+.venv-look/done: requirements-look.txt
+	$(PYTHON) -m venv .venv-look
+	.venv-look/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+look: .venv/done .venv-look/done
+	$(PY) -m tools.page $(RUN)
+	rm -rf runs/look
+	$(PY) tests/made_run.py runs/look/made
+	.venv-look/bin/python tests/look.py runs/look $(RUN)/page.html "runs/look/made/hostile <b>/page.html"
+
 clean:
-	rm -rf .venv .venv-bench .venv-compat data/toy runs
+	rm -rf .venv .venv-bench .venv-compat .venv-look data/toy runs

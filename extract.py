@@ -4,7 +4,8 @@
 
 Reads   runs/NAME/STAGE/final and the original encoder named in its config.json.
 Writes  runs/NAME/STAGE/encoder (or DIR): config.json, model.safetensors,
-        preprocessor_config.json, README.md (the model card; its first code block runs as it is).
+        preprocessor_config.json, README.md (the model card; its first code block runs as it is),
+        moved.json (how far every block moved).
 
 Of SigLIP and CLIP the last block is removed before training, for no gradient reaches it. Tools that
 leave out the last block by themselves (LLaVA-NeXT's SigLIP tower deletes it, LLaVA's CLIP tower
@@ -133,14 +134,16 @@ def already_there(args, stage, out, source):
 
 
 def measure(args, stage, config, encoder, original):
-    """Print how far every block moved; → the least and the largest change of a block, since the
-    parent stage where there is one. Trained blocks must have moved: raises SystemExit if not."""
+    """Print how far every block moved; → what moved.json holds: the changes against the original
+    and, where there is a parent stage, since that. Trained blocks must have moved: raises
+    SystemExit if not."""
     base = config["arguments"]["encoder"]
     trained, before = (dict(e.vision.named_parameters()) for e in (encoder, original))
     tensors.refuse_misfit(f"{stage}/final, which began with {base},",
                           {n: p.shape for n, p in before.items()},
                           {n: p.shape for n, p in trained.items()})
     moved = movement(trained, before)
+    found = {"original": base, "moved": moved}
     print(f"relative weight change of {stage}/final against {base}")
     for name, change in moved.items():
         unused = "  (never trained: unused)" if f"{name}.".startswith(encoder.family.frozen) else ""
@@ -159,13 +162,13 @@ def measure(args, stage, config, encoder, original):
             key = model_io.file_name_of(f"encoder.vision.{n}")
             before[n] = stored[key].tensor()
         moved = movement(trained, before)
+        found |= {"parent": name, "moved_since_parent": moved}
         print("of which since {}: {:.2e} … {:.2e} a block".format(name, *block_changes(moved)))
-    least, most = block_changes(moved)
-    if not least:
+    if not block_changes(moved)[0]:
         script = config.get("script") or flags.script_of(args.stage)
         raise SystemExit(f"error: nothing moved, or not every block: {stage}/final holds an "
                          f"encoder that {script} did not train; was --encoder-lr or --lr 0?")
-    return least, most
+    return found
 
 
 def with_last_block(stage, encoder, original):
@@ -192,12 +195,13 @@ def with_last_block(stage, encoder, original):
     return vision
 
 
-def card_of(args, stage, config, encoder, changes):
-    """The model card: README.md of the folder."""
+def card_of(args, stage, config, encoder, found):
+    """The model card: README.md of the folder. found: as `measure` gives it."""
     family, vision, base = encoder.family, encoder.vision, config["arguments"]["encoder"]
     eps = getattr(vision.config, "pivot_norm_eps", None)
     since = f" since {config['arguments'].get('parent') or 'pretrain'}" \
         if "parent_digest" in config else ""
+    changes = block_changes(found.get("moved_since_parent", found["moved"]))
     how_taken, unused = "", ""
     if family.read == "map":
         how_taken = ".flatten(2).transpose(1, 2)"
@@ -228,15 +232,16 @@ def card_of(args, stage, config, encoder, changes):
         moved="{:.1e} … {:.1e} a block (relative weight change{})".format(*changes, since))
 
 
-def write(out, encoder, vision, source, card):
+def write(out, encoder, vision, source, card, found):
     """Write the folder aside, reopen it, compare features bit by bit, then give it its name.
-    vision: what is saved, the encoder's own or the whole of with_last_block."""
+    vision: what is saved, the encoder's own or the whole of with_last_block; found: moved.json."""
     vision.config.pivot_source = source            # whose encoder it is, for a later call
     for_clip = vision is not encoder.vision and vision.config.model_type == encoders.CLIP
     with files.new_folder(out) as aside:
         model_io.save_vision(vision, aside)
         model_io.image_processor(encoder, for_clip).save_pretrained(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
+        files.write_json(aside / "moved.json", found)
         pixels = torch.randint(0, 256, (2, 3, encoder.image_size, encoder.image_size),
                                dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         reopened = published.load_encoder(str(aside)).eval()
@@ -257,10 +262,11 @@ def main():
     model, _ = model_io.load_mllm(stage / "final")
     encoder = model.encoder
     original = config["arguments"]["encoder"], config["arguments"].get("image_size")
-    changes = measure(args, stage, config, encoder,
+    found = measure(args, stage, config, encoder,
                       published.load_encoder(*original, blocks=len(encoder.blocks)))
     vision = with_last_block(stage, encoder, original) if args.full else encoder.vision
-    write(out, encoder, vision, source, card_of(args, stage, config, encoder, changes))
+    card = card_of(args, stage, config, encoder, found)
+    write(out, encoder, vision, source, card, found)
     print(f"wrote {out}: {encoder.num_tokens} tokens of width {encoder.hidden_size}; "
           f"reopened, features bit-equal")
 

@@ -3,6 +3,7 @@
 Pictures:     python gradcam.py --run-dir runs/toy-vit__toy-lm --data data/toy
 Measurement:  python gradcam.py --run-dir runs/toy-vit__toy-lm --data data/toy --num-samples 300
 The paper's:  python gradcam.py --run-dir runs/toy-vit__toy-lm --data data/toy --steps 20
+Its way:      python gradcam.py --run-dir runs/toy-vit__toy-lm --data data/toy --path
 
 The loss is back-propagated to the image features A (N patches × D channels); the heat of a patch is
 Σ_d |∂L/∂A|, the L1 norm over channels, as in the authors' code. There A is the projector's output
@@ -20,9 +21,16 @@ of the patch that lies inside. Chance is the object's share of the picture; the 
 the patch it fills most) is below 100 % where objects are thinner than patches. The authors replace
 border rows and columns; here nothing is hidden: picture and number must speak of the same heat.
 
+`--path` shows, for one pair, how the gradient gets there: the norm of what each answer token sends
+to the image positions (the projector's output), to the weights of the projector, of every encoder
+block, the last one first, and of the patch embedding. A loss is a function of the answer tokens'
+log-probs, so its gradient is a sum over tokens: ∂L/∂log π(y_t) × ∇ log π(y_t). Their norms do not
+add up: where a right and a wrong answer pull the same way, DPO's difference leaves less.
+
 Reads   runs/NAME/STAGE/final; pairs in MMPR's layout; masks: the image's path with `masks` for
         `images` (toy), or --masks DIR with one a name (ADE20K: annotations, with --mask-label).
-Writes  runs/NAME/probes/gradcam/: gradcam.png (image | SFT | DPO), results.json.
+Writes  runs/NAME/probes/gradcam/: gradcam.png (image | SFT | DPO), results.json; with --path
+        path.json alone.
 """
 import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 import os
@@ -31,6 +39,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import data
@@ -38,10 +47,11 @@ import model as m
 import train_dpo
 import train_sft
 from judge import intervals
-from pivot import distributed, files, flags, images, model_io, records, training
+from pivot import distributed, files, flags, images, model_io, printing, records, training
 from pivot.distributed import print0
 
 PICTURES, PANEL = 6, 240          # rows of the picture; pixels of a panel
+TOKENS = 12                       # of an answer in --path's table
 
 
 def get_args():
@@ -62,6 +72,8 @@ def get_args():
     add("--skip-bad", **flag, help="drop and count bad records")
     flags.add_follow_links(parser)
     add("--at", default="encoder", choices=["encoder", "projector"], help="default encoder")
+    add("--path", **flag, help="of the first pair drawn, the norm of the gradient from every "
+        "answer token to every station on its way; no pictures")
     add("--classic", **flag, help="gradient-weighted activations and a ReLU")
     add("--steps", type=flags.NATURAL, default=0, help="train on each pair so long first "
         "(default 0)")
@@ -207,14 +219,19 @@ def draw(path, rows):
     files.write_aside(path, lambda aside: sheet.save(aside, "PNG"))
 
 
-def losses_of(args, model, pair, device):
-    """The two losses of one pair as functions without arguments, and the rate each trains at:
-    [(loss_of, lr), …], SFT's first. DPO's reference is the model as it is now."""
+def batches_of(model, pair, device):
+    """One pair as SFT and as DPO are fed it: [batch, batch]."""
     batches = []
     for layout in ("answers", "pair" if m.can_hold_pairs(model.llm) else "rows"):
         batch = data.collate([pair], layout)
         batches.append({k: v.to(device) for k, v in batch.items() if k != "index"})
-    answers, both = batches
+    return batches
+
+
+def losses_of(args, model, pair, device):
+    """The two losses of one pair as functions without arguments, and the rate each trains at:
+    [(loss_of, lr), …], SFT's first. DPO's reference is the model as it is now."""
+    answers, both = batches_of(model, pair, device)
     with torch.no_grad():
         ref = m.answer_logps(model(**both), both.get("branch"))
     return [(partial(sft_loss, model, answers), args.sft_lr),
@@ -261,12 +278,113 @@ def summary(shares):
         ("SFT - chance", sft - chance), ("DPO - chance", dpo - chance), ("ceiling", ceiling))}
 
 
+# --------------------------------------------------------------------------- the gradient's way
+
+def stations(model):
+    """Whose weights the gradient meets on its way from the image positions to the pixels: [(name,
+    [parameters]), …]. Positions, a class token and norms outside the blocks are none of them."""
+    encoder = model.encoder
+    found = [("projector", model.projector.parameters())]
+    for number, block in reversed([*enumerate(encoder.blocks, 1)]):
+        found.append((f"block {number}", block.parameters()))
+    patch = next(module for module in encoder.modules() if isinstance(module, nn.Conv2d))
+    return [(name, [p for p in parameters if p.requires_grad])
+            for name, parameters in [*found, ("patch embedding", patch.parameters())]]
+
+
+def norms_of(model, batch, pulls):
+    """METHOD: one backward pass from the answer tokens' log-probs: the norm of the gradient at the
+    image positions, then at every station, [1 + stations]. pulls: ∂L/∂log π of every token (B, T).
+    """
+    kept, groups = [], [parameters for _, parameters in stations(model)]
+    hook = model.projector.register_forward_hook(lambda module, inputs, out: kept.append(out))
+    logps = model(**batch)
+    hook.remove()
+    flat = [p for group in groups for p in group]
+    grads = torch.autograd.grad(logps, [*kept, *flat], pulls.to(logps.dtype))
+    norms, rest = [grads[0].norm().item()], list(grads[1:])
+    for group in groups:
+        norms.append(torch.stack([rest.pop(0).norm() for _ in group]).norm().item())
+    return norms
+
+
+def path_of(model, batch, loss_of, tokenizer):
+    """The way of one loss's gradient. loss_of: log-probs (B, T) → 0-dim loss.
+    → {"loss", "whole": norms, "tokens": [{"text", "answer", "pull", "norms"}, …]}."""
+    with torch.no_grad():
+        logps = model(**batch)
+    loss = loss_of(logps.requires_grad_())
+    pulls, = torch.autograd.grad(loss, logps)
+    answers, tokens = batch.get("branch"), []
+    for row, t in (batch["labels"] != m.IGNORE).nonzero().tolist():
+        rejected = row > 0 if answers is None else answers[row, t] == m.REJECTED
+        one = torch.zeros_like(pulls)
+        one[row, t] = pulls[row, t]
+        tokens.append({"text": tokenizer.decode([batch["labels"][row, t].item()]),
+                       "answer": "rejected" if rejected else "chosen",
+                       "pull": one[row, t].item(), "norms": norms_of(model, batch, one)})
+    return {"loss": loss.item(), "whole": norms_of(model, batch, pulls), "tokens": tokens}
+
+
+def path_tables(names, methods):
+    """The lines of --path's two tables: every station, of the whole loss; then every answer token
+    (of a long answer those that send most), at some of the stations."""
+    sft, dpo = (methods[name]["whole"] for name in ("sft", "dpo"))
+    lines = printing.table([["the whole loss", "SFT", "DPO", "DPO / SFT"], *(
+        [name, f"{s:.3g}", f"{d:.3g}", f"{d / s:.3g}" if s else "–"]
+        for name, s, d in zip(names, sft, dpo))])
+    shown = [names.index(name) for name in dict.fromkeys(
+        ["image positions", "projector", names[2], names[-2], "patch embedding"])]
+    rows = [["token by token", "pull", *(names[i] for i in shown)]]
+    for method, found in methods.items():
+        for answer in dict.fromkeys(x["answer"] for x in found["tokens"]):
+            tokens = [x for x in found["tokens"] if x["answer"] == answer]
+            least = sorted((x["norms"][0] for x in tokens), reverse=True)[:TOKENS][-1]
+            rows += [[f"{method.upper()}, {answer} {x['text']!r}", f"{x['pull']:+.3g}",
+                      *(f"{x['norms'][i]:.2e}" for i in shown)]
+                     for x in tokens if x["norms"][0] >= least]
+    return [*lines, "", *printing.table(rows)]
+
+
+def show_path(args, model, tokenizer, pairs, device):
+    """Print the way of both gradients for the first pair, each from the same weights, and write
+    path.json."""
+    answers, both = batches_of(model, pairs[0], device)
+    with torch.no_grad():
+        ref = m.answer_logps(model(**both), both.get("branch"))
+    # The losses of log-probs that are there already: of a "model" that gives just these.
+    losses = {"sft": lambda logps: sft_loss(lambda **batch: logps, answers),
+              "dpo": lambda logps: dpo_loss(lambda **batch: logps, both, ref, args.beta)}
+    start, methods = [p.detach().clone() for p in model.parameters()], {}
+    for method, batch, (loss_of, lr) in zip(losses, (answers, both),
+                                            losses_of(args, model, pairs[0], device)):
+        train_on(model, loss_of, lr, args.steps)
+        methods[method] = path_of(model, batch, losses[method], tokenizer)
+        with torch.no_grad():
+            for p, before in zip(model.parameters(), start):
+                p.copy_(before)
+    question, chosen, rejected = texts_of(pairs, tokenizer, 0)
+    names = ["image positions", *(name for name, _ in stations(model))]
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if distributed.is_main():
+        files.write_json(out / "path.json", {
+            "pair": pairs.where[0], "question": question, "chosen": chosen, "rejected": rejected,
+            "stage": args.stage, "steps": args.steps, "stations": names, "methods": methods})
+    print0(f"{pairs.where[0]}: {question}\nchosen: {chosen}   rejected: {rejected}\nnorm of the "
+           f"gradient on its way from the answer to the pixels, {args.steps} steps\n")
+    print0("\n".join([*path_tables(names, methods), f"wrote {out}/path.json"]))
+
+
 def main():
     args = get_args()
     device = distributed.start()
     model, tokenizer = model_io.load_mllm(flags.trained_stage(args.run, args.stage) / "final")
     model, encoder = model.eval().to(device), model.encoder
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
+    if args.path:
+        show_path(args, model, tokenizer, pairs, device)
+        return
 
     # ---- images and masks first: a bad file should not end an hour's work
     grid = int(encoder.num_tokens ** 0.5)

@@ -227,7 +227,8 @@ def evaluate(args, mllm, device, folder):
                                     asked)
         found[name], units[name] = scored(args, folder, path, rows, dropped, answers)
         answered.append((path, rows, shown, answers))
-    results = {"mllm": str(mllm), **key, "limit": args.limit, "benchmarks": found,
+    results = {"mllm": str(mllm), "bench": args.bench, **key, "limit": args.limit,
+               "benchmarks": found,
                **score.summarise({n: r["score"] for n, r in found.items()})}
     if distributed.is_main():
         files.write_text(folder / "units.json", json.dumps(units))

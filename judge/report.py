@@ -84,9 +84,10 @@ def table(columns):
     return out
 
 
-def differences(columns, units):
-    """{model: results}, {model: {bench: units}} → the rows of a table: every model minus the first,
-    with its interval; – where the two did not answer the same questions of the same file."""
+def changes(columns, units):
+    """{model: results}, {model: {bench: units}} → rows [what, one of each model but the first]:
+    (difference to the first, low, high), None where the two did not answer the same questions of
+    the same file."""
     first, *others = columns
     found = {}                                   # (model, bench) → difference, bootstrap draws
     for name in others:
@@ -101,12 +102,18 @@ def differences(columns, units):
 
     def cell(name, benches):
         if not all((name, bench) in found for bench in benches):
-            return "–"
+            return None
         change = np.mean([found[name, bench][0] for bench in benches])
-        low, high = intervals.middle_95(np.mean([found[name, b][1] for b in benches], 0))
-        return f"{change:+.1f} [{low:+.1f}, {high:+.1f}]"
-    return [[f"minus {first}", *others], *rows_of(
-        columns, lambda _, benches: [cell(name, benches) for name in others])]
+        return change, *intervals.middle_95(np.mean([found[name, b][1] for b in benches], 0))
+    return rows_of(columns, lambda _, benches: [cell(name, benches) for name in others])
+
+
+def differences(columns, units):
+    """The same as the rows of a table."""
+    first, *others = columns
+    return [[f"minus {first}", *others], *(
+        [what, *("–" if c is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*c) for c in cells)]
+        for what, *cells in changes(columns, units))]
 
 
 def units_beside(path):

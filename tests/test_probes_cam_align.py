@@ -1,5 +1,6 @@
 """Grad-CAM and alignment against slow definitions, on models small enough for fp64."""
 import json
+import re
 import shutil
 import sys
 from functools import partial
@@ -69,6 +70,18 @@ def batches(seed=0, chosen=(5, 6, 7), rejected=(8, 9)):
     return out
 
 
+def rows_batch():
+    """The same pair in layout "rows"."""
+    rng = np.random.default_rng(0)
+    prompt = np.array([1] + [63] * N + [2, 3])
+    ids = np.concatenate([prompt, (5, 6, 7), (8, 9)]).astype(np.int64)
+    roles = np.repeat([records.PROMPT, records.ANSWER, records.OTHER], [len(prompt), 3, 2])
+    batch = data.collate([{"index": 0, "ids": ids, "roles": roles, "pixels": rng.integers(
+        0, 256, (3, 32, 32), dtype=np.uint8)}], "rows")
+    batch.pop("index")
+    return batch
+
+
 def losses(model, ref=None):
     sft, dpo = batches()
     if ref is None:
@@ -133,6 +146,57 @@ def test_heat_against_a_loop():
     slow = [max(0.0, sum(A[t][d] * weights[d] for d in range(3))) for t in range(5)]
     classic = gradcam.heat_of(torch.tensor(A), torch.tensor(G), classic=True).tolist()
     assert classic == pytest.approx(slow) and 0 < sum(c > 0 for c in classic)
+
+
+@pytest.mark.parametrize("layout", ["pair", "rows"])
+@pytest.mark.parametrize("vision", ["siglip", "dinov2"])
+def test_the_way_of_a_gradient(fp64, vision, layout, monkeypatch):
+    """Station by station what a plain backward() leaves in .grad: of the whole loss, as the stage
+    descends it, and of each token's own share, whose gradients sum to the whole."""
+    model = tiny_model(vision, dtype=torch.float64)
+    batch = batches()[1] if layout == "pair" else rows_batch()
+    ref = [torch.tensor([-3.0], dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64)]
+    kept = []
+    model.llm.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: kept.append(kwargs["inputs_embeds"]), with_kwargs=True)
+
+    def backward(loss_of):
+        """→ the gradients of every station, as one vector each."""
+        model.zero_grad()
+        kept.clear()
+        loss = loss_of(model(**batch))
+        kept[0].retain_grad()
+        loss.backward()
+        named = dict(model.named_parameters())
+        blocks = "encoder.vision.encoder.layer" + ("s" if vision == "siglip" else "")
+        count = len(model.encoder.blocks)
+        parts = ["projector.", *(f"{blocks}.{i}." for i in reversed(range(count))), "patch_emb"]
+        image = kept[0].grad[batch["input_ids"] == 63].view(-1, N, 32).sum(0)    # in "rows" twice
+        return [image.flatten(), *(torch.cat([p.grad.flatten() for name, p in named.items()
+                                              if part in name and p.grad is not None])
+                                   for part in parts)]
+
+    def loss_of(logps):
+        return gradcam.dpo_loss(lambda **_: logps, batch, ref, BETA)
+    tokenizer = type("Tokenizer", (), {"decode": staticmethod(str)})
+    way = gradcam.path_of(model, batch, loss_of, tokenizer)
+    assert [name for name, _ in gradcam.stations(model)] == \
+        ["projector", *(f"block {i}" for i in range(len(model.encoder.blocks), 0, -1)),
+         "patch embedding"]
+    whole = backward(lambda logps: loss_of(logps))
+    assert way["whole"] == pytest.approx([g.norm().item() for g in whole], rel=1e-9)
+    labels, total = batch["labels"], [torch.zeros_like(g) for g in whole]
+    places = (labels != m.IGNORE).nonzero().tolist()
+    assert len(places) == len(way["tokens"]) == 5
+    for (row, t), token in zip(places, way["tokens"]):
+        grads = backward(lambda logps: token["pull"] * logps[row, t])
+        assert token["norms"] == pytest.approx([g.norm().item() for g in grads], rel=1e-9)
+        assert token["text"] == str([labels[row, t].item()])
+        assert token["answer"] == ("chosen" if labels[row, t] in (5, 6, 7) else "rejected")
+        assert (token["pull"] > 0) == (token["answer"] == "rejected")
+        total = [a + b for a, b in zip(total, grads)]
+    for a, b in zip(total, whole):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_training_on_one_pair_lowers_each_loss():
@@ -235,6 +299,24 @@ def test_gradcam_as_a_command(stage1, cam_world, tmp_path, capsys):
     call(gradcam, capsys, *common[:-1], 2, "--steps", 2, "--out", tmp_path / "e")
     d, e = (json.loads((tmp_path / x / "results.json").read_text())["samples"] for x in "de")
     assert d[0] in e
+
+
+def test_path_as_a_command(stage1, cam_world, tmp_path, capsys):
+    """path.json; its table; after steps the losses have gone down and the model is put back."""
+    common = ["--run", stage1, "--data", cam_world, "--path"]
+    out = call(gradcam, capsys, *common, "--out", tmp_path / "a")
+    found = json.loads((tmp_path / "a/path.json").read_text())
+    dpo, sft = found["methods"]["dpo"], found["methods"]["sft"]
+    assert dpo["loss"] == pytest.approx(np.log(2), abs=1e-6) and found["stations"][1] == "projector"
+    assert {x["answer"] for x in sft["tokens"]} == {"chosen"}
+    pulls = [x["pull"] for x in sft["tokens"]]
+    assert pulls == pytest.approx([-1 / len(pulls)] * len(pulls))
+    for name, a, b in zip(found["stations"], sft["whole"], dpo["whole"]):
+        assert re.search(rf"^{name} +{a:.3g} +{b:.3g} +{b / a:.3g}$", out, re.M), name
+    assert not (tmp_path / "a/gradcam.png").exists()
+    call(gradcam, capsys, *common, "--steps", 2, "--dpo-lr", 1e-3, "--out", tmp_path / "b")
+    after = json.loads((tmp_path / "b/path.json").read_text())["methods"]
+    assert all(after[x]["loss"] < found["methods"][x]["loss"] for x in ("sft", "dpo"))
 
 
 def test_gradcam_refuses_in_one_line(stage1, cam_world, tmp_path):

@@ -59,6 +59,23 @@ def test_sft_and_dpo_consume_the_same_items_in_the_same_order(trained):
     assert all(c["data_digest"] in trained[1][s] for c, s in zip(configs, ("sft", "dpo")))
 
 
+def test_an_extracted_encoder_says_how_far_every_block_moved(trained):
+    """moved.json holds what was printed, and what the files say."""
+    moved = json.loads((trained[0] / "dpo/encoder/moved.json").read_text())
+    names = ["embeddings", *(f"encoder.layers.{i}" for i in range(4)), "post_layernorm"]
+    assert list(moved["moved"]) == list(moved["moved_since_parent"]) == names
+    for name, change in moved["moved"].items():
+        said = re.escape(f"{change:.2e}")
+        assert re.search(rf"{name} +{said}", trained[1]["extract", "dpo"])
+    new, old = (load_file(trained[0] / stage / "final/model.safetensors")
+                for stage in ("dpo", "pretrain"))
+    part = [k for k in old if ".encoder.layers.2." in k and "vision" in k]
+    apart, size = (torch.cat([x.flatten() for x in values]).double().norm() for values in (
+        [new[k] - old[k] for k in part], [old[k] for k in part]))
+    assert moved["moved_since_parent"]["encoder.layers.2"] == \
+        pytest.approx((apart / size).item(), rel=1e-5)
+
+
 def test_metrics_carry_rates_and_norms_of_every_module(trained):
     for stage in ("pretrain", "sft", "dpo"):
         last = [x for x in metrics(trained[0] / stage) if "loss" in x][-1]
@@ -487,6 +504,21 @@ def test_one_table_of_all_instruments(trained, world, tmp_path):
     for picture in re.findall("picture: (.*)", table):
         assert (ROOT / picture).exists()
     assert table.count("picture: ") == 3 and "not run yet: python repair_eval.py" in table
+
+    # ---- and on the page, as numbers
+    run("gradcam.py", "--run", folder, "--data", world, "--path")
+    assert f"wrote {folder}/page.html" in run("-m", "tools.page", folder).stdout
+    page = (folder / "page.html").read_text()
+    for name in ("sft", "dpo"):
+        share = found["linear"]["encoders"][name]["top1"]["mean"]
+        assert f'data-name="{name}" data-value="{100 * share!r}"' in page
+        last = [x["loss"] for x in metrics(folder / name) if "loss" in x][-1]
+        assert f'data-last="{last!r}"' in page
+    for score in found["align"]["scores"]:
+        assert all(f'data-value="{x!r}"' in page for row in score["map"] for x in row)
+    way = json.loads((folder / "probes/gradcam/path.json").read_text())["methods"]
+    assert all(f'data-first="{way[name]["whole"][0]!r}"' in page for name in way)
+    assert page.count('<img src="data:image/jpeg;base64,') == 2
 
 
 # ----------------------------------------------------------------------------------- one clear line
