@@ -154,20 +154,32 @@ def open_tokenizer(path):
         raise SystemExit(f"error: no usable tokenizer in {path}: {printing.first_line(e)}")
 
 
-def llm_config(name, path):
-    """The config of an LLM's folder or hub id; raises SystemExit, one line, where it cannot be
-    opened, or stands for more or other weights than those of a whole model."""
+def config_of_whole(said, path):
+    """The config of a folder or hub id; raises SystemExit, one line, where it cannot be opened, or
+    stands for other weights than a whole model's. said: what a
+    message calls it."""
     from transformers import AutoConfig
     if convert.file_at(path, "adapter_config.json"):
-        raise SystemExit(f"error: --llm {name} is an adapter (LoRA), or has one beside it; merge "
-                         f"it into its base model first (PEFT: merge_and_unload)")
+        raise SystemExit(f"error: {said} is an adapter (LoRA), or has one beside it; merge it into "
+                         f"its base model first (PEFT: merge_and_unload)")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise SystemExit(f"error: cannot open --llm {name} ({path}): {printing.first_line(e)}")
+        where = "" if said == path else f" ({path})"
+        raise SystemExit(f"error: cannot open {said}{where}: {printing.first_line(e)}")
+
+
+def refuse_quantized(said, config):
+    """Raise SystemExit, one line, where the weights are not those that were trained."""
     if getattr(config, "quantization_config", None):
-        raise SystemExit(f"error: --llm {name} is quantized; training needs the weights it was "
-                         f"made of")
+        raise SystemExit(f"error: {said} is quantized; training needs the weights it was made of")
+
+
+def llm_config(name, path):
+    """The config of an LLM's folder or hub id; raises SystemExit, one line, where it is none of a
+    whole model."""
+    config = config_of_whole(f"--llm {name}", path)
+    refuse_quantized(f"--llm {name}", config)
     return config
 
 

@@ -118,3 +118,12 @@ def tiny_model(vision="siglip", llm="qwen2", tie=True, seed=0, dtype=torch.float
             }[llm]()
     encoder = encoders.Encoder(encoders.truncate(eye), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     return published.refuse_dropout(m.MLLM(encoder, head, image_token_id=63)).to(dtype)
+
+
+@torch.no_grad()
+def make_wild(model):
+    """Wild random weights for an MLLM's LLM and projector, in place: what it then says hangs on
+    every token and pixel."""
+    torch.manual_seed(0)
+    for p in (*model.llm.parameters(), *model.projector.parameters()):
+        p.normal_(0, 0.3) if p.dim() == 2 else p.fill_(1)

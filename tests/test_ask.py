@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, run
+from conftest import ROOT, make_wild, run
 from judge import answer
 from pivot import model_io
 from test_probes_cam_align import call, refuses
@@ -40,10 +40,7 @@ def asked(stage1, tmp_path_factory):
     folder = tmp_path_factory.mktemp("asked")
     shutil.copytree(stage1 / "pretrain", folder / "run/wild")
     model, tokenizer = model_io.load_mllm(folder / "run/wild/final")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in (*model.llm.parameters(), *model.projector.parameters()):
-            p.normal_(0, 0.3) if p.dim() == 2 else p.fill_(1)
+    make_wild(model)
     model_io.save_mllm(model, tokenizer, folder / "run/wild/final", True)
     photos = [folder / f"{i}.{'png' if i == 3 else 'jpg'}" for i in range(len(ASKED))]
     (folder / "bench").mkdir()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from judge import answer, intervals, probing, report, score
 from pivot import images, records, tensors
-from conftest import run
+from conftest import make_wild, run
 
 OPTIONS = {"A": "dog", "B": "cat"}
 
@@ -328,15 +328,11 @@ def sixteen(tmp_path_factory):
 def scored(stage1, sixteen, tmp_path_factory):
     """A run folder whose model has answered all sixteen, in batches of three. Its LLM is the toy's
     shape with wild random weights: what it says hangs on every token and pixel."""
-    import torch
-    from pivot import model_io, published
+    from pivot import model_io
     folder = tmp_path_factory.mktemp("scored")
     shutil.copytree(stage1 / "pretrain/final", folder / "m/final")
     model, tokenizer = model_io.load_mllm(folder / "m/final")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in (*model.llm.parameters(), *model.projector.parameters()):
-            p.normal_(0, 0.3) if p.dim() == 2 else p.fill_(1)
+    make_wild(model)
     model_io.save_mllm(model, tokenizer, folder / "m/final", True)
     out = run(*command(folder / "m", sixteen), "--eval-batch", 3)
     return folder / "m", out.stdout

@@ -24,7 +24,7 @@ import torch
 
 from model import MLLM, logits_of, scales_logits
 from pivot import (checkpoints, convert, distributed, encoders, files, flags, model_io,
-                   printing, published, records, tensors)
+                   published, records, tensors)
 
 KINDS = {"llava": "LlavaForConditionalGeneration",
          "llava_onevision": "LlavaOnevisionForConditionalGeneration"}
@@ -67,23 +67,15 @@ class Source(NamedTuple):
 
 def config_of(name):
     """The config of SOURCE; raises SystemExit, one line, where its class is not one known here."""
-    from transformers import AutoConfig
     if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/"))):
         raise SystemExit(f"error: {name} is neither a folder here nor a hub id like "
                          f"llava-hf/llava-onevision-qwen2-0.5b-si-hf")
-    if convert.file_at(name, "adapter_config.json"):
-        raise SystemExit(f"error: {name} is an adapter (LoRA), or has one beside it; merge it into "
-                         f"its base model first (PEFT: merge_and_unload)")
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"error: cannot open {name}: {printing.first_line(e)}")
+    config = published.config_of_whole(name, name)
     if config.model_type not in KINDS:
         why = ", which sees a picture in tiles" if "next" in config.model_type else ""
         raise SystemExit(f"error: {name} is a {config.model_type}{why}; known as stage 1 are "
                          f"{' and '.join(KINDS)}")
-    if getattr(config, "quantization_config", None):
-        raise SystemExit(f"error: {name} is quantized; training needs the weights it was made of")
+    published.refuse_quantized(name, config)
     return config
 
 
