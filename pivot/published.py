@@ -156,8 +156,7 @@ def open_tokenizer(path):
 
 def config_of_whole(said, path):
     """The config of a folder or hub id; raises SystemExit, one line, where it cannot be opened, or
-    stands for other weights than a whole model's. said: what a
-    message calls it."""
+    stands for other weights than a whole model's. said: what a message calls it."""
     from transformers import AutoConfig
     if convert.file_at(path, "adapter_config.json"):
         raise SystemExit(f"error: {said} is an adapter (LoRA), or has one beside it; merge it into "
