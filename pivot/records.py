@@ -11,6 +11,7 @@ import codecs
 import functools
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from pivot import files, printing
 
 MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
 MAX_NAME = 1024             # characters of an image name; a picture in base64 has more
+SHORT_ANSWER = 10           # words of a chosen answer that is a gold answer as it stands
 PROMPT, ANSWER, OTHER = 0, 1, 2   # role of a piece's tokens; OTHER is a pair's rejected answer
 PICTURES = (                # how the names of pictures end, in small letters
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff",
@@ -38,11 +40,12 @@ class BadRecord(Exception):
 class Record(NamedTuple):
     """One item as read: `where` is "file:line"; `image` an absolute path or None; `pieces` a list
     of (text, role) whose ids are concatenated (of a chat, data.Samples closes each answer with the
-    id of `<|im_end|>`); `said` the data's own words in them."""
+    id of `<|im_end|>`); `said` the data's own words in them; `gold` see gold_of."""
     where: str
     image: str | None
     pieces: list
     said: list
+    gold: str | None = None
 
 
 # -------------------------------------------------------------------------------------- raw records
@@ -317,7 +320,25 @@ def pair_record(where, item, image, frame=CHATML):
     question = one_placeholder(question)
     prompt = user_turn(question, True, frame=frame)
     return Record(where, image, [(prompt, PROMPT), (chosen, ANSWER), (rejected, OTHER)],
-                  [question, chosen, rejected])
+                  [question, chosen, rejected], gold_of(chosen))
+
+
+def final_answer(text):
+    """What a text says in the end: what follows its last "Final answer:" (MMPR's words, in any
+    case), without Markdown around it; all of it, where it has none."""
+    said = re.split(r"final answer\W{0,3}:", text, flags=re.I)[-1]
+    return said.strip(" \n\t*_`$")
+
+
+def gold_of(chosen):
+    """The answer that a drawn one is compared with, or None: what follows the last "Final answer:"
+    of a pair's chosen answer; a chosen answer without one, if it is short, itself: one line of at
+    most SHORT_ANSWER words. A longer one (an explanation, a description) cannot be verified."""
+    gold = final_answer(chosen)
+    told = gold != chosen.strip(" \n\t*_`$")
+    if not gold or not told and ("\n" in gold or len(gold.split()) > SHORT_ANSWER):
+        return None
+    return gold
 
 
 def pair_sources(path):
