@@ -356,7 +356,8 @@ def longest_batch(kind, layout, micro_batch, tokenizer, model):
 
 
 def longest_group(group, max_new_tokens, micro_batch, tokenizer, model):
-    """The same for group_batch: the longest prompts, and answers that all go on to the end."""
+    """The same for group_batch: the longest prompts, and answers that all go on to the end. (What
+    drawing them takes, the keys and values of micro_batch × group rows, is not rehearsed.)"""
     plain = longest_batch("pairs", "answers", micro_batch, tokenizer, model)
     prompts = {"input_ids": plain["input_ids"][:, :-1], "pixel_values": plain["pixel_values"]}
     prompts["attention_mask"] = torch.ones_like(prompts["input_ids"])

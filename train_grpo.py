@@ -16,6 +16,8 @@ update a row holds a picture, a prompt and all G answers, and the encoder learns
 once. The items and their order are those of `train_dpo.py --verifiable`.
 
 What was decided here, where GRPOs differ:
+  what is drawn       is drawn from π itself: temperature 1, no top-k; `<|im_end|>` alone ends an
+                      answer, and is trained as its last token
   truncated answers   (no end within --max-new-tokens) get reward 0 and are trained on as they are
   equal groups        (all answers worth the same) stay in the batch, with advantage 0: the items
                       are the same for every signal. Their share is logged, as `equal_groups`
@@ -102,6 +104,9 @@ def get_args(argv=None):
     args.heldout = args.heldout or (str(heldout) if heldout.exists() else "none")
     args.heldout = None if args.heldout == "none" else args.heldout
     args.verifiable = True                       # what data.preference_pairs keeps
+    if args.kl and args.compile and args.dtype == "bf16":
+        raise SystemExit("error: --kl with --compile in bf16: compiled without gradients the "
+                         "reference rounds otherwise; leave one of them out")
     return args
 
 
@@ -215,7 +220,7 @@ def main():
                   "parent_digest": checkpoints.file_digest(run.parent)})
     if args.heldout:                               # kept aside, to see what was learned
         heldout = data.preference_pairs(args, args.heldout, tokenizer, model, keep_all=True)
-        aside = heldout, order.like(heldout)
+        held = heldout, order.like(heldout)
         print0(f"  held-out: {heldout.summary()}")
 
     # ---- the optimizer works on the sharded fp32 masters
@@ -229,7 +234,7 @@ def main():
     if run.start:
         run.resume(model, optimizer)
     elif args.heldout:
-        report_heldout(args, run, model, tokenizer, *aside, clock, step=0)
+        report_heldout(args, run, model, tokenizer, *held, clock, step=0)
     distributed.heed_signals()
 
     clock.start(data.loader(pairs, order.schedule(run.start, steps), "prompts", args.workers))
@@ -301,7 +306,7 @@ def main():
         bar.set_postfix(reward=f"{share['reward']:.3f}", refresh=False)
         run.save_if_due(step + 1, steps, model, optimizer)
     if args.heldout:
-        report_heldout(args, run, model, tokenizer, *aside, clock, step=steps)
+        report_heldout(args, run, model, tokenizer, *held, clock, step=steps)
     run.finish(model, tokenizer, f"python extract.py --run-dir {args.run} --stage {args.stage}")
 
 

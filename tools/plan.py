@@ -286,7 +286,7 @@ def stage_and_args(words):
     args = stage.get_args(words)
     if hasattr(args, "group"):
         raise SystemExit(f"error: {name}.py draws its answers; what that takes is not computed "
-                         f"here. --rehearsal on tries its longest update before the first step")
+                         f"here. --rehearsal on tries its longest update before step 0")
     return stage, args, spec
 
 
