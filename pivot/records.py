@@ -323,22 +323,25 @@ def pair_record(where, item, image, frame=CHATML):
                   [question, chosen, rejected], gold_of(chosen))
 
 
+FINAL = re.compile(r"final answer\W{0,3}:", re.I)
+EDGES = " \n\t*_`$"                              # blanks, Markdown
+
+
 def final_answer(text):
-    """What a text says in the end: what follows its last "Final answer:" (MMPR's words, in any
-    case), without Markdown around it; all of it, where it has none."""
-    said = re.split(r"final answer\W{0,3}:", text, flags=re.I)[-1]
-    return said.strip(" \n\t*_`$")
+    """What a text says in the end: the first line after its last "Final answer:" (MMPR's words, in
+    any case), without Markdown around it; where it has none, all of it."""
+    *before, said = FINAL.split(text)
+    said = said.strip(EDGES)
+    return said.splitlines()[0].strip(EDGES) if before and said else said
 
 
 def gold_of(chosen):
-    """The answer that a drawn one is compared with, or None: what follows the last "Final answer:"
-    of a pair's chosen answer; a chosen answer without one, if it is short, itself: one line of at
-    most SHORT_ANSWER words. A longer one (an explanation, a description) cannot be verified."""
+    """The answer that a drawn one is compared with, or None: what a pair's chosen answer says after
+    "Final answer:"; one without these words, if it is short, itself: one line of at most
+    SHORT_ANSWER words. A longer one (an explanation, a description) cannot be verified."""
     gold = final_answer(chosen)
-    told = gold != chosen.strip(" \n\t*_`$")
-    if not gold or not told and ("\n" in gold or len(gold.split()) > SHORT_ANSWER):
-        return None
-    return gold
+    short = "\n" not in gold and len(gold.split()) <= SHORT_ANSWER
+    return gold if gold and (short or FINAL.search(chosen)) else None
 
 
 def pair_sources(path):

@@ -165,6 +165,8 @@ def test_no_answer_reads_another():
         other = [[*groups[0][:2], [x + 1 for x in groups[0][2]], groups[0][3]], groups[1]]
         batch = data.group_batch(prompts, other)
         changed = (model(**batch) - before).abs() > 1e-6
+    for row, group in zip(batch["branch"], other):                  # padding is nobody's branch
+        assert [int((row == g + 1).sum()) for g in range(4)] == [len(x) + 1 for x in group]
     assert changed.any() and (batch["branch"][changed] == 3).all() and not changed[1].any()
 
 
@@ -267,7 +269,7 @@ def test_rules(rule, said, gold, want):
 @pytest.mark.parametrize("chosen,gold", [
     ("The star is red.", "The star is red."), ("word " * 10, ("word " * 10).strip()),
     ("word " * 11, None), ("one\ntwo", None), ("Long. " * 30 + "\n**Final Answer:** 12", "12"),
-    ("Final answer: 3? No.\nFinal answer: `B`", "B"), ("Because. Final answer:", None)])
+    ("So.\nFinal answer:\n$7$\nFor it is odd.", "7"), ("Final answer: 3? No.\nFinal answer: `B`", "B"), ("Because. Final answer:", None)])
 def test_what_gold_means(chosen, gold):
     assert records.gold_of(chosen) == gold
 
