@@ -114,8 +114,8 @@ def require_branches(model, pairs, max_new_tokens):
     """Raise SystemExit where this LLM cannot hold a group in a row, or an answer to a prompt."""
     config = model.llm.config
     if not m.can_hold_pairs(model.llm):
-        raise SystemExit(f"error: the answers of a group stand in one row, apart by a mask that not "
-                         f"every layer of a {config.model_type} heeds; take another --llm")
+        raise SystemExit(f"error: the answers of a group stand in one row, apart by a mask that "
+                         f"not every layer of a {config.model_type} heeds; take another --llm")
     texts = (pairs.tokens(i) for i in range(len(pairs)))
     longest = max((roles == records.PROMPT).sum() + (ids == pairs.image_id).sum()
                   * (pairs.num_image_tokens - 1) for ids, roles in texts)
@@ -133,16 +133,22 @@ def next_prompts(args, clock):
     return prompts, index
 
 
+def well_formed(said, gold):
+    """Is something said first, and then "Final answer:" and something? 1 or 0."""
+    return float(bool(re.fullmatch(r"\s*\S.*\bfinal answer:\s*\S.*", said, re.I | re.S)))
+
+
 def rewards_of(args, drawn, tokenizer, pairs, index, step):
-    """METHOD: what each answer is worth → (B, G) in all, and {rule: (B, G)}, before their weights.
+    """METHOD: what each answer is worth, (B, G), and its parts before their weights, {name: (B, G)}.
     """
+    def right(said, gold):
+        return RULES[args.rule](records.final_answer(said), gold)
+
     golds = [pairs.golds[i] for i in index]
-    parts = {args.rule: rollout.score(drawn, tokenizer, golds, lambda said, gold: RULES[args.rule](
-        records.final_answer(said), gold))}
+    parts = {args.rule: rollout.score(drawn, tokenizer, golds, right)}
     rewards = parts[args.rule]
     if args.format_reward:
-        parts["format"] = rollout.score(drawn, tokenizer, golds, lambda said, gold: float(bool(
-            re.fullmatch(r"\s*\S.*\bfinal answer:\s*\S.*", said, re.I | re.S))))
+        parts["format"] = rollout.score(drawn, tokenizer, golds, well_formed)
         rewards = rewards + args.format_reward * parts["format"]
     if args.reward_control == "random":
         coins = [[rollout.seed_of("coin", args.seed, step, pairs.keys[i], g) % 2

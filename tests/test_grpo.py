@@ -24,7 +24,8 @@ def random_groups(model, sizes=(3, 3), seed=0):
     g = np.random.default_rng(seed)
     samples, groups = [], []
     for group in sizes:
-        prompt = [1] + [IMAGE] * model.encoder.num_tokens + list(g.integers(2, 60, g.integers(2, 7)))
+        prompt = [1] + [IMAGE] * model.encoder.num_tokens + list(
+            g.integers(2, 60, g.integers(2, 7)))
         samples.append({"ids": np.array(prompt + [5]), "index": len(samples), "roles": np.array(
             [records.PROMPT] * len(prompt) + [records.ANSWER]),
             "pixels": g.integers(0, 256, (3, 32, 32)).astype(np.uint8)})
@@ -35,7 +36,7 @@ def random_groups(model, sizes=(3, 3), seed=0):
 
 
 def plain_rows(prompts, groups):
-    """The same as rows of one answer each, as SFT has them: a picture and a prompt for every one."""
+    """The same as rows of one answer each, as SFT has them: a picture and a prompt for each."""
     samples = []
     for ids, mask, pixels, group in zip(prompts["input_ids"], prompts["attention_mask"],
                                         prompts["pixel_values"], groups):
@@ -136,7 +137,8 @@ def test_one_inner_epoch_is_the_policy_gradient_and_a_group_its_plain_rows():
         separate = predicted(model, rows)
     advantages = m.group_advantages(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)))
     logps = predicted(model, batch)
-    assert (logps - separate).abs().max() < 5e-6 and (logps.exp() - separate.exp()).abs().max() < 1e-6
+    assert (logps - separate).abs().max() < 5e-6
+    assert (logps.exp() - separate.exp()).abs().max() < 1e-6
     for old in (separate, logps.detach()):
         per_token = m.of_tokens(advantages, batch["branch"], batch["labels"])
         losses, clipped = m.clipped_loss(logps, old, per_token, LOW, HIGH)
@@ -174,8 +176,8 @@ TRL = dict(           # of TRL 1.16.0: GRPOTrainer._compute_loss on these log-pr
     lengths=[[3, 1, 4, 2], [2, 4, 1, 3]], rewards=[[1, 0, 0, 1], [0.5, 0, 0, 0]],
     logps=[-2.91, -2.123, -1.378, -1.935, -1.744, -0.865, -1.359, -0.53, -1.066, -1.866, -1.222,
            -0.616, -0.631, -2.03, -0.329, -1.571, -0.678, -2.236, -0.683, -2.43],
-    old=[-2.938, -1.957, -1.381, -2.315, -1.548, -0.82, -1.702, 0.031, -1.159, -1.794, -2.165, -0.65,
-         -0.807, -1.181, -0.058, -1.287, -1.092, -2.319, -0.417, -1.984],
+    old=[-2.938, -1.957, -1.381, -2.315, -1.548, -0.82, -1.702, 0.031, -1.159, -1.794, -2.165,
+         -0.65, -0.807, -1.181, -0.058, -1.287, -1.092, -2.319, -0.417, -1.984],
     ref=[-3.362, -2.161, -0.979, -1.862, -1.444, -1.089, -1.329, 0.267, -0.886, -1.244, -1.502,
          -0.486, -0.274, -1.561, -0.487, -1.393, -0.747, -2.426, -0.568, -2.957],
     dapo=(0.04741266, [
@@ -269,7 +271,8 @@ def test_rules(rule, said, gold, want):
 @pytest.mark.parametrize("chosen,gold", [
     ("The star is red.", "The star is red."), ("word " * 10, ("word " * 10).strip()),
     ("word " * 11, None), ("one\ntwo", None), ("Long. " * 30 + "\n**Final Answer:** 12", "12"),
-    ("So.\nFinal answer:\n$7$\nFor it is odd.", "7"), ("Final answer: 3? No.\nFinal answer: `B`", "B"), ("Because. Final answer:", None)])
+    ("So.\nFinal answer:\n$7$\nFor it is odd.", "7"),
+    ("Final answer: 3? No.\nFinal answer: `B`", "B"), ("Because. Final answer:", None)])
 def test_what_gold_means(chosen, gold):
     assert records.gold_of(chosen) == gold
 
@@ -285,7 +288,8 @@ def test_rewards_add_up_and_a_coin_is_a_function_of_the_item():
     args.reward_control, seen = "random", []
     for step in range(200):
         coins = train_grpo.rewards_of(args, drawn, tokenizer, pairs, [0], step)[0]
-        assert torch.equal(coins, train_grpo.rewards_of(args, drawn, tokenizer, pairs, [0], step)[0])
+        again = train_grpo.rewards_of(args, drawn, tokenizer, pairs, [0], step)[0]
+        assert torch.equal(coins, again)
         seen += coins.flatten().tolist()
     assert set(seen) == {0, 1} and 150 < sum(seen) < 250
 
