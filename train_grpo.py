@@ -139,7 +139,7 @@ def well_formed(said, gold):
 
 
 def rewards_of(args, drawn, tokenizer, pairs, index, step):
-    """METHOD: what each answer is worth, (B, G), and its parts before their weights, {name: (B, G)}.
+    """METHOD: what each answer is worth, (B, G); its parts before their weights, {name: (B, G)}.
     """
     def right(said, gold):
         return RULES[args.rule](records.final_answer(said), gold)
