@@ -20,7 +20,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import CHOSEN, IGNORE, MAX_LENGTH, PADDING, REJECTED, SHARED
+from model import IGNORE, MAX_LENGTH, PADDING
 from pivot import distributed, images, records
 from pivot.records import ANSWER, IMAGE_TOKEN, OTHER, PROMPT, BadRecord
 
@@ -33,12 +33,13 @@ class TokenTable:
     """Texts of all samples in flat arrays, while they are being read."""
 
     def __init__(self):
-        self.kept, self.offsets, self.answer_tokens = [], [0], []
+        self.kept, self.offsets, self.answer_tokens, self.golds = [], [0], [], []
         self.ids, self.roles = array("i"), array("b")
 
     def append(self, record, parts):
         """parts: [(ids of a piece, its role), …] of the record."""
         self.kept.append((record.where, record.image))
+        self.golds.append(record.gold)
         for ids, role in parts:
             self.ids.extend(ids)
             self.roles.extend([role] * len(ids))
@@ -52,16 +53,16 @@ class Samples(torch.utils.data.Dataset):
     kind: "captions" | "conversations" | "pairs"; sources: [(file, image root), …].
     num_samples: stop after so many usable ones, drawn by a seeded shuffle (None: all, file order).
     raises SystemExit at the first bad record, unless skip_bad, which counts it. follow_links: links
-    inside an image root may lead out of it.
+    inside an image root may lead out of it. verifiable: pairs with a gold answer alone.
     """
 
     def __init__(self, kind, sources, tokenizer, encoder, max_length, num_samples=None, seed=0,
-                 skip_bad=False, follow_links=False, verbose=True):
+                 skip_bad=False, follow_links=False, verbose=True, verifiable=False):
         self.kind, self.size, self.num_image_tokens = kind, encoder.image_size, encoder.num_tokens
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.max_length = min(MAX_LENGTH, max_length)
         self.dropped, self.unread, self.read = Counter(), Counter(), 0
-        self.follow_links = follow_links
+        self.follow_links, self.verifiable = follow_links, verifiable
         special = {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", IMAGE_TOKEN} - {""}
         wanted = math.inf if num_samples is None else num_samples
         shown = verbose and distributed.is_main()
@@ -92,6 +93,7 @@ class Samples(torch.utils.data.Dataset):
         # Arrays, not lists: a worker counts references to each string it reads of a list, and so
         # comes to own a copy of its page (100 MB a worker with 500,000 records).
         self.where, self.images = np.array(table.kept, np.dtypes.StringDType(na_object=None)).T
+        self.golds = np.array(table.golds, np.dtypes.StringDType(na_object=None))
         self.text_only = sum(image is None for _, image in table.kept)
         self.ids = np.frombuffer(table.ids, np.int32)
         self.roles = np.frombuffer(table.roles, np.int8)
@@ -171,6 +173,9 @@ class Samples(torch.utils.data.Dataset):
         if any(token in text for text in record.said for token in special):
             self.dropped["special token in text"] += 1
             return None
+        if self.verifiable and record.gold is None:
+            self.dropped["without a gold answer"] += 1
+            return None
         return record
 
     def __len__(self):
@@ -216,8 +221,9 @@ class Samples(torch.utils.data.Dataset):
         drops = ", ".join(f"{n} {why}" for why, n in sorted(self.dropped.items())) or "none"
         unread = ", ".join(f"{n} {what}" for what, n in sorted(self.unread.items()))
         drawn = f", of which {self.drawn} drawn" if self.drawn < self.read else ""
+        gold = "; all with a gold answer" if self.verifiable else ""
         return (f"{len(self)} {self.kind} of {self.read} records{drawn}; dropped: {drops}; "
-                f"{self.text_only} text-only" + (unread and f"; not read: {unread}"))
+                f"{self.text_only} text-only" + gold + (unread and f"; not read: {unread}"))
 
 
 def raw_items(sources, num_samples, seed):
@@ -240,12 +246,12 @@ def pair_files(args, path):
 
 
 def preference_pairs(args, path, tokenizer, model, keep_all=False):
-    """The pairs SFT and DPO share: one reader, one filter, one seeded subset. keep_all: no subset
-    (held-out pairs)."""
+    """The pairs that all signals share: one reader, one filter, one seeded subset. keep_all: no
+    subset (held-out pairs)."""
     return Samples("pairs", pair_files(args, path), tokenizer, model.encoder,
                    model.llm.config.max_position_embeddings,
                    None if keep_all else args.num_samples, args.seed, args.skip_bad,
-                   args.follow_links)
+                   args.follow_links, verifiable=getattr(args, "verifiable", False))
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -254,24 +260,35 @@ def collate(samples, layout):
     """Samples → one right-padded micro-batch.
 
     layout "answers": prompt + (chosen) answer(s); "pair": the shared-prefix layout of model.py;
-    "rows": both answers of a pair as plain rows, those of all chosen ones first.
+    "rows": both answers of a pair as plain rows, those of all chosen ones first; "prompts": no
+    answer, *left*-padded, for model.generate, which draws them.
     → pixel_values uint8 (B, 3, S, S), input_ids, labels (B, T) or, for "rows", (2B, T); for "pair"
-    branch, position_ids (B, T); for both index (B,), which names the rows of the cached reference.
+    branch, position_ids (B, T); for "prompts" no labels, but attention_mask (B, T); for these three
+    index (B,), which names the rows of the cached reference.
     """
     texts = [(s["ids"], s["roles"]) for s in samples]
     if layout == "pair":
         rows = [pair_row(*text) for text in texts]
+    elif layout == "prompts":
+        prompts = [ids[roles == PROMPT] for ids, roles in texts]
+        rows = [{"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in prompts]
     else:
         rows = [answer_row(*text) for text in texts]
     if layout == "rows":
         rows += [answer_row(*text, OTHER) for text in texts]
-    fill = {"input_ids": 0, "labels": IGNORE, "branch": PADDING, "position_ids": 0}
-    batch = {k: pad_sequence([torch.from_numpy(row[k]) for row in rows], batch_first=True,
-                             padding_value=fill[k]) for k in rows[0]}
+    batch = padded(rows, side="left" if layout == "prompts" else "right")
     batch["pixel_values"] = torch.from_numpy(np.stack([s["pixels"] for s in samples]))
     if layout != "answers":
         batch["index"] = torch.tensor([s["index"] for s in samples])
     return batch
+
+
+def padded(rows, side="right"):
+    """[{name: (T,)}, …] → {name: (B, longest T)}."""
+    fill = {"input_ids": 0, "labels": IGNORE, "branch": PADDING, "position_ids": 0,
+            "attention_mask": 0}
+    return {k: pad_sequence([torch.from_numpy(row[k]) for row in rows], batch_first=True,
+                            padding_value=fill[k], padding_side=side) for k in rows[0]}
 
 
 def answer_row(ids, roles, answer=ANSWER):
@@ -284,14 +301,36 @@ def answer_row(ids, roles, answer=ANSWER):
 def pair_row(ids, roles):
     """[prompt | chosen | last prompt token again | rejected], as drawn in model.py."""
     prompt, chosen, rejected = (ids[roles == r] for r in (PROMPT, ANSWER, OTHER))
-    P, C, R = len(prompt), len(chosen), len(rejected)
-    mute = np.full(P, IGNORE)
+    return branch_row(prompt, [chosen, rejected])          # branches CHOSEN = 1 and REJECTED = 2
+
+
+def branch_row(prompt, answers):
+    """One prompt and any number of answers, as drawn in model.py: each answer is a branch, 1, 2, …,
+    that opens with the prompt's last token. prompt (P,), answers: each (A,), ids."""
+    last, lengths = len(prompt) - 1, [len(answer) for answer in answers]
+    opened = [np.append(prompt[-1:], answer) for answer in answers]
+    labels = [np.append([IGNORE], answer) for answer in answers]
     return {
-        "input_ids": np.concatenate([prompt, chosen, prompt[-1:], rejected]),
-        "labels": np.concatenate([mute, chosen, mute[:1], rejected]),
-        "branch": np.repeat([SHARED, CHOSEN, REJECTED], [P - 1, C + 1, R + 1]),
-        "position_ids": np.concatenate([np.arange(P + C), np.arange(P - 1, P + R)]),
+        "input_ids": np.concatenate([prompt[:last], *opened]).astype(np.int64),
+        "labels": np.concatenate([np.full(last, IGNORE), *labels]).astype(np.int64),
+        "branch": np.repeat(np.arange(len(answers) + 1), [last, *(n + 1 for n in lengths)]),
+        "position_ids": np.concatenate([np.arange(last),
+                                        *(np.arange(last, last + n + 1) for n in lengths)]),
     }
+
+
+def group_batch(prompts, answers):
+    """A micro-batch of layout "prompts" and the answers drawn to it → what the model scores: a row
+    holds a picture, its prompt and all answers of its group, each a branch.
+
+    prompts: as collate gives it, on any device; answers: B lists of G lists of ids, end tokens
+    included. → pixel_values, input_ids, labels, branch, position_ids, on that device.
+    """
+    device = prompts["input_ids"].device
+    texts = [ids[mask.bool()].cpu().numpy()
+             for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"])]
+    batch = padded([branch_row(text, group) for text, group in zip(texts, answers)])
+    return {"pixel_values": prompts["pixel_values"], **{k: v.to(device) for k, v in batch.items()}}
 
 
 def longest_batch(kind, layout, micro_batch, tokenizer, model):
@@ -314,6 +353,16 @@ def longest_batch(kind, layout, micro_batch, tokenizer, model):
                     layout)
     batch.pop("index", None)
     return batch
+
+
+def longest_group(group, max_new_tokens, micro_batch, tokenizer, model):
+    """The same for group_batch: the longest prompts, and answers that all go on to the end. (What
+    drawing them takes, the keys and values of micro_batch × group rows, is not rehearsed.)"""
+    plain = longest_batch("pairs", "answers", micro_batch, tokenizer, model)
+    prompts = {"input_ids": plain["input_ids"][:, :-1], "pixel_values": plain["pixel_values"]}
+    prompts["attention_mask"] = torch.ones_like(prompts["input_ids"])
+    answer = plain["input_ids"][0, -1:].repeat(max_new_tokens).tolist()
+    return group_batch(prompts, [[answer] * group] * micro_batch)
 
 
 class BatchOrder:

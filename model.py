@@ -11,14 +11,15 @@ The pair layout (shared prefix, one image, one sequence a pair; the prompt has P
 last of them):
 
       tokens     <image>×N  question   p   c1  c2  c3    p   r1  r2      (padding)
-      branch        0  …        0      1   1   1   1     2   2   2          3
+      branch        0  …        0      1   1   1   1     2   2   2         -1
       position      0  …       P-2    P-1  P  P+1 P+2   P-1  P  P+1         …
 
     A token sees what stands before it in its own branch and in branch 0, nothing else. Because `p`
     opens both branches, each first answer token is predicted from its own copy of it, and the
     ordinary label shift is right everywhere. (Without the copy r1 would be predicted from c3: off
     by 0.1 in a toy's log-prob. If the positions of r1 r2 ran on from c3's, the error would be 2e-3,
-    small enough to miss.)
+    small enough to miss.) Any number of answers fit behind one prompt: GRPO's group has branches
+    1 … G.
 """
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100                                    # label of a token that is not predicted
-SHARED, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3   # branch of a token in the pair layout
+SHARED, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1  # branch of a token in the pair layout
 MAX_LENGTH = 2048               # of prompt + answer with the image's tokens; longer is left out
 MAX_LOGITS = 1024 * 151_936     # at once through lm_head: 1,024 rows of Qwen, 0.6 GB of fp32
 
@@ -188,8 +189,8 @@ class MLLM(nn.Module):
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             features = self.encoder(pixel_values)                      # (B, N, d_vision)
         features = self.projector(features)                            # (B, N, d_llm)
-        if len(input_ids) == 2 * len(features):        # layout "rows": both answers' rows see it
-            features = features.repeat(2, 1, 1)
+        # Layout "rows", or a group that is drawn: all first answers' rows, then all second ones', …
+        features = features.repeat(max(1, len(input_ids) // len(features)), 1, 1)
         is_image = input_ids == self.image_token_id                    # (B, T)
         features = features[is_image.any(1)]                           # text-only rows have none
         if int(is_image.sum()) != features.shape[0] * features.shape[1]:
@@ -224,12 +225,14 @@ class MLLM(nn.Module):
 
     @torch.no_grad()            # not inference_mode: FSDP gathers into tensors that train again
     def generate(self, pixel_values, input_ids, attention_mask, max_new_tokens, stop_ids,
-                 temperature=0.0, seeds=()):
+                 temperature=0.0, seeds=(), keep_stop=False):
         """Continuation, batched and KV-cached: a list of B lists of token ids. Greedy, or drawn
         from softmax(logits / temperature).
 
-        input_ids int64 (B, T), *left*-padded; attention_mask int64 (B, T), 0 on padding; seeds:
-        B ints: what is drawn is a function of its own seed, not of what it is batched with.
+        input_ids int64 (B, T), *left*-padded; attention_mask int64 (B, T), 0 on padding;
+        pixel_values (B, 3, S, S), or of every prompt once, where all prompts are repeated, one
+        after the other; seeds: B ints: what is drawn is a function of its own seed, not of what it
+        is batched with. keep_stop: a stop token that was given ends its list.
         """
         stop = torch.tensor(sorted(stop_ids), device=input_ids.device)
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -246,11 +249,13 @@ class MLLM(nn.Module):
                                        for g in generators])
                 logits = logits / temperature + gumbel.to(logits.device)
             token = logits.argmax(-1)
-            done |= torch.isin(token, stop)
+            stops = torch.isin(token, stop)
+            taken = ~done if keep_stop else ~(done | stops)
+            for b in taken.nonzero().flatten().tolist():
+                answers[b].append(int(token[b]))
+            done |= stops
             if self.all_processes(bool(done.all())):       # sharded, all must run as many steps
                 break
-            for b in (~done).nonzero().flatten().tolist():
-                answers[b].append(int(token[b]))
             inputs, cache = {"input_ids": token[:, None]}, out.past_key_values
             positions = positions[:, -1:] + 1
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
@@ -301,3 +306,67 @@ def mpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     quality = -F.logsigmoid(chosen_rewards - delta) - F.logsigmoid(-(rejected_rewards - delta))
     generation = -chosen_logps / chosen_tokens
     return preference, quality, generation, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+# -------------------------------------------------------------------------------- groups of answers
+
+def group_advantages(rewards, scaled=True):
+    """GRPO (arXiv 2402.03300): what an answer's reward is above the mean of its group, in standard
+    deviations of the group (over G − 1). (B, G) → (B, G).
+
+    A group whose answers are all worth the same gets 0. scaled=False leaves the division out, as
+    Dr. GRPO does (arXiv 2503.20783): with it a question that is nearly always, or nearly never,
+    answered rightly counts more.
+    """
+    above = rewards - rewards.mean(1, keepdim=True)
+    return above / (rewards.std(1, keepdim=True) + 1e-4) if scaled else above
+
+
+def of_tokens(values, branch, labels):
+    """A value of every answer → of each of its tokens that is predicted: (B, G), (B, T), (B, T) →
+    (R,), in the order of logps[labels != IGNORE]."""
+    return values.gather(1, (branch - 1).clamp(min=0))[labels != IGNORE]
+
+
+def clipped_loss(logps, old_logps, advantages, clip_low, clip_high):
+    """PPO's and GRPO's, per token: −min(ρ A, clip(ρ, 1 − low, 1 + high) A), ρ = π / π_old.
+
+    All of one shape, one entry a token. → losses; clipped (bool): where no gradient is left, for ρ
+    has already gone as far as A wanted it to.
+    """
+    ratio = (logps - old_logps).exp()
+    whole, bounded = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    return -torch.minimum(whole, bounded), bounded < whole
+
+
+def kl_k3(logps, ref_logps):
+    """e^d − d − 1, d = log π_ref − log π: per token, ≥ 0, and in the mean over drawn tokens the KL
+    divergence from the reference. DeepSeekMath's and TRL's; its gradient is right to first order in
+    d alone (arXiv 2510.01555)."""
+    d = ref_logps - logps
+    return d.exp() - d - 1
+
+
+def kl_k2(logps, ref_logps):
+    """d² / 2: as a value biased, but on drawn answers its gradient is in the mean that of the KL
+    divergence (arXiv 2510.01555)."""
+    return (ref_logps - logps).square() / 2
+
+
+# How much each token of an answer counts. lengths (B, G): tokens of the answers held here; answers,
+# tokens: how many there are in the *global* batch. → (B, G).
+
+def normalise_dapo(lengths, answers, tokens, max_new_tokens):
+    """All tokens alike: a long answer counts more than a short one (arXiv 2503.14476)."""
+    return torch.ones_like(lengths) / tokens
+
+
+def normalise_grpo(lengths, answers, tokens, max_new_tokens):
+    """All answers alike: a mean over the tokens of each, then over answers. A long wrong answer is
+    punished less for each of its tokens than a short one."""
+    return 1 / (lengths * answers)
+
+
+def normalise_dr_grpo(lengths, answers, tokens, max_new_tokens):
+    """A sum over tokens, by a constant: no length is favoured (arXiv 2503.20783)."""
+    return torch.ones_like(lengths) / (answers * max_new_tokens)

@@ -36,6 +36,7 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=1, lr=5e-5, 
 def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
     flags.add_parent(parser)
+    flags.add_verifiable(parser)
     parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
                         "chosen, rejected; default DATA/preferences/meta.json")
     parser.add_argument("--beta", type=flags.ABOVE_0, help="how strongly a change of the log-ratio "

@@ -25,6 +25,7 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=1, lr=1e-4, 
 def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
     flags.add_parent(parser)
+    flags.add_verifiable(parser)
     parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
                         "chosen, rejected; default DATA/preferences/meta.json")
     args = flags.settle(parser.parse_args(argv), "sft", PAPER, TOY, parent="pretrain")

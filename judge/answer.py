@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from judge import score
-from pivot import distributed, files, images, model_io, records
+from pivot import distributed, files, images, model_io, records, rollout
 
 MAX_CELL = 256 * 2 ** 20         # characters; an unclosed quote would read on to the file's end
 
@@ -251,11 +251,6 @@ def predictions(folder, name, asked=None):
     return done
 
 
-def seed_of(*what):
-    """A seed (32 bits) for each question, whatever the order and the number of processes."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:4], "big")
-
-
 def still_valid(folder, name, asked):
     """The stored answers to what is asked now; one line says how many others there are."""
     kept, known = predictions(folder, name, asked), predictions(folder, name)
@@ -289,7 +284,7 @@ def answer(args, model, tokenizer, device, path, rows, shown, folder, asked):
     stops = model_io.stop_ids(tokenizer)
     with open(own, "a", encoding="utf-8") as file:
         for index, pixels, ids, mask in distributed.progress(0, len(batches), name, loader):
-            seeds = [seed_of(args.seed, name, rows[i]["index"]) for i in index] \
+            seeds = [rollout.seed_of(args.seed, name, rows[i]["index"]) for i in index] \
                 if args.temperature else ()
             tokens = model.generate(pixels.to(device), ids.to(device), mask.to(device),
                                     args.max_new_tokens, stops, args.temperature, seeds)

@@ -253,7 +253,7 @@ class Run:
         if timing:
             self.timed.append(timing)
         if "loss" in metrics and metrics["step"] % self.args.log_every == 0:
-            words = [f"{k} {metrics[k]:.4g}" for k in ("loss", "margin", "accuracy")
+            words = [f"{k} {metrics[k]:.4g}" for k in ("loss", "margin", "accuracy", "reward")
                      if k in metrics]
             words += [f"|g| {k} {v:.3g}" for k, v in metrics["grad_norm"].items()]
             seconds, waited = (sum(t[key] for t in self.timed) for key in ("seconds", "data_wait"))
@@ -390,14 +390,14 @@ class Run:
         barrier()
 
     def print_curves(self):
-        """Loss, and DPO's margin, from the first step to the last, each in a line."""
+        """Loss, and what a stage has of margin and reward, from first step to last, a line each."""
         phases = {}
         with open(self.folder / "metrics.jsonl") as lines:
             for line in map(json.loads, lines):
                 if "loss" in line:
                     phases.setdefault(line.get("phase", ""), []).append(line)
         for phase, lines in phases.items():
-            for what in ("loss", "margin"):
+            for what in ("loss", "margin", "reward"):
                 if what in lines[0]:
                     print0(f"  {what} of {phase or self.args.stage} over its {len(lines)} steps, "
                            f"a mean for each tenth: {printing.curve([x[what] for x in lines])}")

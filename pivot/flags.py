@@ -119,6 +119,13 @@ def add_parent(parser):
                         "published model becomes one by `python -m tools.parent`. Needs --run-dir")
 
 
+def add_verifiable(parser):
+    """The flag of the stages that train on pairs, so that all of them can see what GRPO sees."""
+    parser.add_argument("--verifiable", action="store_true", help="only pairs whose chosen answer "
+                        "holds a gold answer (\"Final answer: …\", or few words): the items of "
+                        "train_grpo.py")
+
+
 # ----------------------------------------------------------------------------- stages by their name
 
 def script_of(stage):

@@ -11,6 +11,7 @@ import codecs
 import functools
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from pivot import files, printing
 
 MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
 MAX_NAME = 1024             # characters of an image name; a picture in base64 has more
+SHORT_ANSWER = 10           # words of a chosen answer that is a gold answer as it stands
 PROMPT, ANSWER, OTHER = 0, 1, 2   # role of a piece's tokens; OTHER is a pair's rejected answer
 PICTURES = (                # how the names of pictures end, in small letters
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff",
@@ -38,11 +40,12 @@ class BadRecord(Exception):
 class Record(NamedTuple):
     """One item as read: `where` is "file:line"; `image` an absolute path or None; `pieces` a list
     of (text, role) whose ids are concatenated (of a chat, data.Samples closes each answer with the
-    id of `<|im_end|>`); `said` the data's own words in them."""
+    id of `<|im_end|>`); `said` the data's own words in them; `gold` see gold_of."""
     where: str
     image: str | None
     pieces: list
     said: list
+    gold: str | None = None
 
 
 # -------------------------------------------------------------------------------------- raw records
@@ -317,7 +320,28 @@ def pair_record(where, item, image, frame=CHATML):
     question = one_placeholder(question)
     prompt = user_turn(question, True, frame=frame)
     return Record(where, image, [(prompt, PROMPT), (chosen, ANSWER), (rejected, OTHER)],
-                  [question, chosen, rejected])
+                  [question, chosen, rejected], gold_of(chosen))
+
+
+FINAL = re.compile(r"final answer\W{0,3}:", re.I)
+EDGES = " \n\t*_`$"                              # blanks, Markdown
+
+
+def final_answer(text):
+    """What a text says in the end: the first line after its last "Final answer:" (MMPR's words, in
+    any case), without Markdown around it; where it has none, all of it."""
+    *before, said = FINAL.split(text)
+    said = said.strip(EDGES)
+    return said.splitlines()[0].strip(EDGES) if before and said else said
+
+
+def gold_of(chosen):
+    """The answer that a drawn one is compared with, or None: what a pair's chosen answer says after
+    "Final answer:"; one without these words, if it is short, itself: one line of at most
+    SHORT_ANSWER words. A longer one (an explanation, a description) cannot be verified."""
+    gold = final_answer(chosen)
+    short = "\n" not in gold and len(gold.split()) <= SHORT_ANSWER
+    return gold if gold and (short or FINAL.search(chosen)) else None
 
 
 def pair_sources(path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.argv = sys.argv[1:]
-from pivot import checkpoints, training  # noqa: E402
+from pivot import checkpoints, rollout, training  # noqa: E402
 
 wanted, left, rank = os.environ["KILL"].split(":")
 left, mark = int(left), Path(os.environ["KILL_MARK"])
@@ -61,5 +61,7 @@ wrap(checkpoints.dcp, "save", lambda *a: "shards begun", lambda *a: "shards writ
 wrap(os, "replace", lambda a, b: f"before rename of {target(a, b)}",
      lambda a, b: f"after rename of {target(a, b)}")
 wrap(checkpoints.Run, "log", lambda *a: "before a line", lambda *a: "after a line")
+wrap(rollout, "draw", lambda *a: "before a group", lambda *a: "after a group")
+wrap(rollout, "score", lambda *a: "before a group is scored", lambda *a: "after a score")
 wrap(training, "clip_grad_norm", lambda *a: "before clipping", lambda *a: "before the update")
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -11,7 +11,8 @@ import pytest
 
 from conftest import ROOT, run
 
-STAGES = ["pretrain", "train_sft", "train_dpo", "train_mpo", "extract", "repair_eval"]
+STAGES = ["pretrain", "train_sft", "train_dpo", "train_mpo", "train_grpo", "extract",
+          "repair_eval"]
 INSTRUMENTS = ["probe_linear", "probe_seg", "probe_align", "gradcam"]
 SHARED = ["model", "data"]
 FOLDERS = ["pivot", "judge", "tools", "toy", "study"]
@@ -114,6 +115,8 @@ def may(name):
         return {"model", "data", "train_sft", "train_dpo"} | pivot | judge
     if name in INSTRUMENTS:
         return {"model", "data"} | pivot | judge
+    if name == "train_grpo":                           # it rewards answers
+        return {"model", "data", "judge.score"} | pivot
     if name in STAGES:
         return {"model", "data"} | pivot
     if folder == "toy" or name == "toy":               # of the recipe the layout alone: text, JSON
@@ -146,6 +149,7 @@ def test_what_a_fork_takes_along():
     checkpoint code, no other probe."""
     for stage in ("pretrain", "train_sft", "train_dpo", "train_mpo"):
         assert {n.split(".")[0] for n in needs(stage)} == {"model", "data", "pivot"}, stage
+    assert {n for n in needs("train_grpo") if n.startswith("judge")} == {"judge.score"}
     seg = needs("probe_seg")
     assert not seg & {"judge.answer", "judge.score", "judge.report", "pivot.checkpoints",
                       *INSTRUMENTS}
@@ -173,8 +177,8 @@ def test_stage_names_are_not_wired_into_the_ground_floor():
         code = ast.parse(path.read_text(encoding="utf-8"))
         words = {n.value for n in ast.walk(code) if isinstance(n, ast.Constant)
                  and isinstance(n.value, str)}
-        assert not words & {"sft", "dpo", "mpo", "pretrain", "repair", "train_sft.py", "train_dpo.py",
-                            "train_mpo.py", "pretrain.py"}, path.name
+        assert not words & {"sft", "dpo", "mpo", "grpo", "pretrain", "repair", "train_sft.py",
+                            "train_dpo.py", "train_mpo.py", "train_grpo.py", "pretrain.py"}, path.name
 
 
 def test_commands_import_pivot_first():

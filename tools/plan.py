@@ -283,7 +283,11 @@ def stage_and_args(words):
         raise SystemExit(f"error: {name}.py trains nothing: it has no get_args and PAPER")
     if not any(w.startswith("--dtype") for w in words):
         words += ["--dtype", "bf16"]                  # as on a GPU, wherever the plan is made
-    return stage, stage.get_args(words), spec
+    args = stage.get_args(words)
+    if hasattr(args, "group"):
+        raise SystemExit(f"error: {name}.py draws its answers; what that takes is not computed "
+                         f"here. --rehearsal on tries its longest update before step 0")
+    return stage, args, spec
 
 
 def main():

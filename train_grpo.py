@@ -1,0 +1,320 @@
+"""Stage 2d, GRPO: the model's own answers, drawn by the group, scored by a rule, compared.
+
+One process:     python train_grpo.py --encoder toy-vit --llm toy-lm --data data/toy
+Eight GPUs:      torchrun --nproc_per_node=8 train_grpo.py --encoder siglip2-so400m
+
+Reads   runs/NAME/pretrain/final (the policy starts there) and MMPR preference pairs: their prompts,
+        and their chosen answers for the gold answer in them. A pair without one is dropped.
+        --parent takes another run's stage 1, or a published model, instead.
+Writes  runs/NAME/grpo/: config.json, metrics.jsonl, timing.jsonl, checkpoints/, final/ (opens as
+        LlavaForConditionalGeneration). Next: python extract.py --run-dir runs/NAME --stage grpo
+
+A step has two halves. In the rollout G answers to each prompt are drawn from the policy, and a rule
+of judge/score.py says what each is worth. In the update an answer that is worth more than the mean
+of its group is made more likely, one that is worth less, less. The rollout has no gradient; in the
+update a row holds a picture, a prompt and all G answers, and the encoder learns from all of them at
+once. The items and their order are those of `train_dpo.py --verifiable`.
+
+What was decided here, where GRPOs differ:
+  what is drawn       is drawn from π itself: temperature 1, no top-k; `<|im_end|>` alone ends an
+                      answer, and is trained as its last token
+  truncated answers   (no end within --max-new-tokens) get reward 0 and are trained on as they are
+  equal groups        (all answers worth the same) stay in the batch, with advantage 0: the items
+                      are the same for every signal. Their share is logged, as `equal_groups`
+  log π_old           is the first inner epoch's own log-prob, in the layout that is trained; the
+                      sampler's numbers are not used. With one inner epoch ρ = 1, and this is the
+                      plain policy gradient: clipping does nothing
+  the loss            says little: without KL its value is near 0 by construction. Look at `reward`
+"""
+import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
+import re
+import time
+from pathlib import Path
+
+import torch
+
+import data
+import model as m
+from judge import score
+from pivot import checkpoints, distributed, flags, model_io, records, rehearsal, rollout, training
+from pivot.distributed import print0
+
+# The PIVOT paper states neither group size nor rate nor KL of its GRPO. Items, steps and rate are
+# DPO's here, the group is TRL's.
+PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=1e-6,
+             global_batch=256, micro_batch=4, warmup=0.03, num_samples=20_000, workers=4,
+             group=8, max_new_tokens=512)
+TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=1, lr=5e-5, global_batch=32,
+           micro_batch=32, workers=1, max_new_tokens=24)
+NORMALISE = {"dapo": m.normalise_dapo, "grpo": m.normalise_grpo, "dr_grpo": m.normalise_dr_grpo}
+KL = {"k3": m.kl_k3, "k2": m.kl_k2}
+
+
+def letter(said, gold):
+    """The option's letter, where the gold answer is one ("B", "(b)."); another one: exact."""
+    option = gold.strip("(). ").upper()
+    options = dict.fromkeys("ABCDEFGHI", "")
+    if option not in options:
+        return score.exact(said, [gold])
+    return float(score.letter(said, option, options))
+
+
+RULES = {"exact": lambda said, gold: score.exact(said, [gold]), "letter": letter,
+         "relaxed": lambda said, gold: score.relaxed(said, [gold]),
+         "anls": lambda said, gold: score.anls(said, [gold]),
+         "vqa": lambda said, gold: score.vqa_soft(said, [gold])}
+
+
+def get_args(argv=None):
+    parser = flags.arguments(__doc__, PAPER)
+    flags.add_parent(parser)
+    parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
+                        "chosen, rejected; default DATA/preferences/meta.json")
+    parser.add_argument("--group", type=flags.number(int, 2), help="answers drawn to a prompt "
+                        "(default 8)")
+    parser.add_argument("--max-new-tokens", type=flags.COUNT, help="of a drawn answer, its end "
+                        "included (default 512; 24 with a toy LLM)")
+    parser.add_argument("--rule", choices=RULES, default="exact", help="what compares an answer "
+                        "with the gold one: judge/score.py's rules; what follows a last \"Final "
+                        "answer:\" counts, in both (default exact)")
+    parser.add_argument("--format-reward", type=flags.RATE, default=0, help="added for an answer "
+                        "that reasons first and then says \"Final answer:\" (default 0: none)")
+    parser.add_argument("--normalise", choices=NORMALISE, default="dapo", help="dapo: every token "
+                        "counts alike; grpo: every answer; dr_grpo: every token, by a constant, "
+                        "and advantages are not divided by the group's deviation (default dapo)")
+    parser.add_argument("--inner-epochs", type=flags.COUNT, default=1, help="updates a rollout "
+                        "(default 1)")
+    parser.add_argument("--clip-low", type=flags.number(float, 0, 1), default=0.2,
+                        help="ρ below 1 − this moves no further (default 0.2)")
+    parser.add_argument("--clip-high", type=flags.RATE, default=0.2,
+                        help="ρ above 1 + this moves no further (default 0.2; DAPO's is 0.28)")
+    parser.add_argument("--kl", type=flags.RATE, default=0, help="weight of the KL divergence from "
+                        "stage 1, which is then held as a second, frozen model (default 0: none)")
+    parser.add_argument("--kl-estimator", choices=KL, default="k3", help="how it is estimated from "
+                        "a drawn token; see model.py (default k3)")
+    parser.add_argument("--reward-control", choices=["none", "random"], default="none",
+                        help="random: a coin is the reward, to see what training does without any")
+    parser.add_argument("--blank-image", action="store_true", help="a control: every picture is "
+                        "black, in the rollout and in the update")
+    parser.add_argument("--heldout", help="pairs answered, greedily, before and after training; "
+                        "default DATA/preferences/heldout.jsonl, where that exists; 'none': none")
+    args = flags.settle(parser.parse_args(argv), "grpo", PAPER, TOY, parent="pretrain")
+    args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
+    heldout = Path(args.data, "preferences", "heldout.jsonl")
+    args.heldout = args.heldout or (str(heldout) if heldout.exists() else "none")
+    args.heldout = None if args.heldout == "none" else args.heldout
+    args.verifiable = True                       # what data.preference_pairs keeps
+    if args.kl and args.compile and args.dtype == "bf16":
+        raise SystemExit("error: --kl with --compile in bf16: compiled without gradients the "
+                         "reference rounds otherwise; leave one of them out")
+    return args
+
+
+def require_branches(model, pairs, max_new_tokens):
+    """Raise SystemExit where this LLM cannot hold a group in a row, or an answer to a prompt."""
+    config = model.llm.config
+    if not m.can_hold_pairs(model.llm):
+        raise SystemExit(f"error: the answers of a group stand in one row, apart by a mask that "
+                         f"not every layer of a {config.model_type} heeds; take another --llm")
+    texts = (pairs.tokens(i) for i in range(len(pairs)))
+    longest = max((roles == records.PROMPT).sum() + (ids == pairs.image_id).sum()
+                  * (pairs.num_image_tokens - 1) for ids, roles in texts)
+    if longest + max_new_tokens > config.max_position_embeddings:
+        raise SystemExit(f"error: --max-new-tokens {max_new_tokens} after a prompt of {longest} "
+                         f"tokens: this LLM has {config.max_position_embeddings} positions")
+
+
+def next_prompts(args, clock):
+    """A micro-batch of prompts, and which pairs they are."""
+    prompts = clock.next_batch()
+    index = prompts.pop("index").tolist()
+    if args.blank_image:
+        prompts["pixel_values"] = torch.zeros_like(prompts["pixel_values"])
+    return prompts, index
+
+
+def well_formed(said, gold):
+    """Is something said first, and then "Final answer:" and something? 1 or 0."""
+    return float(bool(re.fullmatch(r"\s*\S.*\bfinal answer:\s*\S.*", said, re.I | re.S)))
+
+
+def rewards_of(args, drawn, tokenizer, pairs, index, step):
+    """METHOD: what each answer is worth, (B, G); its parts before their weights, {name: (B, G)}.
+    """
+    def right(said, gold):
+        return RULES[args.rule](records.final_answer(said), gold)
+
+    golds = [pairs.golds[i] for i in index]
+    parts = {args.rule: rollout.score(drawn, tokenizer, golds, right)}
+    rewards = parts[args.rule]
+    if args.format_reward:
+        parts["format"] = rollout.score(drawn, tokenizer, golds, well_formed)
+        rewards = rewards + args.format_reward * parts["format"]
+    if args.reward_control == "random":
+        coins = [[rollout.seed_of("coin", args.seed, step, pairs.keys[i], g) % 2
+                  for g in range(args.group)] for i in index]
+        rewards = torch.tensor(coins, dtype=torch.float32)
+    return rewards, parts
+
+
+def roll_out(args, model, tokenizer, pairs, prompts, index, step):
+    """METHOD: draw and score a group for each prompt of a micro-batch; compare within the groups.
+
+    What is drawn is a function of --seed, the step and the item: neither of who draws it, nor of
+    what happened before. So a run that is killed here goes on with the same answers. → a dict that
+    the update reads: `batch` for the model; `lengths`, `advantages` (B, G); `counts` to be logged.
+    """
+    seeds = [[rollout.seed_of(args.seed, step, pairs.keys[i], g) for g in range(args.group)]
+             for i in index]
+    drawn = rollout.draw(model, prompts, args.group, args.max_new_tokens,
+                         tokenizer.convert_tokens_to_ids("<|im_end|>"), seeds)
+    rewards, parts = rewards_of(args, drawn, tokenizer, pairs, index, step)
+    advantages = m.group_advantages(rewards, scaled=args.normalise != "dr_grpo")
+    counts = {"answers": rewards.numel(), "tokens": drawn.lengths.sum(), "reward": rewards.sum(),
+              "stopped": drawn.stopped.sum(),
+              "equal_groups": (rewards == rewards[:, :1]).all(1).sum(),
+              **{f"reward_{rule}": values.sum() for rule, values in parts.items()}}
+    device = prompts["input_ids"].device
+    return {"batch": data.group_batch(prompts, drawn.answers), "counts": counts,
+            "lengths": drawn.lengths.to(device), "advantages": advantages.to(device)}
+
+
+def report_heldout(args, run, model, tokenizer, samples, order, clock, step):
+    """The rule's mean score of greedy answers to prompts never trained on."""
+    scores, seen = torch.zeros(len(samples)), torch.zeros(len(samples))
+    stop_id, cover = tokenizer.convert_tokens_to_ids("<|im_end|>"), order.cover()
+    clock.start(data.loader(samples, cover, "prompts", args.workers))
+    for _ in distributed.progress(0, len(cover), "held-out pairs"):
+        prompts, index = next_prompts(args, clock)
+        drawn = rollout.draw(model, prompts, 1, args.max_new_tokens, stop_id)
+        _, parts = rewards_of(args, drawn, tokenizer, samples, index, step)
+        scores[index], seen[index] = parts[args.rule][:, 0], 1
+    reward = (distributed.sum_tensor(scores) / distributed.sum_tensor(seen)).mean().item()
+    run.log({"step": step, "heldout_reward": reward})
+    print0(f"  held-out pairs after {step} steps: {args.rule} {reward:.4f} (n = {len(samples)})")
+
+
+def require_same_function(args, kl):
+    """METHOD: before the first update policy and reference are one model: KL 0. raises SystemExit.
+    """
+    if abs(kl) > (1e-3 if args.dtype == "bf16" else 1e-5):
+        raise SystemExit(f"error: step 0: KL {kl:.2g}: policy and reference are NOT the same "
+                         f"function; nothing was updated. Usual causes: randomness in a forward, "
+                         f"as of dropout; a forward that changes the model")
+    print0(f"  step 0: KL {kl:.2g}: policy and reference are the same function")
+
+
+def main():
+    args = get_args()
+    device = distributed.start()
+    run = checkpoints.Run(Path(args.run, args.stage), args)
+
+    # ---- model
+    model, tokenizer = model_io.load_mllm(run.parent)
+    model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
+                              args.replicas, args.attention, args.compile)
+    rehearsal.rehearse(args, model, training.learning_rates(args), data.longest_group(
+        args.group, args.max_new_tokens, args.micro_batch, tokenizer, model))
+
+    # ---- data
+    pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
+    require_branches(model, pairs, args.max_new_tokens)
+    order = data.BatchOrder(pairs, args.global_batch, args.micro_batch, args.seed,
+                            *distributed.world())
+    steps = training.num_steps(args.epochs, args.max_steps, order)
+    run.describe({"data": pairs.summary(), "data_digest": order.digest(steps),
+                  "parent_digest": checkpoints.file_digest(run.parent)})
+    if args.heldout:                               # kept aside, to see what was learned
+        heldout = data.preference_pairs(args, args.heldout, tokenizer, model, keep_all=True)
+        held = heldout, order.like(heldout)
+        print0(f"  held-out: {heldout.summary()}")
+
+    # ---- the optimizer works on the sharded fp32 masters
+    optimizer = training.adamw(model, training.learning_rates(args))
+    clock = training.Clock(device, args.stall_timeout)
+    if args.kl:                                    # the parent once more, frozen
+        ref_model, _ = model_io.load_mllm(run.parent)
+        ref_model = distributed.shard(ref_model.requires_grad_(False), device, args.dtype,
+                                      replicas=args.replicas, attention=args.attention,
+                                      compiled=args.compile)
+    if run.start:
+        run.resume(model, optimizer)
+    elif args.heldout:
+        report_heldout(args, run, model, tokenizer, *held, clock, step=0)
+    distributed.heed_signals()
+
+    clock.start(data.loader(pairs, order.schedule(run.start, steps), "prompts", args.workers))
+    for step in (bar := distributed.progress(run.start, steps, args.stage)):
+        lrs = training.set_lr(optimizer, step, steps, args.warmup)
+
+        # ---- rollout
+        rolled, began = [], time.perf_counter()
+        for _ in range(order.micro_steps):
+            prompts, index = next_prompts(args, clock)
+            rolled.append(roll_out(args, model, tokenizer, pairs, prompts, index, step))
+        counts = distributed.reduce_sum({k: sum(float(group["counts"][k]) for group in rolled)
+                                         for k in rolled[0]["counts"]})
+        seconds = time.perf_counter() - began
+
+        # ---- update
+        for inner in range(args.inner_epochs):
+            sums = {"loss": 0.0, "tokens": 0, "kl": 0.0, "clipped": 0, "surprise": 0.0}
+            for micro, group in enumerate(rolled):
+                batch = group["batch"]
+                model.set_requires_gradient_sync(micro == order.micro_steps - 1)
+
+                # METHOD: one image, one prompt, G answers, one forward.
+                # L = Σ_tokens w [−min(ρ A, clip(ρ) A) + β KL],  ρ = π / π_old; w: --normalise
+                answered = batch["labels"] != m.IGNORE
+                logps = model(**batch)[answered]                          # (R,) fp32
+                if inner == 0:
+                    group["old_logps"] = logps.detach()
+                losses, clipped = m.clipped_loss(
+                    logps, group["old_logps"],
+                    m.of_tokens(group["advantages"], batch["branch"], batch["labels"]),
+                    args.clip_low, args.clip_high)
+                weights = NORMALISE[args.normalise](group["lengths"], counts["answers"],
+                                                    counts["tokens"], args.max_new_tokens)
+                if args.kl:
+                    if inner == 0:
+                        with torch.no_grad():
+                            group["ref_logps"] = ref_model(**batch)[answered]
+                    kl = KL[args.kl_estimator](logps, group["ref_logps"])
+                    losses = losses + args.kl * kl
+                    sums["kl"] += kl.detach().sum() / counts["tokens"]
+                loss = (losses * m.of_tokens(weights, batch["branch"], batch["labels"])).sum()
+                loss.backward()
+
+                sums["loss"] += loss.detach()
+                sums["tokens"] += batch["input_ids"].numel()
+                sums["clipped"] += clipped.sum() / counts["tokens"]
+                sums["surprise"] -= logps.detach().sum() / counts["tokens"]
+            sums = distributed.reduce_sum(sums)
+            norms = training.clip_grad_norm(model)
+            training.require_finite(step, sums["loss"], norms, pairs, order)
+            if inner == 0:
+                entropy = sums["surprise"]  # drawn from π: in the mean −log π is π's entropy
+            if step == inner == 0 and args.kl:
+                require_same_function(args, sums["kl"])
+            optimizer.step()
+            optimizer.zero_grad()
+
+        # ---- log, save
+        share = {k: v / counts["answers"] for k, v in counts.items()}
+        run.log({"step": step, "samples_seen": (step + 1) * args.global_batch,
+                 "loss": sums["loss"], "lr": lrs, "grad_norm": norms,
+                 **{k: v for k, v in share.items() if k.startswith("reward")},
+                 "stopped": share["stopped"], "length": share["tokens"],
+                 "equal_groups": counts["equal_groups"] / args.global_batch,
+                 "entropy": entropy, "kl": sums["kl"], "clipped": sums["clipped"]},
+                {**clock.lap(step, sums["tokens"] * args.inner_epochs),
+                 "rollout": round(seconds, 4)})
+        bar.set_postfix(reward=f"{share['reward']:.3f}", refresh=False)
+        run.save_if_due(step + 1, steps, model, optimizer)
+    if args.heldout:
+        report_heldout(args, run, model, tokenizer, *held, clock, step=steps)
+    run.finish(model, tokenizer, f"python extract.py --run-dir {args.run} --stage {args.stage}")
+
+
+if __name__ == "__main__":
+    distributed.launch(main)
