@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -44,16 +43,11 @@ def pytest_collection_modifyitems(items):
 
 
 def run(*command, processes=1, check=True):
-    """Run a script of the repository, or "-m" and a module, alone (in a fork that has torch imported already) or under
-    torchrun; → CompletedProcess."""
-    command = [str(c) for c in command]
-    if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   f"--nproc_per_node={processes}", *command]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            done = in_fork.run(in_fork.server(), command, ROOT, out=Path(folder))
+    """Run a script of the repository, or "-m" and a module, in one process or several, which are
+    forks that have torch imported already; → CompletedProcess."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = in_fork.run(in_fork.server(), [str(c) for c in command], ROOT, Path(folder),
+                           processes=processes)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 

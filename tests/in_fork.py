@@ -1,12 +1,16 @@
-"""Run a script of the repository in a forked child: what a user's command does, without the three
-seconds of imports. A fork server of multiprocessing imports this module once; a `run` is a fork.
+"""Run a script of the repository in forked children: what a user's command does, without the three
+seconds of imports. A fork server of multiprocessing imports this module once; a `run` is a fork, or
+several that find each other as torchrun's workers do. (How torchrun itself starts and ends them is
+for test_ends.py, test_survive.py and test_headline.py, which run it.)
 """
 import functools
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -23,12 +27,13 @@ from tqdm import tqdm  # noqa: E402
 tqdm.set_lock(threading.RLock())     # its own is a semaphore, which a killed child would leak
 
 
-def child(command, folder, out, killed):
+def child(command, folder, out, killed, environment):
     """In the child: the script as __main__, in `folder`, its output in two files in `out`.
 
     killed: die in Run.finish, as a lost machine would: what is left is a run half done.
     """
     os.chdir(folder)
+    os.environ |= environment
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)
@@ -59,13 +64,38 @@ def server():
     return context
 
 
-def run(context, command, folder, out=None, killed=False):
+def run(context, command, folder, out=None, killed=False, processes=1):
     """→ CompletedProcess. folder: where the command is typed; out: where its output is kept."""
-    out = out or folder
-    process = context.Process(target=child, args=(command, folder, out, killed))
-    process.start()
-    process.join(300)
-    if process.exitcode is None:
-        process.kill()
-    out = [(out / name).read_text(errors="replace") for name in ("stdout", "stderr")]
-    return CompletedProcess(command, process.exitcode, *out)
+    outs = [Path(out or folder)] + [Path(out or folder, str(r)) for r in range(1, processes)]
+    forks = []
+    for rank, (place, environment) in enumerate(zip(outs, torchrun_says(processes))):
+        place.mkdir(exist_ok=True)
+        forks.append(context.Process(target=child, args=(command, folder, place, killed,
+                                                         environment)))
+        forks[rank].start()
+    end, failed = time.monotonic() + 300, False
+    while any(fork.exitcode is None for fork in forks) and time.monotonic() < end:
+        if any(fork.exitcode for fork in forks) and not failed:
+            failed, end = True, time.monotonic() + 30         # torchrun ends the others, too
+            for fork in forks:
+                fork.terminate()
+        time.sleep(0.01)
+    for fork in forks:
+        fork.kill()
+        fork.join()
+    said = ["".join((place / name).read_text(errors="replace") for place in outs)
+            for name in ("stdout", "stderr")]
+    code = next((fork.exitcode for fork in forks if fork.exitcode), 0)
+    return CompletedProcess(command, code, *said)
+
+
+def torchrun_says(processes):
+    """What torchrun tells each of its workers, in the environment: one dict a rank; [{}] alone."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+             "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(port)} for rank in range(processes)]
