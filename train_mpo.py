@@ -199,8 +199,8 @@ def main():
 
             # METHOD: one image, one prompt, two answers, one forward.
             # r = β (log π(y) − log π_ref(y))
-            # L = −E [0.8 log σ(r_c − r_r) + 0.2 (log σ(r_c − δ) + log σ(δ − r_r))
-            #         + 1.0 log π(y_c) / |y_c|]
+            # L = −E [w_p log σ(r_c − r_r) + w_q (log σ(r_c − δ) + log σ(δ − r_r))
+            #         + w_g log π(y_c) / |y_c|]
             index = batch.pop("index")
             logps = model(**batch)                                    # (B, T) fp32
             chosen_logps, rejected_logps = m.answer_logps(logps, batch.get("branch"))

@@ -201,7 +201,7 @@ def open_llm(name):
     llm = open_model(AutoModelForCausalLM, f"--llm {name}", path,
                      attn_implementation=attention_of(llm_config(name, path)))
     own_head(llm)
-    refuse_llm(llm, name)
+    refuse_llm(llm, f"--llm {name}")
     tokenizer = open_tokenizer(path)
     image_token_id = prepare_tokenizer(tokenizer)
     if len(tokenizer) > llm.config.vocab_size:
@@ -226,10 +226,10 @@ def own_head(llm):
 
 
 @torch.no_grad()
-def refuse_llm(llm, name):
+def refuse_llm(llm, who):
     """Raise SystemExit, one line, unless the LLM is built as the hub's names have it, in model. and
     lm_head, and its own logits are those of model.logits_of, compared on one row."""
-    who = f"error: --llm {name} is a {llm.config.model_type}: "
+    who = f"error: {who} is a {llm.config.model_type}: "
     layers = getattr(llm.base_model, "layers", ())
     if llm.base_model_prefix != "model" or not len(layers) or not hasattr(llm, "lm_head"):
         raise SystemExit(f"{who}only causal LMs with their blocks in model.layers and a lm_head "

@@ -349,3 +349,54 @@ def test_the_command(run, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="--png needs matplotlib: pip install"):
         call(other, "--png", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+# ------------------------------------------------------------------------------ what is rare
+
+def test_a_published_model_brought_in_has_a_page(run, tmp_path):
+    """tools.parent's run: the original is stage 1's own encoder, and stage 1 has no data. With its
+    parent elsewhere, nobody is told to train another stage 1."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for name in ("pretrain", "sft", "dpo"):
+        config = json.loads((folder / name / "config.json").read_text())
+        config["arguments"]["encoder"] = f"{folder}/pretrain/encoder"
+        config["arguments"]["data"] = config["arguments"]["data"] if name != "pretrain" else None
+        config["arguments"] |= {"num_samples": 40} if name == "sft" else {}
+        (folder / name / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(folder / "dpo")
+    found = Reader(source_of(folder))
+    assert "The trained models: difference to stage 1" in found.text
+    again = f"train_dpo.py --run-dir {folder} --num-samples 40 --seed 0"
+    assert again in found.text and "pretrain.py" not in found.text
+    config = json.loads((folder / "sft/config.json").read_text())
+    config["arguments"]["parent"] = "../other/pretrain"
+    (folder / "sft/config.json").write_text(json.dumps(config))
+    shutil.rmtree(folder / "pretrain")
+    found = Reader(source_of(folder))
+    assert f"--parent {tmp_path}/other/pretrain" in found.text and "pretrain.py" not in found.text
+    (folder / "sft/final/config.json").unlink()
+    assert "/sft has begun; it goes on by the command that began it: python train_sft.py" in \
+        Reader(source_of(folder)).text
+
+
+def test_axes_of_what_is_rare():
+    """A zero in the run beside it, a range narrower than a factor of two, what is no number."""
+    def chart(values, log):
+        return figures.Chart("g", "g", [figures.Line("sft", "SFT", [0, 1], values)], log=log)
+    mine = chart([0.5, 0.9], True)
+    assert figures.bounds(mine, [mine, chart([0.0, 0.7], False)])[2:] == (0.5 / 1.2, 0.9 * 1.2)
+    assert figures.log_ticks(0.25, 0.48) == [0.3, 0.4]
+    assert figures.short(float("nan")) == "nan" and figures.short(float("inf")) == "inf"
+
+
+def test_answers_to_prompts_with_and_without_ocr_tokens_are_one_set(tmp_path, monkeypatch):
+    """A row without OCR tokens is asked alike both ways: the others' answers must not vanish."""
+    rows = [{"index": "1", "ocr_tokens": ""}, {"index": "2", "ocr_tokens": "a"}]
+    asked = {False: {"1": "x", "2": "y"}, True: {"1": "x", "2": "z"}}
+    monkeypatch.setattr(questions.answer, "asked_of", lambda tsv, rows, _, ocr: asked[ocr])
+    given = {"1": ("x", "one"), "2": ("z", "two")}
+    monkeypatch.setattr(questions.answer, "predictions", lambda folder, name, asked: {
+        i: said for i, (prompt, said) in given.items() if asked[i] == prompt})
+    assert questions.said_by({"sft": tmp_path}, tmp_path / "b.tsv", rows) == {
+        "sft": {"1": "one", "2": "two"}}

@@ -6,8 +6,8 @@
 
 FOLDER is a final/, or the folder that holds it: of a stage, or of repair_eval.py's re-paired model
 (runs/NAME/repair/dpo). Pixels, template and prompt are those of repair_eval.py, and so is the
-answer; a benchmark's suffix ("Answer the question using a single word or phrase.") is part of its
-question, so type it along.
+greedy answer, but for rounding in bf16; a benchmark's suffix ("Answer the question using a single
+word or phrase.") is part of its question, so type it along.
 
 --heat shows where each answer hangs on the picture: patch by patch Σ_d |∂ log π(answer)/∂A|, A the
 encoder's features (N patches × D channels), in every picture from its own least to its own most. It
@@ -63,8 +63,8 @@ def get_args(argv=None):
 
 
 def final_of(folder):
-    """The folder of a model, or one whose final/ it is → the model's, as Path; raises SystemExit.
-    """
+    """A folder that holds final/, or such a final/ itself → the final/, as Path; raises SystemExit
+    where it is neither."""
     folder = Path(folder)
     if (folder / "final" / "config.json").exists():
         folder = folder / "final"

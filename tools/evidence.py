@@ -162,16 +162,16 @@ def stages_of(run):
     return [name for *_, name in sorted(found)]
 
 
-def made_with_of(run, stages):
-    """The arguments of stage 1, or of the first stage where that lies elsewhere (--parent) or was
+def made_with_of(run):
+    """The arguments of stage 1, or of another stage where that lies elsewhere (--parent) or was
     published, with no data of its own (tools.parent)."""
     first = run / "pretrain" / "config.json"
-    for config in (first, *(run / stage / "config.json" for stage in stages)):
+    for config in (first, *sorted(run.glob("*/config.json"))):
         if config.exists():
-            made_with = files.read_json(config, "arguments")["arguments"]
-            if made_with["data"]:
+            made_with = files.read_json(config).get("arguments", {})
+            if made_with.get("data"):
                 return made_with
-    raise SystemExit(f"error: no {first}, and no stage that went on from elsewhere")
+    raise SystemExit(f"error: {run} holds no stage that was trained on data: no {first}")
 
 
 def original_name(encoder):
@@ -199,7 +199,7 @@ def gather(run, stages=None):
     """All the evidence of a run folder; stages: None for all of the run."""
     run = Path(run)
     stages = stages or stages_of(run) or ["sft", "dpo"]
-    made_with = made_with_of(run, stages)
+    made_with = made_with_of(run)
     names = [original_name(made_with["encoder"]), *stages]
     folders = [made_with["encoder"], *(f"{run}/{stage}/encoder" for stage in stages)]
     llm = made_with["llm"]             # of a published parent there is its config alone

@@ -25,7 +25,7 @@ PLOT = WIDTH - LEFT - RIGHT                      # columns of pixels a curve is 
 SHAPES = ("M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0Z", "M-4-4H4V4H-4Z",     # circle, square,
           "M0-5.5L5.5 0L0 5.5L-5.5 0Z", "M0-5L5 4.5H-5Z")                        # rhomb, triangle
 UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e"
-                    "\u2066-\u2069\ufeff\ud800-\udfff]")
+                    "\u2060-\u2069\u180e\ufeff\ud800-\udfff\U000e0000-\U000e007f]")
 
 
 class Line(NamedTuple):
@@ -79,6 +79,8 @@ def text(value):
 
 def short(value):
     """A number for an axis or a table."""
+    if not math.isfinite(value):
+        return str(value)
     if value and not 1e-3 <= abs(value) < 1e5:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -123,6 +125,8 @@ def bounds(chart, charts):
         return np.concatenate([np.asarray(getattr(line, axis), float)
                                for chart in charts for line in chart.lines])
     x, y = all_of([chart], "x"), all_of(charts, "y")
+    if chart.log:
+        y = y[y > 0]                                     # another run's chart may have a zero
     x0, x1, y0, y1 = map(float, (x.min(), x.max(), y.min(), y.max()))
     if chart.log:
         return x0, max(x1, x0 + 1), y0 / 1.2, y1 * 1.2
@@ -141,13 +145,15 @@ def ticks(low, high, wanted=4):
 
 
 def log_ticks(low, high):
-    """Powers of ten within a range, at most five; where there is at most one, 2 and 5 as well."""
+    """Powers of ten within a range, at most five; where there is at most one, 2 and 5 as well; in a
+    narrow range those of an ordinary axis."""
     powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
     if len(powers) > 1:
         return [10.0 ** p for p in powers][::math.ceil(len(powers) / 5)]
     first = math.floor(math.log10(low))
-    return [f * 10.0 ** p for p in range(first, first + 3) for f in (1, 2, 5)
-            if low <= f * 10.0 ** p <= high]
+    found = [f * 10.0 ** p for p in range(first, first + 3) for f in (1, 2, 5)
+             if low <= f * 10.0 ** p <= high]
+    return found if len(found) > 1 else ticks(low, high)
 
 
 # -------------------------------------------------------------------------------------------- SVG

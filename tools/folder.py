@@ -96,15 +96,16 @@ class Run:
         self.evidence = evidence.gather(self.folder) if with_data else None
 
     def method(self, name):
-        """A model's name → that of its colour: the original encoder has one of its own."""
-        return "original" if name == self.original else name
+        """A model's name → that of its colour: the original encoder has one of its own. (That of a
+        published model brought in is its stage 1's.)"""
+        return "original" if name == self.original != "pretrain" else name
 
     def label(self, name):
-        if name in (self.original, "original"):
-            return "original"
-        return "stage 1" if name == "pretrain" else evidence.heading_of(name)
+        if name == "pretrain":
+            return "stage 1"
+        return "original" if name in (self.original, "original") else evidence.heading_of(name)
 
     def json(self, *parts):
-        """The JSON below probes/, or elsewhere in the folder; None where it is not there yet."""
+        """A JSON file of the run; None where it is not there yet."""
         path = self.folder.joinpath(*parts)
         return files.read_json(path) if path.exists() else None

@@ -70,7 +70,7 @@ def empty_llm(name):
 def empty_mllm(encoder, llm, image_size=None, dtype="bf16"):
     """The model without weights, on the meta device, in the dtype that it computes in."""
     encoder, llm = empty_encoder(encoder, image_size), empty_llm(llm)
-    published.refuse_llm(llm, llm.config.model_type)
+    published.refuse_llm(llm, "--llm")
     with torch.device("meta"):
         model = m.MLLM(encoder, llm, image_token_id=0)
     return published.refuse_dropout(model.to(torch.bfloat16 if dtype == "bf16" else torch.float32))

@@ -51,6 +51,12 @@ def duration(seconds):
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
+def blocks_of(moved):
+    """Of moved.json's entries those of whole blocks."""
+    return {name: change for name, change in moved.items()
+            if name.split(".")[-1].isdigit() and "downsampling_layer" not in name}
+
+
 def facts_of(stage):
     """What a stage was made from and how: [(what, said), …]."""
     config, arguments = stage.config, stage.config["arguments"]
@@ -70,7 +76,7 @@ def facts_of(stage):
         rows.append(("time", f"{duration(stage.seconds)} for {stage.steps} steps"
                      + (f", peak {stage.peak / 2 ** 30:.2f} GiB" if stage.peak else "")))
     if moved := stage.extracted.get("moved_since_parent"):
-        changes = [v for k, v in moved.items() if k.split(".")[-1].isdigit()]
+        changes = list(blocks_of(moved).values())
         rows.append(("encoder", f"extracted; moved {min(changes):.1e} … {max(changes):.1e} a "
                      "block"))
     versions = config.get("versions", {})
@@ -88,17 +94,39 @@ def card(stage, run, title):
            f"{state}<dl>{facts}</dl></div>"
 
 
+def same_items(run):
+    """The flags with which a stage goes on from the parent of the others, over the same items in
+    the same order; "" where there are no others."""
+    others = [s.config["arguments"] for s in run.stages if s.config.get("parent_digest")]
+    if not others:
+        return ""
+    words, first = [], others[0]
+    if first["parent"] != "pretrain":
+        words += ["--parent", str(files.from_folder(run.folder, first["parent"]))]
+    for name in ("preferences", "num_samples", "epochs", "max_steps", "global_batch", "seed"):
+        if first.get(name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(first[name])]
+    words += [f"--{name.replace('_', '-')}" for name in ("skip_bad", "verifiable")
+              if first.get(name)]
+    return "".join(f" {quote(word)}" for word in words)
+
+
 def missing(run):
     """The commands for what a run has not got yet, in the order of the recipe."""
     folder, args = quote(str(run.folder)), {k: quote(str(v)) for k, v in run.arguments.items()}
-    common = f"--llm {args['llm']} --data {args['data']}"
+    common = f"--llm {args['llm']} --data {args['data'] if run.arguments.get('data') else 'DATA'}"
     done = [s.name for s in run.stages if s.done]
-    out = []
-    for name in dict.fromkeys(["pretrain", "sft", "dpo", *(s.name for s in run.stages)]):
-        if name not in done:
-            script = flags.script_of(name) or quote(f"train_{name}.py")
-            more = f" --encoder {args['encoder']} {common}" if name == "pretrain" else ""
-            out.append(f"python {script} --run-dir {folder}{more}")
+    begun = [s.name for s in run.stages if not s.done]
+    elsewhere = any(s.config["arguments"].get("parent", "pretrain") not in (None, "pretrain")
+                    for s in run.stages)
+    scripts = {name: flags.script_of(name) or f"train_{name}.py" for name in begun}
+    out = [f"{folder}/{quote(name)} has begun; it goes on by the command that began it: python "
+           f"{script} …" for name, script in scripts.items()]
+    for name in ("pretrain", "sft", "dpo"):
+        if name not in (*done, *begun) and not (name == "pretrain" and elsewhere):
+            more = f" --encoder {args['encoder']} {common}" if name == "pretrain" \
+                else same_items(run)
+            out.append(f"python {flags.script_of(name)} --run-dir {folder}{more}")
     for name in done:
         encoder = run.folder / name / "encoder"
         if name != "pretrain" and not (encoder / "moved.json").exists():
@@ -132,8 +160,8 @@ def controlled(run):
 def recipe(runs, args):
     out = []
     for run in runs:
-        cards = [card(s, run, run.label(s.name).capitalize() if s.name == "pretrain"
-                      else run.label(s.name)) for s in run.stages]
+        cards = [card(s, run, "Stage 1" if s.name == "pretrain" else run.label(s.name))
+                 for s in run.stages]
         again = [card(s, run, f"Re-paired: {run.label(s.name)}") for s in run.repairs]
         todo = "".join(f"<li><code>{text(line)}</code></li>" for line in missing(run))
         todo = f'<div class="missing">Not there yet:<ul>{todo}</ul></div>' if todo else ""
@@ -208,7 +236,8 @@ def curves(runs, args):
 # ------------------------------------------------------------------------------------- the scores
 
 def scored(run):
-    """The closing tables of a run: [(heading, rows as evidence.scores_of gives them), …]."""
+    """The closing tables of a run: [(heading, whom others are compared with, rows as
+    evidence.scores_of gives them), …]."""
     found = {}
     for stage in run.stages:
         for bench in ("bench", "bench-wrong-image"):
@@ -219,17 +248,21 @@ def scored(run):
     out, blind = [], ("pretrain", "bench-wrong-image")
     if blind in found and ("pretrain", "bench") in found:
         both = {"pretrain": found["pretrain", "bench"], "wrong image": found[blind]}
-        out.append(("Stage 1, and shown the wrong images", evidence.scores_of(both, list(both))))
+        out.append(("Stage 1, and shown the wrong images", "pretrain",
+                    evidence.scores_of(both, list(both))))
     trained = {name: both for (name, bench), both in found.items() if bench == "bench"}
     if trained:
-        out.append(("The trained models", evidence.scores_of(trained, list(trained))))
-    return out + (run.evidence.sections if run.evidence else [])
+        out.append(("The trained models", next(iter(trained)),
+                    evidence.scores_of(trained, list(trained))))
+    if run.evidence:
+        out += [(heading, run.evidence.names[1], rows) for heading, rows in run.evidence.sections]
+    return out
 
 
 def score_figures(run):
     """Those tables as dots and bars, and their digits: [(heading, [Dots, …], rows of text), …]."""
     out = []
-    for heading, rows in scored(run):
+    for heading, base, rows in scored(run):
         rows = [(label, {run.method(n): c for n, c in cells.items()},
                  {run.method(n): c for n, c in apart.items()})
                 for label, cells, apart in rows if cells]
@@ -242,8 +275,7 @@ def score_figures(run):
                       [(label, cells) for label, cells, _ in rows], labels)]
         compared = {n for *_, apart in rows for n in apart}
         if compared:
-            first = next(n for n in labels if n not in compared and n != "original")
-            drawn.append(Dots(f"changes {heading}", f"{heading}: difference to {labels[first]}",
+            drawn.append(Dots(f"changes {heading}", f"{heading}: difference to {run.label(base)}",
                               [(label, apart) for label, _, apart in rows if apart], labels,
                               zero=True))
         said = [[heading, *labels.values(), *(f"{labels[n]}, difference" for n in labels
@@ -272,13 +304,13 @@ def scores(runs, args):
 def moved_charts(run):
     """How far every block moved, against the original and since stage 1: [Chart, …]."""
     out = []
-    for key, title in (("moved", f"Against {run.original}, as published"),
+    for key, title in (("moved", f"Against the original, {run.arguments['encoder']}"),
                        ("moved_since_parent", "Since the stage before")):
         lines, names = [], []
         for stage in run.stages:
             found = stage.extracted.get(key)
             if found:
-                blocks = {k: v for k, v in found.items() if k.split(".")[-1].isdigit()}
+                blocks = blocks_of(found)
                 first = {"emb.": v for k, v in found.items() if k == "embeddings"}
                 values = {**first, **{str(i): v for i, v in enumerate(blocks.values(), 1)}}
                 names = max(names, list(values), key=len)
@@ -320,6 +352,8 @@ def path_charts(run):
         return []
     lines = {"whole": []}
     for name, way in found["methods"].items():
+        if not np.isfinite(way["whole"]).all():                         # a run that came apart
+            continue
         whole = Line(name, run.label(name), range(len(way["whole"])), way["whole"])
         most = sorted(way["tokens"], key=lambda token: -token["norms"][0])[:16]
         tokens = [Line(name, f"{token['answer']} {token['text']!r}", range(len(token["norms"])),
@@ -327,6 +361,8 @@ def path_charts(run):
                   for token in most if min(token["norms"]) > 0]        # a token may send nothing
         lines["whole"].append(whole)
         lines[name] = [whole, *tokens]
+    if not lines["whole"]:
+        return []
     short = {"image positions": "image", "projector": "proj.", "patch embedding": "patch"}
     names = tuple(short.get(name, name.removeprefix("block ")) for name in found["stations"])
     titles = {"whole": "Norm of the gradient"} | {
@@ -356,7 +392,7 @@ def path(runs, args):
             said = f"{found['question']}   chosen: {found['chosen']}   rejected: " \
                    f"{found['rejected']}"
             drawn[i] = f'<p class="data"><bdi>{text(said)}</bdi></p>{drawn[i]}' \
-                + token_table(found)
+                + folded("tokens", token_table(found))
     return drawn
 
 
@@ -487,8 +523,8 @@ SECTIONS = (
     ("segmentation", "Segmentation", "Image, truth, and what a small head reads from each "
      "encoder's frozen patch tokens.", pictures("seg", "overlays.png", alt="segmentation overlays",
                                                 empty="not measured yet (probe_seg.py)")),
-    ("looks", "Where each loss looks", "The gradient of one pair's SFT and DPO loss, patch by "
-     "patch, at stage 1.", pictures("gradcam", "gradcam.png", alt="heat of SFT and DPO",
+    ("looks", "Where each loss looks", "The gradient of each pair's SFT and DPO loss, patch by "
+     "patch.", pictures("gradcam", "gradcam.png", alt="heat of SFT and DPO",
                                     empty="not measured yet (gradcam.py)")),
     ("alignment", "Alignment", "Mutual k-NN of every block with every layer of the LLM.",
      alignment),

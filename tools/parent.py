@@ -198,8 +198,7 @@ def as_mllm(theirs, source):
                                source.std)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(source.config.text_config)
-    if llm.base_model_prefix != "model" or not hasattr(llm, "lm_head"):
-        published.refuse_llm(llm, source.name)
+    published.refuse_llm(llm, source.name)
     llm.model, llm.lm_head, llm.config = inner.language_model, theirs.lm_head, \
         inner.language_model.config
     words = llm.get_input_embeddings().weight
@@ -240,7 +239,7 @@ def bring_in(source):
     hidden = model.llm.base_model(inputs_embeds=model.embed(pixels, ids), use_cache=False)
     found = features, logits_of(model.llm, hidden.last_hidden_state)
     apart = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, wanted)]
-    if not max(apart) < 1e-4:
+    if not all(x < 1e-4 for x in apart):                       # of NaN, max() would be the other
         raise SystemExit(f"error: {source.name}: features and logits are {apart[0]:.1e} and "
                          f"{apart[1]:.1e} of the largest apart from those of its own class; "
                          f"nothing was written")
@@ -352,6 +351,10 @@ def already_there(args):
         same = files.read_json(config).get("source_digest") == tensors.digest_of(held)
     if not same:
         raise SystemExit(f"error: {folder} holds another model, {held}; --overwrite replaces it")
+    original = files.read_json(config)["arguments"]["encoder"]
+    if args.encoder and args.encoder != original:
+        raise SystemExit(f"error: {folder} was brought in with --encoder {original}, now "
+                         f"{args.encoder}; --overwrite replaces it")
     return True
 
 

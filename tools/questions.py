@@ -29,8 +29,8 @@ class Question(NamedTuple):
 
     @property
     def rank(self):
-        """Questions in which models differ in what they are worth come first, then those in which
-        they differ in words, then those that nobody got right."""
+        """First the questions whose answers differ in worth, then those whose answers differ in
+        words, then those that nobody got fully right."""
         worths = {worth for _, worth in self.said.values()}
         texts = {score.plain(text) for text, _ in self.said.values()}
         return len(worths) < 2, len(texts) < 2, min(worths) == 1
@@ -45,18 +45,21 @@ def bench_of(folder):
             return Path(said)
     if config.exists():
         arguments = files.read_json(config, "arguments")["arguments"]
-        return Path(arguments.get("bench") or Path(arguments["data"], "bench"))
+        if arguments.get("bench"):
+            return Path(arguments["bench"])
+        if arguments.get("data"):
+            return Path(arguments["data"], "bench")
     return None
 
 
 def said_by(folders, tsv, rows):
     """{model: {index: prediction}} in bench/ folders, of what the file still asks: as it is, or
     with --ocr-tokens. folders: {model: folder}."""
-    said = {}
-    for ocr_tokens in (False, True)[:2 if "ocr_tokens" in rows[0] else 1]:
+    said = {model: {} for model in folders}
+    for ocr_tokens in (False, True) if "ocr_tokens" in rows[0] else (False,):
         asked = answer.asked_of(tsv, rows, rows, ocr_tokens)
         for model, folder in folders.items():
-            said[model] = said.get(model) or answer.predictions(folder, tsv.stem, asked)
+            said[model] |= answer.predictions(folder, tsv.stem, asked)
     return said
 
 
@@ -66,8 +69,11 @@ def gather(folders, bench=None):
     sources, lost = {}, []
     for model, folder in folders.items():
         where = Path(bench) if bench else bench_of(folder)
+        if where is None:
+            lost.append(f"{folder}: nothing says where its benchmark files lie; --bench does")
+            continue
         for name in dict.fromkeys(p.name.split(".")[0] for p in sorted(folder.glob("*.jsonl"))):
-            if name in score.BENCHES and where:
+            if name in score.BENCHES:
                 sources.setdefault(where / f"{name}.tsv", {})[model] = folder
     found = {}
     for tsv, models in sources.items():
@@ -75,7 +81,11 @@ def gather(folders, bench=None):
             lost.append(f"{tsv} is not there: its questions are not shown (--bench says where "
                         f"the benchmark files lie)")
             continue
-        rows, _ = answer.read_tsv(tsv, follow_links=True)
+        try:
+            rows, _ = answer.read_tsv(tsv, follow_links=True)
+        except (SystemExit, records.BadRecord) as e:
+            lost.append(str(e).removeprefix("error: "))
+            continue
         found.setdefault(tsv.stem, []).extend(questions(tsv, rows, said_by(models, tsv, rows)))
     return found, lost
 
