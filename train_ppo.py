@@ -13,7 +13,8 @@ Writes  runs/NAME/ppo/: config.json, metrics.jsonl, timing.jsonl, checkpoints/, 
 the very same ones. But where GRPO compares an answer with its group, PPO compares each token with
 what was expected: a value head reads off the policy's own hidden state how much reward is still to
 come, and a token after which more came than was expected before it is made more likely. The group
-only saves encodings: its answers stand in one row, behind one picture.
+only saves encodings: its answers stand in one row, behind one picture. The items and their order
+are those of `train_dpo.py --verifiable`.
 
 What was decided here, where PPOs differ:
   the value head      is one linear layer, zero at the start, with a rate and a gradient norm of its
@@ -45,8 +46,9 @@ from pivot import checkpoints, distributed, flags, model_io, rehearsal, rollout,
 from pivot.distributed import print0
 
 # The PIVOT paper's PPO is another project's model. Items, steps, rate and group are GRPO's here; λ,
-# KL, clipping and the value loss's weight are those of arXiv 2403.17031. A step of Adam moves a value
-# by at most --value-lr × Σ|hidden state|: a few hundredths.
+# KL, clipping and the value loss's weight are those of arXiv 2403.17031. The head's rate is ours: a
+# step of Adam moves a value by at most rate × Σ|hidden state|. That is about 0.1 with the toy; with
+# Qwen it is a guess.
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=1e-6,
              global_batch=256, micro_batch=4, warmup=0.03, num_samples=20_000, workers=4,
              group=8, max_new_tokens=512, value_lr=1e-5)
@@ -121,9 +123,11 @@ def roll_out(args, model, tokenizer, pairs, prompts, index, step):
 
 
 def look_back(args, model, ref_model, group):
-    """METHOD: before any update, log π_old and V_old of every token that was drawn; from these what
-    came of it. → a dict of (R,), an entry a token: `old_logps`, `old_values`; `kl`, log π_old −
-    log π_ref; `advantages`, A, not yet whitened; `returns`, R = A + V_old, which V shall be.
+    """METHOD: before any update, what policy, value head and reference say of every token that was
+    drawn, and what then came of it.
+
+    → a dict of (R,), an entry a token: `old_logps`, `old_values`; `kl`, log π_old − log π_ref;
+    `advantages`, A, not yet whitened; `returns`, R = A + V_old, which V is to become.
     """
     batch, answered = group["batch"], group["batch"]["labels"] != m.IGNORE
     with torch.set_grad_enabled(args.compile):    # its graph is freed at once: nothing holds it
@@ -259,7 +263,7 @@ def main():
                 model.set_requires_gradient_sync(micro == order.micro_steps - 1)
 
                 # METHOD: one image, one prompt, G answers, one forward.
-                # L = E_tokens [−min(ρ A, clip(ρ) A) + 0.1 · ½ max((V − R)², (clip(V) − R)²)],
+                # L = E_tokens [−min(ρ A, clip(ρ) A) + 0.1 · ½ max((V − R)², (clip(V) − R)²)]
                 # ρ = π / π_old
                 answered = batch["labels"] != m.IGNORE
                 logps, values = (x[answered] for x in model(**batch, with_values=True))
