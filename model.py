@@ -365,7 +365,7 @@ def clipped_loss(logps, old_logps, advantages, clip_low, clip_high):
 
 
 def token_rewards(rewards, kl, lengths):
-    """PPO's reward of every token: −kl, and at an answer's last token also what the answer is worth.
+    """PPO's reward of a token: −kl, and at an answer's last one also what the answer is worth.
 
     rewards, lengths (B, G): of the answers; kl (R,): weighted, an entry a token, answer after
     answer. → (R,).

@@ -24,8 +24,7 @@ What was decided here, where PPOs differ:
                       second is regression on the rule's scores, supervised learning from gold
                       answers: what it does to the encoder is no longer RL's doing
   KL                  from stage 1 is a cost in the reward of each token, k1: log π − log π_ref, at
-                      0.05 (that of arXiv 2403.17031). GRPO's default is none; --kl 0 holds no second
-                      model
+                      0.05 (arXiv 2403.17031). GRPO's default is none; --kl 0 holds no second model
   truncated answers   (no end within --max-new-tokens) get reward 0, as if they had ended there
   advantages          are whitened over the tokens of the global batch, of all processes
   log π_old, V_old    are of a pass of their own before the update, in the layout that is trained.
