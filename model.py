@@ -46,24 +46,6 @@ class Projector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(features)))
 
 
-class ValueHead(nn.Linear):
-    """PPO's critic: the reward that is still to come, read off the LLM's last hidden state. (R, D)
-    → (R,) fp32. Zero at the start.
-
-    detached: what it gets wrong moves itself alone, neither LLM nor projector nor encoder.
-    """
-
-    def __init__(self, d_llm, detached=True):
-        super().__init__(d_llm, 1)
-        self.detached = detached
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, hidden):
-        values = super().forward(hidden.detach() if self.detached else hidden)[:, 0]
-        return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def visible(branch):
     """Who sees whom in the pair layout, as FlexAttention asks it: (b, head, q, k) → visible?
 
@@ -362,6 +344,24 @@ def clipped_loss(logps, old_logps, advantages, clip_low, clip_high):
     ratio = (logps - old_logps).exp()
     whole, bounded = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     return -torch.minimum(whole, bounded), bounded < whole
+
+
+class ValueHead(nn.Linear):
+    """PPO's critic: the reward that is still to come, read off the LLM's last hidden state. (R, D)
+    → (R,) fp32. Zero at the start.
+
+    detached: what it gets wrong moves itself alone, neither LLM nor projector nor encoder.
+    """
+
+    def __init__(self, d_llm, detached=True):
+        super().__init__(d_llm, 1)
+        self.detached = detached
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden):
+        values = super().forward(hidden.detach() if self.detached else hidden)[:, 0]
+        return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def token_rewards(rewards, kl, lengths):

@@ -177,13 +177,13 @@ def report_heldout(args, run, model, tokenizer, samples, order, clock, step):
     print0(f"  held-out pairs after {step} steps: {args.rule} {reward:.4f} (n = {len(samples)})")
 
 
-def require_same_function(args, kl, moved):
-    """METHOD: before the first update policy and reference are one model: KL 0, and it is still the
-    one that was looked at: |log ρ| 0 in the mean. raises SystemExit.
+def require_same_function(args, kl, log_ratio):
+    """METHOD: before the first update policy and reference are one model, KL 0, and the policy is
+    still the one of the look back, |log ρ| 0. Means over tokens; raises SystemExit.
     """
     who = "policy, old policy and reference" if args.kl else "policy and old policy"
-    said = f"step 0: KL {kl:.2g}, |log ρ| {moved:.2g}: {who}"
-    if max(abs(kl), moved) > (1e-3 if args.dtype == "bf16" else 1e-5):
+    said = f"step 0: KL {kl:.2g}, |log ρ| {log_ratio:.2g}: {who}"
+    if max(abs(kl), log_ratio) > (1e-3 if args.dtype == "bf16" else 1e-5):
         raise SystemExit(f"error: {said} are NOT the same function; nothing was updated. Usual "
                          f"causes: randomness in a forward, as of dropout; a forward that changes "
                          f"the model")
@@ -256,7 +256,7 @@ def main():
         # ---- update
         for inner in range(args.inner_epochs):
             sums = {"loss": 0.0, "tokens": 0, "value_loss": 0.0, "clipped": 0, "value_clipped": 0,
-                    "moved": 0.0}
+                    "log_ratio": 0.0}
             for micro, group in enumerate(rolled):
                 batch = group["batch"]
                 model.set_requires_gradient_sync(micro == order.micro_steps - 1)
@@ -279,14 +279,14 @@ def main():
                 sums["value_loss"] += value_losses.detach().sum() / counts["tokens"]
                 sums["clipped"] += clipped.sum() / counts["tokens"]
                 sums["value_clipped"] += value_clipped.sum() / counts["tokens"]
-                moved = (logps.detach() - group["old_logps"]).abs()                     # |log ρ|
-                sums["moved"] += moved.sum() / counts["tokens"]
+                log_ratio = logps.detach() - group["old_logps"]
+                sums["log_ratio"] += log_ratio.abs().sum() / counts["tokens"]
             sums = distributed.reduce_sum(sums)
             norms = training.clip_grad_norm(model)
             norms |= training.clip_grad_norm(model, modules=["value"])     # not with the policy's
             training.require_finite(step, sums["loss"], norms, pairs, order)
             if step == inner == 0:
-                require_same_function(args, past["kl"], sums["moved"])
+                require_same_function(args, past["kl"], sums["log_ratio"])
             optimizer.step()
             optimizer.zero_grad()
 

@@ -222,24 +222,23 @@ def test_the_encoder_sees_the_policy_alone(detached):
 
 
 def test_whitened_over_all_processes(monkeypatch):
-    """Two processes of one micro-batch each = one of two: mean 0, deviation 1 over all tokens."""
+    """Two processes, of 5 and of 9 tokens: over all 14, mean 0 and deviation 1."""
     g = torch.Generator().manual_seed(0)
-    parts = [{"advantages": torch.randn(n, generator=g) * n + 3, "returns": torch.randn(
-        n, generator=g)} for n in (5, 9)]
-    told = []
+    parts = [{"advantages": torch.randn(n, generator=g) * n + 3,
+              "returns": torch.randn(n, generator=g)} for n in (5, 9)]
+    told, got = [], []
     monkeypatch.setattr(distributed, "reduce_sum", lambda x: told.append(x) or x)
-    for part in parts:
+    for part in parts:                     # what each process tells the others of …
         train_ppo.whiten([dict(part)])
-    sums = [{k: a[k] + b[k] for k in a} for a, b in zip(told[:2], told[2:])]
-    monkeypatch.setattr(distributed, "reduce_sum", lambda x: {
-        k: float(v) for k, v in sums.pop(0).items()})
-    whole, kept = [dict(part) for part in parts], list(sums)
-    explained = train_ppo.whiten(whole)
-    got = torch.cat([group["advantages"] for group in whole])
-    assert abs(got.mean()) < 1e-6 and got.std(correction=0) == pytest.approx(1, abs=1e-6)
-    sums[:] = kept
-    assert explained == train_ppo.whiten([dict(part) for part in parts[:1]])
-    raw, returns = (torch.cat([part[k] for part in parts]) for k in ("advantages", "returns"))
+    sums = [{k: float(a[k] + b[k]) for k in a} for a, b in zip(told[:2], told[2:])]
+    for part in parts:                     # … and what it does with what all have told
+        answers = iter(sums)
+        monkeypatch.setattr(distributed, "reduce_sum", lambda x: next(answers))
+        got.append(dict(part))
+        explained = train_ppo.whiten(got[-1:])
+    white, raw, returns = (torch.cat([part[k] for part in which]) for which, k in (
+        (got, "advantages"), (parts, "advantages"), (parts, "returns")))
+    assert abs(white.mean()) < 1e-6 and white.std(correction=0) == pytest.approx(1, abs=1e-6)
     assert explained == pytest.approx(1 - (raw.var() / returns.var()).item(), abs=1e-5)
 
 
@@ -345,6 +344,6 @@ def test_controls_and_the_value_gradient(fresh, world):
 
 
 def test_another_function_at_step_0_is_refused():
-    for kl, moved in ((1e-4, 0), (-1e-4, 0), (0, 1e-4)):
+    for kl, log_ratio in ((1e-4, 0), (-1e-4, 0), (0, 1e-4)):
         with pytest.raises(SystemExit, match="NOT the same function; nothing was updated"):
-            train_ppo.require_same_function(Namespace(dtype="fp32", kl=0.1), kl, moved)
+            train_ppo.require_same_function(Namespace(dtype="fp32", kl=0.1), kl, log_ratio)
