@@ -1,5 +1,6 @@
 """train_ppo.py: GAE, whitening and both losses against slow definitions, values in one row against
 plain rows, what the value head's loss may move; the stage on two processes, killed, controlled."""
+import json
 import shutil
 import statistics
 from argparse import Namespace
@@ -12,7 +13,7 @@ import data
 import model as m
 import train_ppo
 from conftest import COMMON, ROOT, bit_equal, metrics, run, tiny_model
-from pivot import distributed, rollout
+from pivot import distributed, rollout, training
 from test_grpo import plain_rows, random_groups
 from test_model import llava_twin, plain_norm
 
@@ -221,6 +222,20 @@ def test_the_encoder_sees_the_policy_alone(detached):
     assert model.value.weight.grad.abs().max() > 0
 
 
+def test_the_value_heads_gradient_is_clipped_by_itself():
+    """However large it is, the policy's step stays as long as it was."""
+    model = with_head(tiny_model())
+    for name, size in (("encoder", 0), ("projector", 3), ("llm", 0), ("value", 1000)):
+        for p in getattr(model, name).parameters():
+            p.grad = torch.full_like(p, size)
+    weights = model.projector.linear_1.weight
+    norm = training.clip_grad_norm(model)["projector"]
+    assert norm > 10 and weights.grad[0, 0] == pytest.approx(3 / norm)
+    assert model.value.bias.grad == 1000
+    assert training.clip_grad_norm(model, modules=["value"])["value"] > 1000
+    assert model.value.bias.grad < 1 and weights.grad[0, 0] == pytest.approx(3 / norm)
+
+
 def test_whitened_over_all_processes(monkeypatch):
     """Two processes, of 5 and of 9 tokens: over all 14, mean 0 and deviation 1."""
     g = torch.Generator().manual_seed(0)
@@ -291,6 +306,18 @@ def test_what_is_logged_and_what_is_saved(trained):
     names = [load_file(path / "final/model.safetensors").keys()
              for path in (trained, trained.parent / "pretrain")]
     assert names[0] == names[1]
+    config = json.loads((trained / "config.json").read_text())
+    assert "dropped: none; 0 text-only; all with a gold answer" in config["data"]
+
+
+def test_step_0_draws_what_grpo_draws(trained, fresh, world):
+    """The same items, answers, rewards and log-probs."""
+    line, theirs = command(fresh, world, "--max-steps", 1), ("train_ppo.py", "--value-lr", 0.01)
+    run("train_grpo.py", *(word for word in line if word not in theirs))
+    ours, grpo = metrics(trained)[0], metrics(fresh / "grpo")[0]
+    for what in ("reward", "reward_exact", "length", "stopped"):
+        assert ours[what] == grpo[what], what
+    assert ours["entropy"] == pytest.approx(grpo["entropy"], abs=1e-6)
 
 
 def test_two_processes_draw_and_learn_the_same(trained, fresh, world):
