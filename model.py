@@ -155,6 +155,12 @@ def token_logps(hidden, llm, targets):
                       for h, t in zip(hidden.split(rows), targets.split(rows))])
 
 
+def placed(values, rows):
+    """What row t says of token t + 1, at that token; 0 elsewhere: (R,), bool (B, T - 1) → (B, T).
+    """
+    return F.pad(values.new_zeros(rows.shape).masked_scatter(rows, values), (1, 0))
+
+
 class MLLM(nn.Module):
     """Encoder + projector + LLM as one module.
 
@@ -166,6 +172,7 @@ class MLLM(nn.Module):
         super().__init__()
         self.encoder, self.llm, self.image_token_id = encoder, llm, image_token_id
         self.projector = Projector(encoder.hidden_size, llm.config.hidden_size)
+        self.value = None                             # a ValueHead, where PPO trains
 
     @property
     def blocks(self):
@@ -198,14 +205,16 @@ class MLLM(nn.Module):
                              f"{features.shape[0]} × {features.shape[1]} image features")
         return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
 
-    def forward(self, pixel_values, input_ids, labels, branch=None, position_ids=None):
+    def forward(self, pixel_values, input_ids, labels, branch=None, position_ids=None,
+                with_values=False):
         """Log-prob of every supervised token, 0 elsewhere: (B, T) fp32.
 
         pixel_values uint8 (B, 3, S, S); input_ids, labels int64 (B, T), right-padded, labels
         IGNORE where nothing is predicted; branch, position_ids int64 (B, T) for the pair layout.
         In layout "rows" a picture has two rows: input_ids, labels and the result are (2B, T).
         out[b, t] = log p(labels[b, t] | image, what token t - 1 sees); an answer's log-prob is
-        their sum.
+        their sum. with_values: → log-probs, and the value head's value of what token t - 1 sees,
+        (B, T) fp32, 0 where nothing is predicted.
         """
         embeds = self.embed(pixel_values, input_ids)
         if branch is not None and not can_hold_pairs(self.llm):
@@ -217,11 +226,9 @@ class MLLM(nn.Module):
                                      position_ids=position_ids).last_hidden_state
         targets = labels[:, 1:]                       # row t predicts token t + 1: the one shift
         rows = targets != IGNORE
-        logps = hidden.new_zeros(labels.shape,
-                                 dtype=torch.promote_types(hidden.dtype, torch.float32))
-        picked = token_logps(hidden[:, :-1][rows], self.llm, targets[rows])
-        logps[:, 1:] = logps[:, 1:].masked_scatter(rows, picked)
-        return logps
+        picked = hidden[:, :-1][rows]                                                  # (R, D)
+        logps = placed(token_logps(picked, self.llm, targets[rows]), rows)
+        return (logps, placed(self.value(picked), rows)) if with_values else logps
 
     @torch.no_grad()            # not inference_mode: FSDP gathers into tensors that train again
     def generate(self, pixel_values, input_ids, attention_mask, max_new_tokens, stop_ids,
@@ -337,6 +344,68 @@ def clipped_loss(logps, old_logps, advantages, clip_low, clip_high):
     ratio = (logps - old_logps).exp()
     whole, bounded = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     return -torch.minimum(whole, bounded), bounded < whole
+
+
+class ValueHead(nn.Linear):
+    """PPO's critic: the reward that is still to come, read off the LLM's last hidden state. (R, D)
+    → (R,) fp32. Zero at the start.
+
+    detached: what it gets wrong moves itself alone, neither LLM nor projector nor encoder.
+    """
+
+    def __init__(self, d_llm, detached=True):
+        super().__init__(d_llm, 1)
+        self.detached = detached
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden):
+        values = super().forward(hidden.detach() if self.detached else hidden)[:, 0]
+        return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def token_rewards(rewards, kl, lengths):
+    """PPO's reward of a token: −kl, and at an answer's last one also what the answer is worth.
+
+    rewards, lengths (B, G): of the answers; kl (R,): weighted, an entry a token, answer after
+    answer. → (R,).
+    """
+    last = lengths.flatten().cumsum(0) - 1
+    return (-kl).index_add(0, last, rewards.flatten().to(kl.dtype))
+
+
+def gae(rewards, values, lengths, gamma, lam):
+    """Generalised advantage estimation (arXiv 1506.02438), per token: how much more came after it
+    than was expected before it.
+
+        δ_t = r_t + γ V_{t+1} − V_t        A_t = δ_t + γλ A_{t+1}
+
+    After an answer's last token V and A are 0, also where it was cut off. rewards, values (R,): an
+    entry a token, answer after answer; V_t is what is expected before token t; lengths (B, G): of
+    the answers. → (R,).
+    """
+    lengths = lengths.flatten()
+    taken = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]   # (B G, T)
+    rewards, values = (x.new_zeros(taken.shape).masked_scatter(taken, x)
+                       for x in (rewards, values))
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    for t in reversed(range(taken.shape[1])):              # padding is 0 throughout, and stays so
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_value, next_advantage = values[:, t], delta + gamma * lam * next_advantage
+        advantages[:, t] = next_advantage
+    return advantages[taken]
+
+
+def value_loss(values, old_values, returns, clip):
+    """PPO's, per token: ½ max((V − R)², (V_c − R)²), V_c = V, but at most `clip` away from V_old.
+
+    All of one shape, one entry a token. → losses; clipped (bool): where no gradient is left, for V
+    has already gone as far towards R as it may.
+    """
+    bounded = old_values + (values - old_values).clamp(-clip, clip)
+    whole, bounded = (values - returns).square(), (bounded - returns).square()
+    return torch.maximum(whole, bounded) / 2, bounded > whole
 
 
 def kl_k3(logps, ref_logps):

@@ -27,7 +27,6 @@ What was decided here, where GRPOs differ:
   the loss            says little: without KL its value is near 0 by construction. Look at `reward`
 """
 import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
-import re
 import time
 from pathlib import Path
 
@@ -36,7 +35,7 @@ import torch
 import data
 import model as m
 from judge import score
-from pivot import checkpoints, distributed, flags, model_io, records, rehearsal, rollout, training
+from pivot import checkpoints, distributed, flags, model_io, rehearsal, rollout, training
 from pivot.distributed import print0
 
 # The PIVOT paper states neither group size nor rate nor KL of its GRPO. Items, steps and rate are
@@ -50,21 +49,6 @@ NORMALISE = {"dapo": m.normalise_dapo, "grpo": m.normalise_grpo, "dr_grpo": m.no
 KL = {"k3": m.kl_k3, "k2": m.kl_k2}
 
 
-def letter(said, gold):
-    """The option's letter, where the gold answer is one ("B", "(b)."); another one: exact."""
-    option = gold.strip("(). ").upper()
-    options = dict.fromkeys("ABCDEFGHI", "")
-    if option not in options:
-        return score.exact(said, [gold])
-    return float(score.letter(said, option, options))
-
-
-RULES = {"exact": lambda said, gold: score.exact(said, [gold]), "letter": letter,
-         "relaxed": lambda said, gold: score.relaxed(said, [gold]),
-         "anls": lambda said, gold: score.anls(said, [gold]),
-         "vqa": lambda said, gold: score.vqa_soft(said, [gold])}
-
-
 def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
     flags.add_parent(parser)
@@ -74,9 +58,9 @@ def get_args(argv=None):
                         "(default 8)")
     parser.add_argument("--max-new-tokens", type=flags.COUNT, help="of a drawn answer, its end "
                         "included (default 512; 24 with a toy LLM)")
-    parser.add_argument("--rule", choices=RULES, default="exact", help="what compares an answer "
-                        "with the gold one: judge/score.py's rules; what follows a last \"Final "
-                        "answer:\" counts, in both (default exact)")
+    parser.add_argument("--rule", choices=score.RULES, default="exact", help="what compares an "
+                        "answer with the gold one: judge/score.py's rules; what follows a last "
+                        "\"Final answer:\" counts, in both (default exact)")
     parser.add_argument("--format-reward", type=flags.RATE, default=0, help="added for an answer "
                         "that reasons first and then says \"Final answer:\" (default 0: none)")
     parser.add_argument("--normalise", choices=NORMALISE, default="dapo", help="dapo: every token "
@@ -110,70 +94,16 @@ def get_args(argv=None):
     return args
 
 
-def require_branches(model, pairs, max_new_tokens):
-    """Raise SystemExit where this LLM cannot hold a group in a row, or an answer to a prompt."""
-    config = model.llm.config
-    if not m.can_hold_pairs(model.llm):
-        raise SystemExit(f"error: the answers of a group stand in one row, apart by a mask that "
-                         f"not every layer of a {config.model_type} heeds; take another --llm")
-    texts = (pairs.tokens(i) for i in range(len(pairs)))
-    longest = max((roles == records.PROMPT).sum() + (ids == pairs.image_id).sum()
-                  * (pairs.num_image_tokens - 1) for ids, roles in texts)
-    if longest + max_new_tokens > config.max_position_embeddings:
-        raise SystemExit(f"error: --max-new-tokens {max_new_tokens} after a prompt of {longest} "
-                         f"tokens: this LLM has {config.max_position_embeddings} positions")
-
-
-def next_prompts(args, clock):
-    """A micro-batch of prompts, and which pairs they are."""
-    prompts = clock.next_batch()
-    index = prompts.pop("index").tolist()
-    if args.blank_image:
-        prompts["pixel_values"] = torch.zeros_like(prompts["pixel_values"])
-    return prompts, index
-
-
-def well_formed(said, gold):
-    """Is something said first, and then "Final answer:" and something? 1 or 0."""
-    return float(bool(re.fullmatch(r"\s*\S.*\bfinal answer:\s*\S.*", said, re.I | re.S)))
-
-
-def rewards_of(args, drawn, tokenizer, pairs, index, step):
-    """METHOD: what each answer is worth, (B, G); its parts before their weights, {name: (B, G)}.
-    """
-    def right(said, gold):
-        return RULES[args.rule](records.final_answer(said), gold)
-
-    golds = [pairs.golds[i] for i in index]
-    parts = {args.rule: rollout.score(drawn, tokenizer, golds, right)}
-    rewards = parts[args.rule]
-    if args.format_reward:
-        parts["format"] = rollout.score(drawn, tokenizer, golds, well_formed)
-        rewards = rewards + args.format_reward * parts["format"]
-    if args.reward_control == "random":
-        coins = [[rollout.seed_of("coin", args.seed, step, pairs.keys[i], g) % 2
-                  for g in range(args.group)] for i in index]
-        rewards = torch.tensor(coins, dtype=torch.float32)
-    return rewards, parts
-
-
 def roll_out(args, model, tokenizer, pairs, prompts, index, step):
     """METHOD: draw and score a group for each prompt of a micro-batch; compare within the groups.
 
-    What is drawn is a function of --seed, the step and the item: neither of who draws it, nor of
-    what happened before. So a run that is killed here goes on with the same answers. → a dict that
-    the update reads: `batch` for the model; `lengths`, `advantages` (B, G); `counts` to be logged.
+    → a dict that the update reads: `batch` for the model; `lengths`, `advantages` (B, G); `counts`
+    to be logged.
     """
-    seeds = [[rollout.seed_of(args.seed, step, pairs.keys[i], g) for g in range(args.group)]
-             for i in index]
-    drawn = rollout.draw(model, prompts, args.group, args.max_new_tokens,
-                         tokenizer.convert_tokens_to_ids("<|im_end|>"), seeds)
-    rewards, parts = rewards_of(args, drawn, tokenizer, pairs, index, step)
+    drawn, rewards, counts = rollout.draw_and_score(args, model, tokenizer, pairs, prompts, index,
+                                                    step, score.RULES[args.rule])
     advantages = m.group_advantages(rewards, scaled=args.normalise != "dr_grpo")
-    counts = {"answers": rewards.numel(), "tokens": drawn.lengths.sum(), "reward": rewards.sum(),
-              "stopped": drawn.stopped.sum(),
-              "equal_groups": (rewards == rewards[:, :1]).all(1).sum(),
-              **{f"reward_{rule}": values.sum() for rule, values in parts.items()}}
+    counts["equal_groups"] = (rewards == rewards[:, :1]).all(1).sum()
     device = prompts["input_ids"].device
     return {"batch": data.group_batch(prompts, drawn.answers), "counts": counts,
             "lengths": drawn.lengths.to(device), "advantages": advantages.to(device)}
@@ -185,9 +115,10 @@ def report_heldout(args, run, model, tokenizer, samples, order, clock, step):
     stop_id, cover = tokenizer.convert_tokens_to_ids("<|im_end|>"), order.cover()
     clock.start(data.loader(samples, cover, "prompts", args.workers))
     for _ in distributed.progress(0, len(cover), "held-out pairs"):
-        prompts, index = next_prompts(args, clock)
+        prompts, index = rollout.next_prompts(args, clock)
         drawn = rollout.draw(model, prompts, 1, args.max_new_tokens, stop_id)
-        _, parts = rewards_of(args, drawn, tokenizer, samples, index, step)
+        _, parts = rollout.rewards_of(args, drawn, tokenizer, samples, index, step,
+                                      score.RULES[args.rule])
         scores[index], seen[index] = parts[args.rule][:, 0], 1
     reward = (distributed.sum_tensor(scores) / distributed.sum_tensor(seen)).mean().item()
     run.log({"step": step, "heldout_reward": reward})
@@ -218,7 +149,7 @@ def main():
 
     # ---- data
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
-    require_branches(model, pairs, args.max_new_tokens)
+    rollout.require_branches(model, pairs, args.max_new_tokens)
     order = data.BatchOrder(pairs, args.global_batch, args.micro_batch, args.seed,
                             *distributed.world())
     steps = training.num_steps(args.epochs, args.max_steps, order)
@@ -250,7 +181,7 @@ def main():
         # ---- rollout
         rolled, began = [], time.perf_counter()
         for _ in range(order.micro_steps):
-            prompts, index = next_prompts(args, clock)
+            prompts, index = rollout.next_prompts(args, clock)
             rolled.append(roll_out(args, model, tokenizer, pairs, prompts, index, step))
         counts = distributed.reduce_sum({k: sum(float(group["counts"][k]) for group in rolled)
                                          for k in rolled[0]["counts"]})

@@ -326,6 +326,22 @@ def vqa_soft(prediction, answers):
     return (same * min(1, (same - 1) / 3) + (n - same) * min(1, same / 3)) / n
 
 
+def letter_or_exact(prediction, gold):
+    """The option's letter, where the gold answer is one ("B", "(b)."); another one: exact."""
+    option = gold.strip("(). ").upper()
+    options = dict.fromkeys("ABCDEFGHI", "")
+    if option not in options:
+        return exact(prediction, [gold])
+    return float(letter(prediction, option, options))
+
+
+# By a name: what an answer is worth beside one gold answer, (text, text) → 0 … 1.
+RULES = {"exact": lambda said, gold: exact(said, [gold]), "letter": letter_or_exact,
+         "relaxed": lambda said, gold: relaxed(said, [gold]),
+         "anls": lambda said, gold: anls(said, [gold]),
+         "vqa": lambda said, gold: vqa_soft(said, [gold])}
+
+
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
                    "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 CONTRACTIONS = {word[:m.start()] + word[m.end():]: word for word in (

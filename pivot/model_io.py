@@ -80,10 +80,12 @@ def save_vision(vision, folder):
 
 
 def own_tensors(model):
-    """[(name, parameter)] of what is saved; tied weights once: safetensors refuses shared ones."""
+    """[(name, parameter)] of what is saved; tied weights once: safetensors refuses shared ones. A
+    value head is PPO's own: no class has a place for it."""
     own = {}
     for name, p in model.state_dict(keep_vars=True).items():
-        own.setdefault(id(p), (name, p))
+        if not name.startswith("value."):
+            own.setdefault(id(p), (name, p))
     return list(own.values())
 
 

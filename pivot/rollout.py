@@ -3,9 +3,13 @@
 Shared by the stages that do so. What is then made of the scores, and of log-probs, is theirs.
 """
 import hashlib
+import re
 from typing import NamedTuple
 
 import torch
+
+from model import can_hold_pairs
+from pivot import records
 
 
 class Drawn(NamedTuple):
@@ -54,3 +58,70 @@ def score(drawn, tokenizer, golds, rule):
         [answer[:-1] if stops else answer for answer, stops in zip(group, stopped)])]
         for group, stopped, gold in zip(drawn.answers, drawn.stopped.tolist(), golds)]
     return torch.tensor(values, dtype=torch.float32) * drawn.stopped
+
+
+def well_formed(said, gold):
+    """Is something said first, and then "Final answer:" and something? 1 or 0."""
+    return float(bool(re.fullmatch(r"\s*\S.*\bfinal answer:\s*\S.*", said, re.I | re.S)))
+
+
+def rewards_of(args, drawn, tokenizer, pairs, index, step, rule):
+    """METHOD: what each answer is worth, (B, G); its parts before their weights, {name: (B, G)}.
+
+    rule: what --rule names, a function of an answer and a gold answer → a number.
+    """
+    def right(said, gold):
+        return rule(records.final_answer(said), gold)
+
+    golds = [pairs.golds[i] for i in index]
+    parts = {args.rule: score(drawn, tokenizer, golds, right)}
+    rewards = parts[args.rule]
+    if args.format_reward:
+        parts["format"] = score(drawn, tokenizer, golds, well_formed)
+        rewards = rewards + args.format_reward * parts["format"]
+    if args.reward_control == "random":
+        coins = [[seed_of("coin", args.seed, step, pairs.keys[i], g) % 2
+                  for g in range(args.group)] for i in index]
+        rewards = torch.tensor(coins, dtype=torch.float32)
+    return rewards, parts
+
+
+def draw_and_score(args, model, tokenizer, pairs, prompts, index, step, rule):
+    """METHOD: a group of answers to each prompt of a micro-batch, and what each of them is worth.
+
+    What is drawn is a function of --seed, the step and the item: neither of who draws it, nor of
+    what happened before. So a run that is killed here goes on with the same answers. → Drawn; the
+    rewards (B, G); counts to be logged, {name: a number}.
+    """
+    seeds = [[seed_of(args.seed, step, pairs.keys[i], g) for g in range(args.group)]
+             for i in index]
+    drawn = draw(model, prompts, args.group, args.max_new_tokens,
+                 tokenizer.convert_tokens_to_ids("<|im_end|>"), seeds)
+    rewards, parts = rewards_of(args, drawn, tokenizer, pairs, index, step, rule)
+    counts = {"answers": rewards.numel(), "tokens": drawn.lengths.sum(), "reward": rewards.sum(),
+              "stopped": drawn.stopped.sum(),
+              **{f"reward_{name}": values.sum() for name, values in parts.items()}}
+    return drawn, rewards, counts
+
+
+def next_prompts(args, clock):
+    """A micro-batch of prompts, and which pairs they are."""
+    prompts = clock.next_batch()
+    index = prompts.pop("index").tolist()
+    if args.blank_image:
+        prompts["pixel_values"] = torch.zeros_like(prompts["pixel_values"])
+    return prompts, index
+
+
+def require_branches(model, pairs, max_new_tokens):
+    """Raise SystemExit where this LLM cannot hold a group in a row, or an answer to a prompt."""
+    config = model.llm.config
+    if not can_hold_pairs(model.llm):
+        raise SystemExit(f"error: the answers of a group stand in one row, apart by a mask that "
+                         f"not every layer of a {config.model_type} heeds; take another --llm")
+    texts = (pairs.tokens(i) for i in range(len(pairs)))
+    longest = max((roles == records.PROMPT).sum() + (ids == pairs.image_id).sum()
+                  * (pairs.num_image_tokens - 1) for ids, roles in texts)
+    if longest + max_new_tokens > config.max_position_embeddings:
+        raise SystemExit(f"error: --max-new-tokens {max_new_tokens} after a prompt of {longest} "
+                         f"tokens: this LLM has {config.max_position_embeddings} positions")

@@ -19,7 +19,7 @@ def freeze(model, rates):
     gradient reaches is always frozen. → the names of the latter, within the encoder."""
     frozen = tuple(f"vision.{x}" for x in model.encoder.family.frozen)
     never = {k for k, _ in model.encoder.named_parameters() if k.startswith(frozen)}
-    for name in MODULES:
+    for name in rates:
         for key, p in getattr(model, name).named_parameters():
             p.requires_grad_(rates[name] > 0 and not (name == "encoder" and key in never))
     return sorted(never)
@@ -28,12 +28,13 @@ def freeze(model, rates):
 def adamw(model, rates):
     """AdamW (0.9, 0.999), no weight decay, one group a module; a rate of 0 freezes the module.
 
-    rates: {"encoder": lr, "projector": lr, "llm": lr}. Prints the table of what is trained at which
-    rate: a rate silently ignored is the best hidden bug of public DPO scripts.
+    rates: {"encoder": lr, "projector": lr, "llm": lr}, and, of PPO, "value". Prints the table of
+    what is trained at which rate: a rate silently ignored is the best hidden bug of public DPO
+    scripts.
     """
     groups, unused = [], freeze(model, rates)
-    for name in MODULES:
-        module, lr = getattr(model, name), rates[name]
+    for name, lr in rates.items():
+        module = getattr(model, name)
         module.zero_grad()
         trained = [p for p in module.parameters() if p.requires_grad]
         count = sum(p.numel() for p in module.parameters())
@@ -91,19 +92,21 @@ def set_lr(optimizer, step, steps, warmup):
     return {g["name"]: g["lr"] for g in optimizer.param_groups}
 
 
-def clip_grad_norm(model, max_norm=1.0):
-    """Clip the global gradient norm; → {module: norm before clipping}, over all shards."""
+def clip_grad_norm(model, max_norm=1.0, modules=MODULES):
+    """Clip the global gradient norm of these modules; → {module: norm before clipping}, over all
+    shards."""
     norms = {}
-    for name in MODULES:
+    for name in modules:
         grads = [p.grad for p in getattr(model, name).parameters() if p.grad is not None]
         if grads:
             norm = torch.nn.utils.get_total_norm(grads)
             norms[name] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     total = math.sqrt(sum(n * n for n in norms.values()))
     if total > max_norm:
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad.mul_(max_norm / total)
+        for name in norms:
+            for p in getattr(model, name).parameters():
+                if p.grad is not None:
+                    p.grad.mul_(max_norm / total)
     return norms
 
 

@@ -13,6 +13,7 @@ import data
 import model as m
 import train_grpo
 from conftest import COMMON, ROOT, bit_equal, metrics, run, tiny_model
+from judge import score
 from pivot import model_io, records, rollout
 from test_model import IMAGE, llava_twin, plain_norm
 
@@ -255,7 +256,7 @@ class Words:
 def test_scores_and_what_was_cut_off():
     drawn = rollout.Drawn([[[0, 3], [1, 3], [2, 3], [0]], [[2, 3], [0, 0, 3], [3], [2]]],
                           torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0]]).bool())
-    got = rollout.score(drawn, Words(), ["red", "blue"], train_grpo.RULES["exact"])
+    got = rollout.score(drawn, Words(), ["red", "blue"], score.RULES["exact"])
     assert got.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
 
 
@@ -265,7 +266,7 @@ def test_scores_and_what_was_cut_off():
     ("letter", "red blue", "red", 0), ("relaxed", "104", "100", 1), ("relaxed", "106", "100", 0),
     ("anls", "hallo", "hello", 0.8), ("anls", "xyz", "hello", 0), ("vqa", "two dogs", "2 dogs", 1)])
 def test_rules(rule, said, gold, want):
-    assert train_grpo.RULES[rule](said, gold) == pytest.approx(want)
+    assert score.RULES[rule](said, gold) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("chosen,gold", [
@@ -283,12 +284,13 @@ def test_rewards_add_up_and_a_coin_is_a_function_of_the_item():
     args = Namespace(rule="exact", format_reward=0.5, reward_control="none", seed=0, group=2)
     tokenizer = Namespace(batch_decode=lambda rows: ["I see.\nIt is\nFinal answer: red",
                                                      "Final answer: blue"])
-    rewards, parts = train_grpo.rewards_of(args, drawn, tokenizer, pairs, [0], 3)
+    rewards, parts = rollout.rewards_of(args, drawn, tokenizer, pairs, [0], 3,
+                                        score.RULES["exact"])
     assert rewards.tolist() == [[1.5, 0]] and parts["exact"].tolist() == [[1, 0]]
     args.reward_control, seen = "random", []
     for step in range(200):
-        coins = train_grpo.rewards_of(args, drawn, tokenizer, pairs, [0], step)[0]
-        again = train_grpo.rewards_of(args, drawn, tokenizer, pairs, [0], step)[0]
+        coins, again = (rollout.rewards_of(args, drawn, tokenizer, pairs, [0], step,
+                                           score.RULES["exact"])[0] for _ in range(2))
         assert torch.equal(coins, again)
         seen += coins.flatten().tolist()
     assert set(seen) == {0, 1} and 150 < sum(seen) < 250
@@ -412,9 +414,9 @@ def test_another_function_at_step_0_and_too_few_positions_are_refused(world):
     args = Namespace(images=None, data=str(world), num_samples=5, seed=0, skip_bad=False,
                      follow_links=False)
     pairs = data.preference_pairs(args, f"{world}/preferences/meta.json", tokenizer, model)
-    train_grpo.require_branches(model, pairs, 24)
+    rollout.require_branches(model, pairs, 24)
     with pytest.raises(SystemExit, match="--max-new-tokens 1000 after a prompt of"):
-        train_grpo.require_branches(model, pairs, 1000)
+        rollout.require_branches(model, pairs, 1000)
 
 
 def test_the_rehearsal_is_as_long_as_a_group_can_be():

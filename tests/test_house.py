@@ -11,7 +11,7 @@ import pytest
 
 from conftest import ROOT, run
 
-STAGES = ["pretrain", "train_sft", "train_dpo", "train_mpo", "train_grpo", "extract",
+STAGES = ["pretrain", "train_sft", "train_dpo", "train_mpo", "train_grpo", "train_ppo", "extract",
           "repair_eval"]
 INSTRUMENTS = ["probe_linear", "probe_seg", "probe_align", "gradcam"]
 SHARED = ["model", "data"]
@@ -115,7 +115,7 @@ def may(name):
         return {"model", "data", "train_sft", "train_dpo"} | pivot | judge
     if name in INSTRUMENTS:
         return {"model", "data"} | pivot | judge
-    if name == "train_grpo":                           # it rewards answers
+    if name in ("train_grpo", "train_ppo"):            # they reward answers
         return {"model", "data", "judge.score"} | pivot
     if name in STAGES:
         return {"model", "data"} | pivot
@@ -149,7 +149,8 @@ def test_what_a_fork_takes_along():
     checkpoint code, no other probe."""
     for stage in ("pretrain", "train_sft", "train_dpo", "train_mpo"):
         assert {n.split(".")[0] for n in needs(stage)} == {"model", "data", "pivot"}, stage
-    assert {n for n in needs("train_grpo") if n.startswith("judge")} == {"judge.score"}
+    for stage in ("train_grpo", "train_ppo"):
+        assert {n for n in needs(stage) if n.startswith("judge")} == {"judge.score"}, stage
     seg = needs("probe_seg")
     assert not seg & {"judge.answer", "judge.score", "judge.report", "pivot.checkpoints",
                       *INSTRUMENTS}
@@ -177,8 +178,9 @@ def test_stage_names_are_not_wired_into_the_ground_floor():
         code = ast.parse(path.read_text(encoding="utf-8"))
         words = {n.value for n in ast.walk(code) if isinstance(n, ast.Constant)
                  and isinstance(n.value, str)}
-        assert not words & {"sft", "dpo", "mpo", "grpo", "pretrain", "repair", "train_sft.py",
-                            "train_dpo.py", "train_mpo.py", "train_grpo.py", "pretrain.py"}, path.name
+        assert not words & {"sft", "dpo", "mpo", "grpo", "ppo", "pretrain", "repair",
+                            "train_sft.py", "train_dpo.py", "train_mpo.py", "train_grpo.py",
+                            "train_ppo.py", "pretrain.py"}, path.name
 
 
 def test_commands_import_pivot_first():
@@ -203,13 +205,17 @@ def test_one_word_for_one_thing():
 
 
 def test_the_method_is_the_diff():
-    """SFT, DPO and MPO run the same lines in the same order, but for the method and its reports."""
+    """SFT, DPO and MPO run the same lines in the same order, but for the method and its reports.
+    So do GRPO and PPO."""
     sft, dpo, mpo = ([x.strip() for x in lines(ROOT / f"train_{s}.py")]
                      for s in ("sft", "dpo", "mpo"))
     for one, other in ((sft, dpo), (dpo, mpo)):
         inside = one[one.index("def main():"):]
         missing = [x for x in inside if x and x not in other]
         assert len(missing) <= 10, missing
+    grpo, ppo = ([x.strip() for x in lines(ROOT / f"train_{s}.py")] for s in ("grpo", "ppo"))
+    missing = [x for x in grpo[grpo.index("def main():"):] if x and x not in ppo]
+    assert len(missing) <= 26, missing
 
 
 # --------------------------------------------------------------------------------- a stage of one's own

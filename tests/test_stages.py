@@ -603,7 +603,7 @@ def test_no_flag_of_ours_is_ambiguous_to_torchrun():
     from torch.distributed.run import get_args_parser
     theirs = [o for a in get_args_parser()._actions for o in a.option_strings]
     for script in ("pretrain.py", "train_sft.py", "train_dpo.py", "train_mpo.py", "train_grpo.py",
-                   "repair_eval.py"):
+                   "train_ppo.py", "repair_eval.py"):
         ours = set(re.findall(r"^  (--[a-z-]+)", run(script, "--help").stdout, re.M))
         assert "--run-dir" in ours and "--seed" in ours
         assert not [o for o in ours for t in theirs if t.startswith(o)], script
@@ -611,7 +611,7 @@ def test_no_flag_of_ours_is_ambiguous_to_torchrun():
 
 def test_help_teaches():
     for script in ("pretrain.py", "train_sft.py", "train_dpo.py", "train_mpo.py", "train_grpo.py",
-                   "extract.py", "repair_eval.py"):
+                   "train_ppo.py", "extract.py", "repair_eval.py"):
         text = run(script, "--help").stdout
         assert "torchrun" in text or script == "extract.py"
         assert re.search(r"Reads +\S", text) and re.search(r"Writes +\S", text)
