@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data
-from pivot import distributed, encoders, model_io, published, records
+from pivot import distributed, encoders, model_io, published, records, rollout
 import model as m
 from conftest import TEXT, run, tiny_model
 
@@ -403,23 +403,38 @@ def test_generation_is_argmax_one_token_at_a_time(width):
         assert got[b] == want
 
 
-def test_drawn_answers_follow_the_softmax_and_their_own_seed():
+@pytest.mark.parametrize("by", ["seeds", "uniforms"])
+def test_drawn_answers_follow_the_softmax_and_their_own_seed(by):
+    """All but `<image>`, which no picture would stand behind, however probable it is."""
+    def drawn_by(seeds):
+        return {"seeds": seeds} if by == "seeds" else {"uniforms": torch.stack(
+            [rollout.uniforms_of(seed, 6) for seed in seeds])}
     model, n, t = tiny_model().eval(), 3000, 0.5
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     ids = torch.tensor([[1] + [IMAGE] * 16 + [9, 4]])
-    logits = model.llm.lm_head(model.llm.model(inputs_embeds=model.embed(pixels, ids))
-                               .last_hidden_state[0, -1]).detach().double()
+    hidden = model.llm.model(inputs_embeds=model.embed(pixels, ids)).last_hidden_state[0, -1]
+    model.llm.lm_head.weight.data[IMAGE] = 9 * hidden / hidden.square().sum()
+    logits = model.llm.lm_head(hidden).detach().double()
+    assert logits.argmax() == IMAGE
+    logits[IMAGE] = -torch.inf
     want = (logits / t).softmax(-1)
-    got = model.generate(pixels.expand(n, -1, -1, -1), ids.expand(n, -1),
-                         torch.ones(n, ids.shape[1], dtype=torch.long), 1, {-1}, t, range(n))
+    got = model.generate(pixels, ids, torch.ones_like(ids), 1, {-1}, t, **drawn_by(range(n)),
+                         group=n)
     seen = torch.bincount(torch.tensor(got)[:, 0], minlength=len(want)) / n
     assert ((seen - want).abs() < 4.5 * (want * (1 - want) / n).sqrt() + 1 / n).all()
     assert want.max() > 2 * want.median() and len({a[0] for a in got}) > 3
 
     three = [torch.cat([x] * 3) for x in (pixels, ids, torch.ones_like(ids))]
-    together = model.generate(*three, 6, {-1}, t, [5, 6, 7])
-    alone = model.generate(pixels, ids, torch.ones_like(ids), 6, {-1}, t, [6])
+    together = model.generate(*three, 6, {-1}, t, **drawn_by([5, 6, 7]))
+    alone = model.generate(pixels, ids, torch.ones_like(ids), 6, {-1}, t, **drawn_by([6]))
     assert together[1] == alone[0] and together[0] != together[1]
+
+
+def test_a_number_falls_to_the_token_that_owns_its_place():
+    """Shares 1/2, 0, 1/4, 1/4: borders belong to the token behind them, 0 to nobody."""
+    logits = torch.tensor([0.5, 0, 0.25, 0.25]).log().expand(6, -1)
+    numbers = torch.tensor([0, 0.49, 0.5, 0.74, 0.75, 1 - 2 ** -53], dtype=torch.float64)
+    assert m.token_at(numbers, logits).tolist() == [0, 0, 2, 2, 3, 3]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
