@@ -160,8 +160,9 @@ def old_trainer(wheel):
     wanted = {"trl/trainer/utils.py": {"RunningMoments", "pad_to_length", "flush_left",
                                        "selective_log_softmax"},
               "trl/trainer/dpo_trainer.py": {"DPOTrainer"}}
-    names = {"torch": torch, "nn": torch.nn, "textwrap": textwrap, "F": torch.nn.functional, "dataclass": dataclass,
-             "contextmanager": contextlib.contextmanager, "__name__": "trl_0_24",
+    names = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional, "textwrap": textwrap,
+             "dataclass": dataclass, "contextmanager": contextlib.contextmanager,
+             "__name__": "trl_0_24",
              "FDivergenceType": SimpleNamespace(ALPHA_DIVERGENCE="alpha", JS_DIVERGENCE="js")}
     sys.modules["trl_0_24"] = sys                                # @dataclass looks it up
     with zipfile.ZipFile(wheel) as files:

@@ -32,7 +32,8 @@ def uniforms_of(seed, count):
 
 def draw(model, prompts, group, max_new_tokens, stop_id, seeds=()):
     """METHOD: G answers to each prompt, from the model as it is, at temperature 1: from π itself,
-    every token of its vocabulary but `<image>`. Image and prompt go through the model once. → Drawn.
+    every token of its vocabulary but `<image>`. A prompt and its image go through the model once.
+    → Drawn.
 
     prompts: a micro-batch of data.collate's layout "prompts"; stop_id: the token that ends an
     answer; seeds: B lists of G ints; none: one greedy answer. No other sampler is used: of what
