@@ -378,9 +378,10 @@ def test_an_llm_that_cannot_hold_two_answers_takes_rows():
     assert torch.allclose(chosen, torch.stack(alone), atol=1e-4) and len(rejected) == 3
 
 
-@pytest.mark.parametrize("width", [1, 3])
-def test_generation_is_argmax_one_token_at_a_time(width):
-    """Batched, cached, left-padded = a fresh full forward for every token."""
+@pytest.mark.parametrize("width,drawn", [(1, False), (3, False), (3, True)])
+def test_generation_is_argmax_one_token_at_a_time(width, drawn):
+    """Batched, cached, left-padded = a fresh full forward for every token. Drawn: the place of the
+    step's own number in the shares of the tokens."""
     model = tiny_model().eval()
     g = torch.Generator().manual_seed(0)
     prompts = [[1] + [IMAGE] * 16 + torch.randint(2, 60, (n,), generator=g).tolist()
@@ -389,13 +390,19 @@ def test_generation_is_argmax_one_token_at_a_time(width):
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    got = model.generate(pixels, ids, mask, 6, stop_ids={7})
+    numbers = torch.rand(width, 6, dtype=torch.float64, generator=g)
+    how = {"temperature": 1.0, "uniforms": numbers} if drawn else {}
+    got = model.generate(pixels, ids, mask, 6, stop_ids={7}, **how)
     for b, prompt in enumerate(prompts):
         sequence, want = list(prompt), []
-        for _ in range(6):
+        for step in range(6):
             hidden = model.llm.model(inputs_embeds=model.embed(
                 pixels[b:b + 1], torch.tensor([sequence]))).last_hidden_state
-            token = int(model.llm.lm_head(hidden[0, -1]).argmax())
+            logits = model.llm.lm_head(hidden[0, -1]).detach().double()
+            logits[IMAGE] = -torch.inf
+            token = int(logits.argmax())
+            if drawn:
+                token = int((logits.softmax(-1).cumsum(-1) <= numbers[b, step]).sum())
             if token == 7:
                 break
             want.append(token)
