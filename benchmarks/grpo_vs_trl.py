@@ -4,17 +4,20 @@
 
 Both open the same folder of random weights (LLaVA: SigLIP of 6 × 384, Qwen2 of 8 × 512) and train
 it in fp32 on the CPU: the same prompts, each a picture of 576 tokens and a question, 8 answers of
-32 tokens to each, drawn at temperature 1 from the whole vocabulary, a coin as reward, dapo's loss,
-no KL, fused AdamW. Ours is train_grpo.py's main(), TRL's its own train(): calls that both make
-anyway are watched from outside, and hand over to the other side after every rollout and update.
+32 tokens to each, drawn at temperature 1 from all words but `<image>`, a coin as reward, dapo's
+loss, no KL, fused AdamW, gradients clipped at 1. Ours is train_grpo.py's main(), TRL's its own
+train(). Calls that both make anyway are watched from outside, and hand over to the other side after
+every rollout and every update. Opening pictures is part of both rollouts, without workers; in TRL's
+the processor sees each of them 16 times.
 
-TRL at its best here: gradient checkpointing and bf16 off (slower on a CPU), all of a step's prompts
-in one batch as here, no old log-probs to compute (one update a rollout), transformers' generate
-with a KV cache (vLLM needs a GPU), nothing logged. Two of it:
+TRL at its best on a CPU: no bf16, all of a step's prompts in one batch as here, no old log-probs to
+compute (one update a rollout), transformers' generate with its cache (vLLM needs a GPU), nothing
+logged. Three of it, the last on request:
 
-  TRL, answer rows   lm_head on answer rows alone, as TRL does on CUDA; on a CPU it scores all
-                     positions, so its device check is answered "yes" here
-  TRL                as it stands
+  TRL, answer rows    lm_head on answer rows alone, as TRL does on CUDA; on a CPU it scores all
+                      positions, so its device check is answered "yes" here
+  TRL                 as it stands
+  TRL, checkpointing  the first, with gradient checkpointing, TRL's default: slower, in less memory
 
 First, on a small model, one step of both with the same answers: TRL is handed ours. Prompts must be
 the same token ids, loss and every gradient the same to --tolerance, or this exits with 1. Then the
@@ -30,7 +33,6 @@ from pathlib import Path
 from unittest import mock
 
 import common as c
-import numpy as np
 import torch
 import train_grpo
 from PIL import Image
@@ -39,24 +41,25 @@ from turns import Side, progress
 
 GROUP, LR = 8, 1e-5
 GOALS = {"update": 6, "step": 3, "memory": 0.4}
-SIDES = {"TRL, answer rows": True, "TRL": False}
+SIDES = {"TRL, answer rows": (True, {}), "TRL": (False, {}),
+         "TRL, checkpointing": (True, {"gradient_checkpointing": True})}
 
 
 # ---------------------------------------------------------------------------------- what both read
 
-def write_task(shape, count, folder):
-    """The stage-1 folder that both open, and `count` pairs of which the prompts are used. Questions
-    differ in length, answers are one word, so that each is a gold answer."""
+def write_task(shape, count, folder, ragged=False):
+    """The stage-1 folder that both open, and `count` pairs of which the prompts are used. All ask
+    the same of another picture, so that nobody pads; ragged: of another length each. Answers are
+    one word: each is a gold answer."""
     c.save(shape, folder / "stage1" / "pretrain" / "final")
     files.write_json(folder / "stage1" / "pretrain" / "config.json", {"arguments": {
         "encoder": "siglip2-so400m", "llm": "qwen2.5-1.5b", "image_size": None, "data": None}})
     (folder / "images").mkdir()
-    rng = np.random.default_rng(0)
     for i, sample in enumerate(c.pairs(shape, count, image_id=0)):
         Image.fromarray(sample["pixels"].transpose(1, 2, 0)).save(folder / f"images/{i}.png")
-    words = ["What", "is", "to be", "seen", "in", "this", "picture", "and", "where"]
-    pairs = [{"image": f"{i}.png", "question": " ".join(rng.choice(words, 4 + i % 3)) + f" {i}?",
-              "chosen": "red", "rejected": "blue"} for i in range(count)]
+    pairs = [{"image": f"{i}.png", "chosen": "red", "rejected": "blue",
+              "question": "What is to be seen" + " here" * (i if ragged else 1) + "?"}
+             for i in range(count)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
@@ -168,8 +171,9 @@ def trl_trainer(turns, folder, shape, prompts, out, answer_rows, reward=coin, ro
     return trainer
 
 
-def trl_side(turns, *task):
-    trl_trainer(turns, *task).train()
+def trl_side(turns, folder, shape, prompts, out, name):
+    answer_rows, more = SIDES[name]
+    trl_trainer(turns, folder, shape, prompts, out, answer_rows, **more).train()
 
 
 # ------------------------------------------------------------------------ the same answers, in both
@@ -255,7 +259,7 @@ def compare_one_step(threads):
     shape = c.QUICK["A"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_task(shape, 2, folder)
+        write_task(shape, 2, folder, ragged=True)
         for name, work in (("ours", our_check), ("TRL", trl_check)):
             Side(f"{name}, one step", threads, work, folder, shape, 2, folder / name).hear()
         ours, theirs = (torch.load(folder / f"{name}.pt") for name in ("ours", "trl"))
@@ -298,7 +302,7 @@ def measure(shape, args, opponent):
         write_task(shape, args.prompts * args.steps, folder)
         task = (folder, shape, args.prompts)
         sides = [Side("ours", args.threads, our_side, *task, folder / "ours"),
-                 Side(opponent, args.threads, trl_side, *task, folder / "trl", SIDES[opponent])]
+                 Side(opponent, args.threads, trl_side, *task, folder / "trl", opponent)]
         alternate(sides, f"ours, {opponent}")
     return sides
 
@@ -310,7 +314,7 @@ def report(sides, goals):
         length = statistics.mean(tokens for _, tokens in side.values)
         rows.append([side.name, *(f"{statistics.median(took[kind]):.2f}" for kind in took),
                      f"{side.state['peak']:.2f}", f"{length:.0f}"])
-    c.table(["", "rollout, s", "update, s", "step, s", "peak GiB", "tokens drawn"], rows)
+    c.table(["", "rollout, s", "update, s", "step, s", "peak GiB", "tokens a step"], rows)
     ratios = {kind: [b / a for a, b in zip(*(took[kind] for took in seconds))]
               for kind in seconds[0]}
     for kind, each in ratios.items():
@@ -346,7 +350,8 @@ def main():
     parser = c.arguments(__doc__)
     parser.add_argument("--shape", choices=["A", "B"], default="A", help="A: 32,000 words, B: "
                         "Qwen2.5's 151,936 (default %(default)s)")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES,
+                        default=["TRL, answer rows", "TRL"])
     parser.add_argument("--steps", type=int, default=4, help="of each side; the first is warm-up "
                         "(default %(default)s)")
     parser.add_argument("--prompts", type=int, default=2, help="a step (default %(default)s)")
