@@ -105,10 +105,16 @@ BENCHPY := .venv-bench/bin/python
 	$(BENCHPY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
 
-bench: .venv-bench/done data/toy
+OLDTRL := .venv-bench/trl-0.24.0-py3-none-any.whl
+$(OLDTRL): .venv-bench/done
+	$(BENCHPY) -m pip download --quiet --disable-pip-version-check --no-deps --dest $(@D) trl==0.24.0
+
+bench: .venv-bench/done $(OLDTRL) data/toy
 	$(BENCHPY) benchmarks/flops.py $(BENCH)
 	$(BENCHPY) benchmarks/dpo_vs_trl.py $(BENCH)
 	$(BENCHPY) benchmarks/sft_vs_trainer.py $(BENCH)
+	$(BENCHPY) benchmarks/grpo_vs_trl.py $(BENCH)
+	$(BENCHPY) benchmarks/signals_vs_trl.py $(BENCH)
 	$(BENCHPY) benchmarks/savings.py $(BENCH)
 	$(BENCHPY) benchmarks/scaling.py $(BENCH)
 	$(BENCHPY) benchmarks/generate_vs_transformers.py $(BENCH)

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections import defaultdict
 
 import torch
 from tqdm import tqdm
@@ -84,10 +85,10 @@ def serve(conn, threads, work, args):
 
 class Side:
     """One way to train, seen from outside. state: kind of its next turn, or its memory when done;
-    took: {kind: seconds of every turn}; values: what the steps returned."""
+    took: {kind: seconds of every turn}; values: what the turns returned, where not None."""
 
     def __init__(self, name, threads, work, *args):
-        self.name, self.took, self.values = name, {"reference": [], "step": []}, []
+        self.name, self.took, self.values = name, defaultdict(list), []
         context = multiprocessing.get_context("spawn")
         self.conn, theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, threads, work, args), daemon=True).start()
@@ -104,7 +105,7 @@ class Side:
         self.conn.send("go")
         seconds, value = self.hear()
         self.took[self.state].append(seconds)
-        self.values += [value] if self.state == "step" else []
+        self.values += [] if value is None else [value]
         self.state = self.hear()         # only then is it quiet: between turns it makes batches
 
     def costs(self, block):

@@ -29,21 +29,27 @@ def seed_of(*what):
     return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:4], "big")
 
 
+def uniforms_of(seed, count):
+    """The numbers in [0, 1) that an answer's tokens are drawn by: (count,) fp64."""
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 def draw(model, prompts, group, max_new_tokens, stop_id, seeds=()):
     """METHOD: G answers to each prompt, from the model as it is, at temperature 1: from π itself,
-    every token of its vocabulary. Its image goes through the encoder once. → Drawn.
+    every token of its vocabulary but `<image>`. A prompt and its image go through the model once.
+    → Drawn.
 
     prompts: a micro-batch of data.collate's layout "prompts"; stop_id: the token that ends an
     answer; seeds: B lists of G ints; none: one greedy answer. No other sampler is used: of what
     top-k or another temperature draws, log π is not the log-prob.
     """
-    count = len(prompts["input_ids"])
-    by_answer = [seeds[b][g] for g in range(group) for b in range(count)] if seeds else ()
+    uniforms = None
+    if seeds:
+        uniforms = torch.stack([uniforms_of(seed, max_new_tokens) for own in seeds for seed in own])
     rows = model.generate(
-        prompts["pixel_values"], prompts["input_ids"].repeat(group, 1),
-        prompts["attention_mask"].repeat(group, 1), max_new_tokens, [stop_id],
-        temperature=1.0 if seeds else 0.0, seeds=by_answer, keep_stop=True)
-    answers = [rows[b::count] for b in range(count)]        # rows: first answers, second ones, …
+        prompts["pixel_values"], prompts["input_ids"], prompts["attention_mask"], max_new_tokens,
+        [stop_id], 1.0 if seeds else 0.0, keep_stop=True, group=group, uniforms=uniforms)
+    answers = [rows[i:i + group] for i in range(0, len(rows), group)]
     stopped = torch.tensor([[answer[-1] == stop_id for answer in group] for group in answers])
     return Drawn(answers, stopped)
 

@@ -27,16 +27,18 @@ pixels = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=
 # A stop token that ends some answers early, on one process before the other.
 free = model.generate(pixels, ids, mask, 12, [-1])
 stops = [free[0][2], free[1][4]] if rank == 0 else [free[1][-1]]
-cases = [((12, stops), {}), ((12, stops, 1.0, (3 + rank, 8)), {})]
-want = [model.generate(pixels, ids, mask, *args) for args, _ in cases]
+numbers = torch.rand(4, 12, dtype=torch.float64, generator=generator)       # a group of two each
+cases = [dict(), dict(temperature=1.0, seeds=(3 + rank, 8)),
+         dict(temperature=1.0, uniforms=numbers, group=2)]
+want = [model.generate(pixels, ids, mask, 12, stops, **case) for case in cases]
 model = distributed.shard(model, device, "fp32")
 optimizer = training.adamw(model, dict.fromkeys(training.MODULES, 1e-4))
-got = [model.generate(pixels, ids, mask, *args) for args, _ in cases]
+got = [model.generate(pixels, ids, mask, 12, stops, **case) for case in cases]
 assert got == want, (rank, got, want)
 labels = torch.where(mask.bool() & (ids != model.image_token_id), ids, -100)
 (-model(pixels, ids, labels).sum()).backward()
 optimizer.step()
 optimizer.zero_grad()
-assert model.generate(pixels, ids, mask, *cases[0][0]) != [], "and once more after a step"
+assert model.generate(pixels, ids, mask, 12, stops) != [], "and once more after a step"
 distributed.print0("answers are the same")
 distributed.stop()

@@ -222,14 +222,16 @@ def test_the_numbers_of_trl(normalise):
 def test_a_group_is_drawn_behind_its_own_picture_by_its_own_seeds():
     """Each answer = the one drawn alone, from its picture, its prompt and its seed; its last token
     is the stop token, or it has max_new_tokens."""
-    model, calls = tiny_model().eval(), []
+    model, calls, rows = tiny_model().eval(), [], []
     prompts, _ = random_groups(model, (1, 1, 1))
     model.encoder.register_forward_hook(lambda module, inputs, out: calls.append(len(out)))
+    model.llm.model.norm.register_forward_hook(lambda module, inputs, out: rows.append(len(out)))
     seeds = [[100 * b + g for g in range(4)] for b in range(3)]
     free = rollout.draw(model, prompts, 4, 6, 9999, seeds)
     stop = free.answers[1][2][2]
     drawn = rollout.draw(model, prompts, 4, 6, stop, seeds)
     assert calls == [3, 3], "a picture is encoded once, not once an answer"
+    assert rows == [3, *[12] * 5] * 2, "and a prompt goes through the LLM once"
     assert not free.stopped.any() and drawn.stopped[1, 2] and len(drawn.answers[1][2]) <= 3
     for b in range(3):
         one = {k: v[b:b + 1] for k, v in prompts.items()}
@@ -237,7 +239,7 @@ def test_a_group_is_drawn_behind_its_own_picture_by_its_own_seeds():
         one = {k: v[:, start:] if v.ndim == 2 else v for k, v in one.items()}
         for g in range(4):
             alone = model.generate(**one, max_new_tokens=6, stop_ids=[stop], temperature=1.0,
-                                   seeds=[seeds[b][g]])[0]
+                                   uniforms=rollout.uniforms_of(seeds[b][g], 6)[None])[0]
             whole = drawn.answers[b][g]
             assert whole == alone + [stop] * drawn.stopped[b, g].item()
             assert drawn.stopped[b, g] == (stop in whole) and drawn.lengths[b, g] == len(whole)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data
-from pivot import distributed, encoders, model_io, published, records
+from pivot import distributed, encoders, model_io, published, records, rollout
 import model as m
 from conftest import TEXT, run, tiny_model
 
@@ -378,9 +378,10 @@ def test_an_llm_that_cannot_hold_two_answers_takes_rows():
     assert torch.allclose(chosen, torch.stack(alone), atol=1e-4) and len(rejected) == 3
 
 
-@pytest.mark.parametrize("width", [1, 3])
-def test_generation_is_argmax_one_token_at_a_time(width):
-    """Batched, cached, left-padded = a fresh full forward for every token."""
+@pytest.mark.parametrize("width,drawn", [(1, False), (3, False), (3, True)])
+def test_generation_is_argmax_one_token_at_a_time(width, drawn):
+    """Batched, cached, left-padded = a fresh full forward for every token. Drawn: the place of the
+    step's own number in the shares of the tokens."""
     model = tiny_model().eval()
     g = torch.Generator().manual_seed(0)
     prompts = [[1] + [IMAGE] * 16 + torch.randint(2, 60, (n,), generator=g).tolist()
@@ -389,13 +390,19 @@ def test_generation_is_argmax_one_token_at_a_time(width):
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    got = model.generate(pixels, ids, mask, 6, stop_ids={7})
+    numbers = torch.rand(width, 6, dtype=torch.float64, generator=g)
+    how = {"temperature": 1.0, "uniforms": numbers} if drawn else {}
+    got = model.generate(pixels, ids, mask, 6, stop_ids={7}, **how)
     for b, prompt in enumerate(prompts):
         sequence, want = list(prompt), []
-        for _ in range(6):
+        for step in range(6):
             hidden = model.llm.model(inputs_embeds=model.embed(
                 pixels[b:b + 1], torch.tensor([sequence]))).last_hidden_state
-            token = int(model.llm.lm_head(hidden[0, -1]).argmax())
+            logits = model.llm.lm_head(hidden[0, -1]).detach().double()
+            logits[IMAGE] = -torch.inf
+            token = int(logits.argmax())
+            if drawn:
+                token = int((logits.softmax(-1).cumsum(-1) <= numbers[b, step]).sum())
             if token == 7:
                 break
             want.append(token)
@@ -403,23 +410,38 @@ def test_generation_is_argmax_one_token_at_a_time(width):
         assert got[b] == want
 
 
-def test_drawn_answers_follow_the_softmax_and_their_own_seed():
+@pytest.mark.parametrize("by", ["seeds", "uniforms"])
+def test_drawn_answers_follow_the_softmax_and_their_own_seed(by):
+    """All but `<image>`, which no picture would stand behind, however probable it is."""
+    def drawn_by(seeds):
+        return {"seeds": seeds} if by == "seeds" else {"uniforms": torch.stack(
+            [rollout.uniforms_of(seed, 6) for seed in seeds])}
     model, n, t = tiny_model().eval(), 3000, 0.5
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     ids = torch.tensor([[1] + [IMAGE] * 16 + [9, 4]])
-    logits = model.llm.lm_head(model.llm.model(inputs_embeds=model.embed(pixels, ids))
-                               .last_hidden_state[0, -1]).detach().double()
+    hidden = model.llm.model(inputs_embeds=model.embed(pixels, ids)).last_hidden_state[0, -1]
+    model.llm.lm_head.weight.data[IMAGE] = 9 * hidden / hidden.square().sum()
+    logits = model.llm.lm_head(hidden).detach().double()
+    assert logits.argmax() == IMAGE
+    logits[IMAGE] = -torch.inf
     want = (logits / t).softmax(-1)
-    got = model.generate(pixels.expand(n, -1, -1, -1), ids.expand(n, -1),
-                         torch.ones(n, ids.shape[1], dtype=torch.long), 1, {-1}, t, range(n))
+    got = model.generate(pixels, ids, torch.ones_like(ids), 1, {-1}, t, **drawn_by(range(n)),
+                         group=n)
     seen = torch.bincount(torch.tensor(got)[:, 0], minlength=len(want)) / n
     assert ((seen - want).abs() < 4.5 * (want * (1 - want) / n).sqrt() + 1 / n).all()
     assert want.max() > 2 * want.median() and len({a[0] for a in got}) > 3
 
     three = [torch.cat([x] * 3) for x in (pixels, ids, torch.ones_like(ids))]
-    together = model.generate(*three, 6, {-1}, t, [5, 6, 7])
-    alone = model.generate(pixels, ids, torch.ones_like(ids), 6, {-1}, t, [6])
+    together = model.generate(*three, 6, {-1}, t, **drawn_by([5, 6, 7]))
+    alone = model.generate(pixels, ids, torch.ones_like(ids), 6, {-1}, t, **drawn_by([6]))
     assert together[1] == alone[0] and together[0] != together[1]
+
+
+def test_a_number_falls_to_the_token_that_owns_its_place():
+    """Shares 1/2, 0, 1/4, 1/4: borders belong to the token behind them, 0 to nobody."""
+    logits = torch.tensor([0.5, 0, 0.25, 0.25]).log().expand(6, -1)
+    numbers = torch.tensor([0, 0.49, 0.5, 0.74, 0.75, 1 - 2 ** -53], dtype=torch.float64)
+    assert m.token_at(numbers, logits).tolist() == [0, 0, 2, 2, 3, 3]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
