@@ -42,6 +42,7 @@ import repair_eval
 import train_grpo
 from pivot import checkpoints, distributed, files, flags, printing, records, rollout, training
 from pivot.distributed import print0
+from train_grpo import RULES, require_branches
 
 # What train_grpo.py has: its items, its answers.
 USED = {"data", "num_samples", "group", "max_new_tokens", "micro_batch", "workers"}
@@ -67,7 +68,7 @@ def get_args(argv=None):
     add("--group", type=flags.number(int, 2), help="answers to a question (default 8)")
     add("--max-new-tokens", type=flags.COUNT, help="of an answer, its end included (default 512; "
         "24 with a toy LLM)")
-    add("--rule", choices=train_grpo.RULES, default="exact", help="what compares an answer with "
+    add("--rule", choices=RULES, default="exact", help="what compares an answer with "
         "the gold one, as in train_grpo.py (default exact)")
     add("--seed", type=flags.NATURAL, default=0, help="of what is drawn (default 0)")
     add("--micro-batch", type=flags.COUNT, help="questions at once; lower it when memory runs out "
@@ -90,8 +91,7 @@ def get_args(argv=None):
     flags.fill(args, PAPER, TOY)
     args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
-    # What train_grpo.rewards_of and the reader of pairs ask besides.
-    args.format_reward, args.reward_control, args.verifiable = 0, "none", True
+    args.verifiable = True                       # what data.preference_pairs keeps
     return args
 
 
@@ -170,7 +170,10 @@ def draw_batch(args, model, tokenizer, pairs, prompts, index):
     seeds = [[rollout.seed_of("draw", args.seed, pairs.keys[i], g) for g in range(args.group)]
              for i in index]
     drawn = rollout.draw(model, prompts, args.group, args.max_new_tokens, stop_id, seeds)
-    rewards, _ = train_grpo.rewards_of(args, drawn, tokenizer, pairs, index, step=0)
+
+    def right(said, gold):
+        return RULES[args.rule](records.final_answer(said), gold)
+    rewards = rollout.score(drawn, tokenizer, [pairs.golds[i] for i in index], right)
     special = {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", records.IMAGE_TOKEN}
     lines = []
     for i, group, stopped, worth in zip(index, drawn.answers, drawn.stopped.tolist(),
@@ -290,11 +293,11 @@ def main():
     device, final = distributed.start(), args.folder / "final"
     model, tokenizer = repair_eval.open_for_answers(args, final, device)
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
-    train_grpo.require_branches(model, pairs, args.max_new_tokens)
+    require_branches(model, pairs, args.max_new_tokens)
     print0(f"  {pairs.summary()}")
-    key = {"model": checkpoints.file_digest(final), "questions": pairs.fingerprint(), **{
-        name: getattr(args, name) for name in ("seed", "group", "max_new_tokens", "rule",
-                                               "micro_batch", "dtype")}}
+    key = {name: getattr(args, name) for name in ("seed", "group", "max_new_tokens", "rule",
+                                                  "micro_batch", "dtype")}
+    key |= {"model": checkpoints.file_digest(final), "questions": pairs.fingerprint()}
     refusal = distributed.from_main(lambda: claim(args, key))
     if refusal:
         raise SystemExit(refusal)
