@@ -81,7 +81,7 @@ class Signals(Study):
                 if part == "signals":
                     self.before(seed)
                 for arm in arms:
-                    self.arm(part, seed, arm)
+                    self.learned(part, seed, arm)
 
     # ----------------------------------------------------------- what results are made from
 
@@ -117,7 +117,7 @@ class Signals(Study):
                 "--max-steps", self.sizes["steps"], "--lr", rate, "--seed", seed, "--workers", 0,
                 *more]
 
-    def arm(self, part, seed, name):
+    def learned(self, part, seed, name):
         """An arm at its stage's chosen rate, and all that is measured of it."""
         arm, folder = ARMS[name], self.run(seed, name)
         stage = folder / arm.stage

@@ -163,8 +163,8 @@ def page(results, sizes):
     return "\n".join([
         "# Six signals from one stage 1", "",
         f"{seeds} of {sizes['seeds']} seeds. Points above stage 1 (of stage 1: percent), mean "
-        "[95 % interval over seeds]. *visual* is the mean of the three groups before it; Knowledge is "
-        "answered without looking. Costs are means over seeds, of training alone; an arm of own "
+        "[95 % interval over seeds]. *visual* is the mean of the three groups before it; Knowledge "
+        "is answered without looking. Costs are means over seeds, of training alone; an arm of own "
         "answers pays for drawing them. Tokens trained count prompt, picture and padding.", "",
         *main_table(results, results.out), *chosen(results, sizes),
         "The aims:", "", *aims(results, sizes["seeds"]),

@@ -125,6 +125,25 @@ def test_killed_and_gone_on_with_by_two_processes_they_are_the_same(drawn, asked
     assert draw.stored(one) == draw.stored(two)
 
 
+def test_an_answer_hangs_on_seed_and_item_alone(drawn, asked, tmp_path):
+    """Not on what is drawn beside it, nor on other questions. Another seed gives others."""
+    def pairs(*more):
+        out = tmp_path / "-".join(map(str, more))
+        run(*command(asked, drawn[0], "--out", out, *more))
+        return {(x["image"], x["question"]): x for x in lines_of(out / "pairs.jsonl")}
+    ours, few = pairs("--micro-batch", 7), pairs("--preferences", asked / "count.jsonl",
+                                                 "--images", asked / "pictures/count")
+    known = lines_of(drawn[0] / "drawn/pretrain/pairs.jsonl")
+    assert len(known) == len(ours)
+    for x in known:
+        y = ours[x["image"], x["question"]]
+        assert [x["chosen"], x["rejected"]] == [y["chosen"], y["rejected"]]
+        assert abs(x["chosen_logps"] - y["chosen_logps"]) < 1e-4
+    said = {x["image"][6:]: x["chosen"] for x in known if x["image"].startswith("count/")}
+    assert {image: x["chosen"] for (image, _), x in few.items()} == said != {}
+    assert pairs("--seed", 1).keys() != ours.keys()
+
+
 def test_stages_read_them_and_dpos_reference_is_their_log_prob(drawn):
     """The table of another program, of the texts in pairs.jsonl, tokenised and laid out anew. (A
     stage reads pairs in the order of a seeded shuffle.)"""
@@ -155,4 +174,6 @@ def test_other_settings_and_other_folders_are_refused(drawn, asked, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     assert "holds something else" in refused("--out", tmp_path, "--overwrite")
     assert (tmp_path / "mine.txt").exists()
+    assert "holds something else" in refused("--out", folder / "pretrain", "--overwrite")
+    assert (folder / "pretrain/metrics.jsonl").exists()
     assert "make it with:  python train_grpo.py" in refused("--stage", "grpo")

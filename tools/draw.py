@@ -64,7 +64,7 @@ def get_args(argv=None):
     add("--images", help="folder that image names are relative to (a meta.json names its own); "
         "default: images/ beside the jsonl, else DATA/images")
     add("--num-samples", type=flags.COUNT, help="so many questions with a gold answer, drawn by a "
-        "seeded shuffle (default 20000; with a toy LLM all)")
+        "seeded shuffle (default 20000)")
     add("--group", type=flags.number(int, 2), help="answers to a question (default 8)")
     add("--max-new-tokens", type=flags.COUNT, help="of an answer, its end included (default 512; "
         "24 with a toy LLM)")
@@ -100,20 +100,22 @@ def get_args(argv=None):
 def claim(args, key):
     """Make the folder, or find the answers of an interrupted call there. key: {what: its identity}
     of all that answers depend on. → None, or the line of a refusal. By the main process alone."""
-    config = args.out / "config.json"
-    if args.out.is_file() or not config.exists() and args.out.exists() and any(args.out.iterdir()):
+    config, begun = args.out / "config.json", {}
+    if config.exists():
+        begun = files.read_json(config, remedy="; if it is of drawn answers, delete it")
+    if not begun.keys() >= key.keys() and args.out.exists() and (
+            args.out.is_file() or any(args.out.iterdir())):
         return f"error: {args.out} holds something else than drawn answers; name another --out"
     if args.overwrite and not distributed.restarted():
         # config.json goes last: until then the folder is known for what it is.
         for path in [*args.out.glob("*.jsonl"), *(args.out / name for name in OTHERS)]:
             path.unlink(missing_ok=True)
-    if config.exists():
-        begun = files.read_json(config, remedy="; --overwrite draws anew")
-        for what, now in key.items():
-            if begun.get(what) != now:
-                return (f"error: {args.out} holds answers of another model or setting ({what}: "
-                        f"{begun.get(what)}, now {now}); --overwrite deletes them, --out names "
-                        f"another folder")
+        begun = {}
+    for what, before in begun.items():
+        if before != key.get(what):
+            return (f"error: {args.out} holds answers of another model or setting ({what}: "
+                    f"{before}, now {key.get(what)}); --overwrite deletes them, --out names "
+                    f"another folder")
     args.out.mkdir(parents=True, exist_ok=True)
     files.write_json(config, key)
     return None
@@ -123,9 +125,12 @@ def stored(folder):
     """What has been drawn so far, by any number of processes: {item: its line}."""
     found = {}
     for file in sorted(folder.glob("answers.*.jsonl")):
-        for where, line in records.read_lines(file):
-            if line.endswith(b"\n"):                 # the last one may have been cut off
-                line = records.parse(where, line)
+        for where, raw in records.read_lines(file):
+            if raw.endswith(b"\n"):                  # the last one may have been cut off
+                line = records.parse(where, raw)
+                if not line.keys() >= {"item", "answers", "stopped", "rewards", "tokens", "pair"}:
+                    raise records.BadRecord(f"{where}: not a group of answers; delete the line, "
+                                            f"and its question is answered again")
                 found[line["item"]] = line
     return found
 
@@ -180,7 +185,8 @@ def draw_batch(args, model, tokenizer, pairs, prompts, index):
                                         rewards.tolist()):
         texts = tokenizer.batch_decode([answer[:-1] if stops else answer
                                         for answer, stops in zip(group, stopped)])
-        lines.append({"item": i, "answers": texts, "stopped": stopped, "rewards": worth,
+        lines.append({"item": i, "where": pairs.where[i], "gold": pairs.golds[i],
+                      "answers": texts, "stopped": stopped, "rewards": worth,
                       "tokens": sum(map(len, group)),
                       "pair": pair_of(texts, stopped, worth, special - {""})})
     add_logps(model, tokenizer, prompts, lines, stop_id)
@@ -253,7 +259,7 @@ def write_pairs(args, pairs, lines):
     files.write_aside(args.out / "pairs.jsonl", write)
 
 
-def counted(args, pairs, lines):
+def counted(args, lines):
     """What came out, for results.json and the table."""
     group = args.group
     right = [sum(value == 1 for value in line["rewards"]) for line in lines.values()]
@@ -275,7 +281,7 @@ def report(args, facts):
             [f"a pair: right and wrong among {group}", str(facts["pairs"])],
             [f"left out: all {group} right", str(facts["all_right"])],
             [f"left out: none of {group} right", str(facts["none_right"])],
-            ["left out: no other answer fit to be read", str(facts["no_pair"])]]
+            ["left out: the rest cut off, blank or half right", str(facts["no_pair"])]]
     out = [*printing.table(rows), f"{facts['answers']} answers: {facts['right']:.1%} right, mean "
            f"{args.rule} {facts['reward']:.4f}, {1 - facts['stopped']:.1%} cut off, "
            f"{facts['tokens'] / facts['answers']:.1f} tokens each"]
@@ -284,7 +290,7 @@ def report(args, facts):
     run = f"--run-dir {args.run}"
     if args.stage != "pretrain":
         run = f"--run-dir {args.run}-{args.stage} --parent {args.folder}"
-    return [*out, f"wrote {pairs}; next, and so for train_sft.py and train_mpo.py:",
+    return [*out, f"wrote {pairs}; next (train_sft.py and train_mpo.py take the same flags):",
             f"  python train_dpo.py {run} --preferences {pairs}"]
 
 
@@ -305,7 +311,7 @@ def main():
     distributed.barrier()
     if distributed.is_main():
         lines = stored(args.out)
-        facts = counted(args, pairs, lines)
+        facts = counted(args, lines)
         write_pairs(args, pairs, lines)
         files.write_json(args.out / "results.json", facts)
         print0("\n".join(report(args, facts)))
