@@ -1,6 +1,7 @@
 # Two commands: `make demo` (the whole recipe on a toy world, CPU) and `make test`. For more time:
-# `make reproduce` (the controlled study), `make real` (data nobody here drew), `make kill` (crashes),
-# `make bench` (speed and memory), `make look` (the run's page in a browser).
+# `make reproduce` (the controlled study), `make signals` (five signals from one stage 1), `make real`
+# (data nobody here drew), `make kill` (crashes), `make bench` (speed and memory), `make look` (the
+# run's page in a browser).
 PYTHON ?= python3
 PY := .venv/bin/python
 TOY := --encoder toy-vit --llm toy-lm --data data/toy
@@ -8,7 +9,7 @@ SCORE := --llm toy-lm --data data/toy
 RUN := runs/toy-vit__toy-lm
 EYES := toy-vit $(RUN)/sft/encoder $(RUN)/dpo/encoder
 
-.PHONY: demo test compat real reproduce bench kill look clean
+.PHONY: demo test compat real reproduce signals bench kill look clean
 
 .venv/done: requirements-dev.txt requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
@@ -97,6 +98,12 @@ reproduce: .venv/done
 	$(PY) -m study --seeds $(SEEDS) $(if $(QUICK),--quick) $(if $(PARTS),--parts $(PARTS)) \
 	    $(if $(MINUTES),--minutes $(MINUTES))
 	$(if $(QUICK),,$(PY) -m study.report --against runs/study/results)
+
+# SFT, DPO, MPO, GRPO and PPO from one stage 1, on the same prompts; the same variables. The plan:
+# study/signals.md.
+signals: .venv/done
+	$(PY) -m study.signals --seeds $(SEEDS) $(if $(QUICK),--quick) \
+	    $(if $(PARTS),--parts $(PARTS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 # Figures of speed and memory, on an idle machine; `make bench BENCH=--quick` checks that they run.
 BENCHPY := .venv-bench/bin/python

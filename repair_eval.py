@@ -48,8 +48,8 @@ def get_args(argv=None):
     parser.add_argument("--max-new-tokens", type=flags.COUNT, help="longest answer; most end long "
                         "before (default 512: OCRBench's formulas; 32 with a toy LLM)")
     parser.add_argument("--temperature", type=flags.RATE, default=0.0, help="draw the answers, "
-                        "by --seed and question, into bench-drawn/; what is wrong makes a rejected "
-                        "answer for DPO (default 0: the likeliest words)")
+                        "by --seed and question, into bench-drawn/; pairs to train on: tools.draw "
+                        "(default 0: the likeliest words)")
     parser.add_argument("--wrong-image", action="store_true",
                         help="show every question the image of another one: what is left is what "
                         "the model answers without looking")

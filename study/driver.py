@@ -45,6 +45,7 @@ from study.plan import FULL, PARTS, QUICK, Study
 # Seconds of each command on one thread of an AMD EPYC, alone on its core; of --quick, START.
 COST = {"world": 60, "stage1": 110, "pool": 150, "sft": 75, "dpo": 105, "vqa": 20, "val": 20,
         "repair": 110, "linear": 6, "seg": 15, "align": 10, "heat": 40, "extract": 6,
+        "mpo": 110, "grpo": 400, "ppo": 450, "draw": 150, "held": 40,
         "toy-vit-l": 1200, "toy-lm-l": 4800, "toy-vit-supervised": 600, "toy-vit-masked": 600}
 START = 6
 # How sums are rounded depends on threads, GPU and vector units, and 300 steps later a model on it
@@ -154,7 +155,7 @@ def whole_code():
     for path in sorted([*root.glob("*.py"), *(p for folder in ("pivot", "judge", "toy", "study")
                                               for p in (root / folder).glob("*.py"))]):
         name = str(path.relative_to(root))
-        if name not in ("study/findings.py", "study/report.py"):
+        if name not in ("study/findings.py", "study/report.py", "study/signals_table.py"):
             sha.update(json.dumps([name, code_of(path)]).encode())
     for path in sorted(root.glob("weights/toy-*/*")):
         sha.update(path.read_bytes())
@@ -202,9 +203,9 @@ def clock(seconds):
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def show_tasks(study, parts, jobs, quick):
+def show_tasks(study, parts, jobs, quick, what=PARTS):
     """What is still to be run and what it costs, part by part; what parts share is counted where
-    it comes first."""
+    it comes first. what: each part in words."""
     seen, total = set(), 0
     print(f"{study.seeds} seeds, {jobs} runs at a time, one thread each; estimates of one AMD EPYC "
           f"core a run\n{'part':<12}{'runs':>6}{'to do':>7}{'time':>10}  what")
@@ -215,7 +216,7 @@ def show_tasks(study, parts, jobs, quick):
         runs = [t for t in study.tasks.values() if t.part == part]
         total += cost
         print(f"{part:<12}{len(runs):>6}{sum(t.part == part for t in todo):>7}{clock(cost):>10}  "
-              f"{PARTS[part]}")
+              f"{what[part]}")
     print(f"{'in all':<25}{clock(total):>10}")
 
 
@@ -285,12 +286,13 @@ def refuse_other_plans(study):
     return ours
 
 
-def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+def get_args(doc=__doc__, what=PARTS, work="runs/study"):
+    """what: its parts, {name: in words}; work: the default of --work."""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
-        help="; ".join(f"{k}: {v}" for k, v in PARTS.items()) + "; default: all, in this order")
+    add("--parts", nargs="+", choices=what, default=list(what), metavar="PART",
+        help="; ".join(f"{k}: {v}" for k, v in what.items()) + "; default: all, in this order")
     add("--seeds", type=int, default=5, help="how many (default 5, as registered; fewer: a "
         "part of the study, which decides nothing)")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)")
@@ -298,8 +300,7 @@ def get_args():
         "nothing else")
     add("--minutes", type=float, default=float("inf"), help="start nothing that would not end "
         "within so many; the same command goes on later (default: no limit)")
-    add("--work", help="folder of worlds, models and logs (default runs/study, or "
-        "runs/study-quick)")
+    add("--work", help=f"folder of worlds, models and logs (default {work}, or {work}-quick)")
     add("--out", help="folder of results (default WORK/results)")
     add("--dry-run", action="store_true", help="print what is to be run and its cost; run nothing")
     args = parser.parse_args()
@@ -308,17 +309,21 @@ def get_args():
             raise SystemExit(f"error: --{name} must be at least 1")
     if args.seeds > FULL["seeds"]:
         raise SystemExit(f"error: --seeds must be at most {FULL['seeds']}: so many are registered")
-    args.work = args.work or ("runs/study-quick" if args.quick else "runs/study")
+    args.work = args.work or (f"{work}-quick" if args.quick else work)
     args.out = args.out or f"{args.work}/results"
     return args
 
 
 def main():
     args = get_args()
-    study = Study(QUICK if args.quick else FULL, args.seeds, args.work, args.out)
+    carry_out(args, Study(QUICK if args.quick else FULL, args.seeds, args.work, args.out))
+
+
+def carry_out(args, study, what=PARTS, report="study.report"):
+    """Run what is pending of a plan, then its report: a module with --out and --quick."""
     refuse_other_plans(study)
-    parts = [p for p in PARTS if p in args.parts]
-    show_tasks(study, parts, args.jobs, args.quick)
+    parts = [p for p in what if p in args.parts]
+    show_tasks(study, parts, args.jobs, args.quick, what)
     if args.dry_run:
         return
     study.work.mkdir(parents=True, exist_ok=True)
@@ -335,10 +340,10 @@ def main():
         # Commands inherit the lock: it is held as long as one of them lives, whatever ends us.
         os.set_inheritable(lock.fileno(), True)
         failed = go(study, parts, args.jobs, args.quick, 60 * args.minutes)
-    report = subprocess.run([sys.executable, "-m", "study.report", "--out", study.out,
-                             *(["--quick"] if args.quick else [])])
-    if report.returncode:
-        failed["study.report"] = f"exit status {report.returncode}"
+    done = subprocess.run([sys.executable, "-m", report, "--out", study.out,
+                           *(["--quick"] if args.quick else [])])
+    if done.returncode:
+        failed[report] = f"exit status {done.returncode}"
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{clock(used.ru_utime + used.ru_stime)} of CPU time in this call")
     if failed:
