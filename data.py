@@ -333,6 +333,11 @@ def group_batch(prompts, answers):
     return {"pixel_values": prompts["pixel_values"], **{k: v.to(device) for k, v in batch.items()}}
 
 
+def rows_at_once(args):
+    """Samples of a micro-batch: never more than a process's share of a global batch."""
+    return max(1, min(args.micro_batch, args.global_batch // distributed.world()[1]))
+
+
 def longest_batch(kind, layout, micro_batch, tokenizer, model):
     """The longest micro-batch that the length rule of Samples.fits admits, black pictures and one
     word over and over: what collate gives. Memory is rehearsed with it."""

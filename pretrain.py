@@ -57,7 +57,7 @@ def train(args, run, device, model, tokenizer, facts, phases):
     model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
                               args.replicas, args.attention, args.compile)
     rehearsal.rehearse(args, model, phases[-1].rates,
-                       data.longest_batch(phases[-1].kind, "answers", args.micro_batch, tokenizer,
+                       data.longest_batch(phases[-1].kind, "answers", data.rows_at_once(args), tokenizer,
                                           model))
 
     # ---- data

@@ -143,7 +143,8 @@ def main():
     model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
                               args.replicas, args.attention, args.compile)
     rehearsal.rehearse(args, model, training.learning_rates(args),
-                       data.longest_batch("pairs", args.layout, args.micro_batch, tokenizer, model))
+                       data.longest_batch("pairs", args.layout, data.rows_at_once(args), tokenizer,
+                                          model))
 
     # ---- data
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)

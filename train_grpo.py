@@ -142,14 +142,15 @@ def main():
 
     # ---- model
     model, tokenizer = model_io.load_mllm(run.parent)
+    rollout.require_branches(model.llm)
     model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
                               args.replicas, args.attention, args.compile)
     rehearsal.rehearse(args, model, training.learning_rates(args), data.longest_group(
-        args.group, args.max_new_tokens, args.micro_batch, tokenizer, model))
+        args.group, args.max_new_tokens, data.rows_at_once(args), tokenizer, model))
 
     # ---- data
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
-    rollout.require_branches(model, pairs, args.max_new_tokens)
+    rollout.require_room(model, pairs, args.max_new_tokens)
     order = data.BatchOrder(pairs, args.global_batch, args.micro_batch, args.seed,
                             *distributed.world())
     steps = training.num_steps(args.epochs, args.max_steps, order)
@@ -157,6 +158,7 @@ def main():
                   "parent_digest": checkpoints.file_digest(run.parent)})
     if args.heldout:                               # kept aside, to see what was learned
         heldout = data.preference_pairs(args, args.heldout, tokenizer, model, keep_all=True)
+        rollout.require_room(model, heldout, args.max_new_tokens)
         held = heldout, order.like(heldout)
         print0(f"  held-out: {heldout.summary()}")
 
@@ -237,7 +239,8 @@ def main():
                  **{k: v for k, v in share.items() if k.startswith("reward")},
                  "stopped": share["stopped"], "length": share["tokens"],
                  "equal_groups": counts["equal_groups"] / args.global_batch,
-                 "entropy": entropy, "kl": sums["kl"], "clipped": sums["clipped"]},
+                 "entropy": entropy, "clipped": sums["clipped"],
+                 **({"kl": sums["kl"]} if args.kl else {})},
                 {**clock.lap(step, sums["tokens"] * args.inner_epochs),
                  "rollout": round(seconds, 4)})
         bar.set_postfix(reward=f"{share['reward']:.3f}", refresh=False)

@@ -197,16 +197,17 @@ def main():
 
     # ---- model
     model, tokenizer = model_io.load_mllm(run.parent)
+    rollout.require_branches(model.llm)
     model.value = m.ValueHead(model.llm.config.hidden_size, detached=not args.value_gradient)
     rates = {**training.learning_rates(args), "value": args.value_lr}
     model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
                               args.replicas, args.attention, args.compile)
     rehearsal.rehearse(args, model, rates, data.longest_group(
-        args.group, args.max_new_tokens, args.micro_batch, tokenizer, model))
+        args.group, args.max_new_tokens, data.rows_at_once(args), tokenizer, model))
 
     # ---- data
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
-    rollout.require_branches(model, pairs, args.max_new_tokens)
+    rollout.require_room(model, pairs, args.max_new_tokens)
     order = data.BatchOrder(pairs, args.global_batch, args.micro_batch, args.seed,
                             *distributed.world())
     steps = training.num_steps(args.epochs, args.max_steps, order)
@@ -214,6 +215,7 @@ def main():
                   "parent_digest": checkpoints.file_digest(run.parent)})
     if args.heldout:                               # kept aside, to see what was learned
         heldout = data.preference_pairs(args, args.heldout, tokenizer, model, keep_all=True)
+        rollout.require_room(model, heldout, args.max_new_tokens)
         held = heldout, order.like(heldout)
         print0(f"  held-out: {heldout.summary()}")
 
@@ -296,9 +298,9 @@ def main():
                  "loss": sums["loss"], "lr": lrs, "grad_norm": norms,
                  **{k: v for k, v in share.items() if k.startswith("reward")},
                  "stopped": share["stopped"], "length": share["tokens"],
-                 "entropy": past["entropy"], "kl": past["kl"], "clipped": sums["clipped"],
+                 "entropy": past["entropy"], "clipped": sums["clipped"],
                  "value_loss": sums["value_loss"], "value_clipped": sums["value_clipped"],
-                 "explained_variance": explained},
+                 "explained_variance": explained, **({"kl": past["kl"]} if args.kl else {})},
                 {**clock.lap(step, sums["tokens"] * args.inner_epochs),
                  "rollout": round(seconds, 4)})
         bar.set_postfix(reward=f"{share['reward']:.3f}", refresh=False)

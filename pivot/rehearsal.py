@@ -2,6 +2,7 @@
 are spent on reading data."""
 import os
 import resource
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,9 +16,10 @@ REMEDIES = ("lower --micro-batch, add --activation-checkpointing, or train encod
 
 
 def rehearse(args, model, rates, batch):
-    """Train on a micro-batch and throw the gradients away: what is bit for bit as it was before is
-    all that a run depends on. Prints the peak with AdamW's moments, which are still to come, beside
-    what there is; raises SystemExit, one line, where that is less.
+    """Train on a micro-batch and throw the gradients away: afterwards everything that a run depends
+    on is bit for bit what it was. Prints the peak, with AdamW's moments, which are still to come,
+    and the memory there is; raises SystemExit, one line, where that is less. Not counted: a frozen
+    second model (--reference live, --kl), and what drawing answers takes.
 
     model: as distributed.shard returns it; rates: {"encoder", "projector", "llm"}, 0 freezes;
     batch: data.longest_batch's, the same on every process.
@@ -34,7 +36,7 @@ def rehearse(args, model, rates, batch):
             forward_and_backward(args, model, {k: v.to(device) for k, v in batch.items()})
         except torch.OutOfMemoryError as e:
             raise SystemExit(f"error: out of memory at {said} ({str(e).splitlines()[0][:90]}); "
-                             f"{REMEDIES}; what fits: {plan_command(args)}")
+                             f"{REMEDIES}{what_fits(args)}")
     # AdamW keeps two numbers for each that it trains, of the share that this process holds.
     moments = 2 * sum(own.numel() * own.element_size() for own in (
         getattr(p, "_local_tensor", p) for p in model.parameters() if p.requires_grad))
@@ -46,8 +48,7 @@ def rehearse(args, model, rates, batch):
     print0(f"  {said}: {used / 1e9:.2f} GB at its peak, {(used + moments) / 1e9:.2f} GB with "
            f"AdamW's moments, of {there / 1e9:.1f} GB (--rehearsal off goes without)")
     if used + moments > there:
-        raise SystemExit(f"error: that is more than there is; {REMEDIES}; what fits: "
-                         f"{plan_command(args)}")
+        raise SystemExit(f"error: that is more than there is; {REMEDIES}{what_fits(args)}")
 
 
 def forward_and_backward(args, model, batch):
@@ -76,8 +77,11 @@ def peak_and_room(device):
             memory // distributed.local_world())
 
 
-def plan_command(args):
-    """The command that computes what fits, with this run's flags."""
-    stage = Path(sys.argv[0]).stem
-    return (f"python -m tools.plan {stage} --encoder {args.encoder} --llm {args.llm} "
+def what_fits(args):
+    """The command that computes it, with the flags that were typed; none for a stage that draws
+    answers, which tools.plan does not compute."""
+    if hasattr(args, "group"):
+        return ""
+    typed = shlex.join(word for word in sys.argv[1:] if word != "--overwrite")
+    return (f"; what fits: python -m tools.plan {Path(sys.argv[0]).stem} {typed} "
             f"{distributed.world()[1]}xh100 (or another card)")

@@ -3,7 +3,6 @@
 Shared by the stages that do so. What is then made of the scores, and of log-probs, is theirs.
 """
 import hashlib
-import re
 from typing import NamedTuple
 
 import torch
@@ -40,8 +39,8 @@ def draw(model, prompts, group, max_new_tokens, stop_id, seeds=()):
     → Drawn.
 
     prompts: a micro-batch of data.collate's layout "prompts"; stop_id: the token that ends an
-    answer; seeds: B lists of G ints; none: one greedy answer. No other sampler is used: of what
-    top-k or another temperature draws, log π is not the log-prob.
+    answer; seeds: B lists of G ints; none: one greedy answer. There is no other sampler: what top-k
+    or another temperature draws does not come from π, and log π would not be its log-prob.
     """
     uniforms = None
     if seeds:
@@ -67,8 +66,9 @@ def score(drawn, tokenizer, golds, rule):
 
 
 def well_formed(said, gold):
-    """Is something said first, and then "Final answer:" and something? 1 or 0."""
-    return float(bool(re.fullmatch(r"\s*\S.*\bfinal answer:\s*\S.*", said, re.I | re.S)))
+    """Is something said first, then "Final answer:", and something after it? 1 or 0."""
+    parts = [part.strip(records.EDGES) for part in records.FINAL.split(said)]
+    return float(len(parts) > 1 and bool(parts[0]) and bool(parts[-1]))
 
 
 def rewards_of(args, drawn, tokenizer, pairs, index, step, rule):
@@ -95,9 +95,9 @@ def rewards_of(args, drawn, tokenizer, pairs, index, step, rule):
 def draw_and_score(args, model, tokenizer, pairs, prompts, index, step, rule):
     """METHOD: a group of answers to each prompt of a micro-batch, and what each of them is worth.
 
-    What is drawn is a function of --seed, the step and the item: neither of who draws it, nor of
-    what happened before. So a run that is killed here goes on with the same answers. → Drawn; the
-    rewards (B, G); counts to be logged, {name: a number}.
+    The random numbers of an answer are a function of --seed, the step and the item, not of who
+    draws it: with the same weights, a run that was killed draws the same answers again. → Drawn;
+    the rewards (B, G); counts to be logged, {name: a number}.
     """
     seeds = [[seed_of(args.seed, step, pairs.keys[i], g) for g in range(args.group)]
              for i in index]
@@ -119,15 +119,19 @@ def next_prompts(args, clock):
     return prompts, index
 
 
-def require_branches(model, pairs, max_new_tokens):
-    """Raise SystemExit where this LLM cannot hold a group in a row, or an answer to a prompt."""
-    config = model.llm.config
-    if not can_hold_pairs(model.llm):
+def require_branches(llm):
+    """Raise SystemExit where this LLM cannot hold a group in a row."""
+    if not can_hold_pairs(llm):
         raise SystemExit(f"error: the answers of a group stand in one row, apart by a mask that "
-                         f"not every layer of a {config.model_type} heeds; take another --llm")
+                         f"not every layer of a {llm.config.model_type} heeds; take another --llm")
+
+
+def require_room(model, pairs, max_new_tokens):
+    """Raise SystemExit where this LLM cannot hold an answer behind the longest prompt."""
+    positions = model.llm.config.max_position_embeddings
     texts = (pairs.tokens(i) for i in range(len(pairs)))
     longest = max((roles == records.PROMPT).sum() + (ids == pairs.image_id).sum()
                   * (pairs.num_image_tokens - 1) for ids, roles in texts)
-    if longest + max_new_tokens > config.max_position_embeddings:
+    if longest + max_new_tokens > positions:
         raise SystemExit(f"error: --max-new-tokens {max_new_tokens} after a prompt of {longest} "
-                         f"tokens: this LLM has {config.max_position_embeddings} positions")
+                         f"tokens: this LLM has {positions} positions")

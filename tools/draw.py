@@ -5,7 +5,7 @@
     python -m tools.draw RUN --stage grpo --preferences HELDOUT.jsonl --out RUN/drawn/heldout
 
 A model of the run (--stage, by default stage 1) draws a group of answers to each question with a
-gold answer, as train_grpo.py does: at temperature 1, from every token of its vocabulary. The rules
+gold answer, as train_grpo.py does: at temperature 1, from π itself. The rules
 of train_grpo.py say what each is worth. A question with a right and a wrong answer among them gives
 a pair, as MMPR's were made; where all are right, or none is, it gives none, and is counted.
 
@@ -40,9 +40,9 @@ import data
 import model as m
 import repair_eval
 import train_grpo
+from judge.score import RULES
 from pivot import checkpoints, distributed, files, flags, printing, records, rollout, training
 from pivot.distributed import print0
-from train_grpo import RULES, require_branches
 
 # What train_grpo.py has: its items, its answers.
 USED = {"data", "num_samples", "group", "max_new_tokens", "micro_batch", "workers"}
@@ -298,8 +298,9 @@ def main():
     args = get_args()
     device, final = distributed.start(), args.folder / "final"
     model, tokenizer = repair_eval.open_for_answers(args, final, device)
+    rollout.require_branches(model.llm)
     pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
-    require_branches(model, pairs, args.max_new_tokens)
+    rollout.require_room(model, pairs, args.max_new_tokens)
     print0(f"  {pairs.summary()}")
     key = {name: getattr(args, name) for name in ("seed", "group", "max_new_tokens", "rule",
                                                   "micro_batch", "dtype")}
