@@ -266,7 +266,7 @@ def main():
                 # METHOD: one image, one prompt, G answers, one forward.
                 # L = E_tokens [−min(ρ A, clip(ρ) A) + 0.1 · ½ max((V − R)², (clip(V) − R)²)]
                 # ρ = π / π_old
-                answered = batch["labels"] != m.IGNORE
+                answered = batch["labels"] != m.IGNORE                             # R of (B, T)
                 logps, values = (x[answered] for x in model(**batch, with_values=True))
                 losses, clipped = m.clipped_loss(logps, group["old_logps"], group["advantages"],
                                                  args.clip_low, args.clip_high)
