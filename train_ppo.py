@@ -266,8 +266,9 @@ def main():
                 # METHOD: one image, one prompt, G answers, one forward.
                 # L = E_tokens [−min(ρ A, clip(ρ) A) + 0.1 · ½ max((V − R)², (clip(V) − R)²)]
                 # ρ = π / π_old
-                answered = batch["labels"] != m.IGNORE                             # R of (B, T)
-                logps, values = (x[answered] for x in model(**batch, with_values=True))
+                answered = batch["labels"] != m.IGNORE
+                logps, values = model(**batch, with_values=True)                  # (B, T) fp32
+                logps, values = logps[answered], values[answered]                 # (R,)
                 losses, clipped = m.clipped_loss(logps, group["old_logps"], group["advantages"],
                                                  args.clip_low, args.clip_high)
                 value_losses, value_clipped = m.value_loss(values, group["old_values"],
