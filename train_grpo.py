@@ -68,8 +68,7 @@ RULES = {"exact": lambda said, gold: score.exact(said, [gold]), "letter": letter
 def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
     flags.add_parent(parser)
-    parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
-                        "chosen, rejected; default DATA/preferences/meta.json")
+    flags.add_preferences(parser)
     parser.add_argument("--group", type=flags.number(int, 2), help="answers drawn to a prompt "
                         "(default 8)")
     parser.add_argument("--max-new-tokens", type=flags.COUNT, help="of a drawn answer, its end "
@@ -217,7 +216,7 @@ def main():
         args.group, args.max_new_tokens, args.micro_batch, tokenizer, model))
 
     # ---- data
-    pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
+    pairs = data.preference_pairs(args, args.preferences, tokenizer, model, run)
     require_branches(model, pairs, args.max_new_tokens)
     order = data.BatchOrder(pairs, args.global_batch, args.micro_batch, args.seed,
                             *distributed.world())
@@ -225,7 +224,7 @@ def main():
     run.describe({"data": pairs.summary(), "data_digest": order.digest(steps),
                   "parent_digest": checkpoints.file_digest(run.parent)})
     if args.heldout:                               # kept aside, to see what was learned
-        heldout = data.preference_pairs(args, args.heldout, tokenizer, model, keep_all=True)
+        heldout = data.preference_pairs(args, args.heldout, tokenizer, model, run, keep_all=True)
         held = heldout, order.like(heldout)
         print0(f"  held-out: {heldout.summary()}")
 

@@ -77,7 +77,7 @@ def nan(*args, true=m.dpo_loss):
 
 
 MOMENTS = {
-    "in the loop": (training, "clip_grad_norm"), "reading records": (data, "raw_items"),
+    "in the loop": (training, "clip_grad_norm"), "reading records": (data.Reader, "read"),
     "in a worker": (data.Samples, "__getitem__"), "in collate": (data, "collate"),
     "in the encoder": (encoders.Encoder, "forward"), "in the log": (checkpoints.Run, "log"),
     "saving": (checkpoints.dcp, "save"), "in final": (model_io, "save_mllm"),
