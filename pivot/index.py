@@ -104,30 +104,22 @@ def table(reader, sources, num_samples=None, seed=0, run=None, shown=False):
 def made_folder(reader, sources, num_samples, seed, run, shown):
     """The folder of the index, which is there, or is made by all processes together."""
     group, began = Group(True), time.monotonic()
-
-    def identity():
-        return identity_of(reader, sources, num_samples, seed)
-
-    made_from = group.on_main(identity)
+    made_from = group.on_main(lambda: identity_of(reader, sources, num_samples, seed))
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder = run.index / f"{reader.kind}-{key}"
     if not group.on_main(folder.exists):
-        asides = []                                      # the main process's alone
+        aside = Aside(folder)
 
-        def begin():
-            asides.append(Aside(folder))
-            return asides[0].path
-
-        def end():
-            if identity() != made_from:
+        def publish():
+            if [file_identity(file) for file, _ in sources] != made_from["files"]:
                 raise SystemExit("error: the files changed while they were read; start again")
-            asides[0].publish()
+            aside.publish()
         try:
-            build(group, reader, sources, num_samples, seed, group.on_main(begin), run, shown)
-            group.on_main(end)
+            path = group.on_main(aside.make)
+            build(group, reader, sources, num_samples, seed, path, run, shown)
+            group.on_main(publish)
         except BaseException:
-            for aside in asides:
-                shutil.rmtree(aside.path, ignore_errors=True)
+            aside.remove()
             raise
         if shown:
             print0(f"  {reader.kind}: read in {time.monotonic() - began:.0f} s, and kept in "
@@ -164,8 +156,9 @@ def identity_of(reader, sources, num_samples, seed):
     """All that decides what an index holds: {what: its identity}. The docstring above says what it
     does not see."""
     return {**reader.depends_on(),
-            "files": [[records.name_of(file, 0), os.path.join(os.getcwd(), root),
-                       os.path.realpath(root), *file_identity(file)] for file, root in sources],
+            "files": [file_identity(file) for file, _ in sources],
+            "names": [str(Path(file)) for file, _ in sources],
+            "roots": [[os.path.join(os.getcwd(), root), os.path.realpath(root)] for _, root in sources],
             "num_samples": num_samples, "seed": None if num_samples is None else seed}
 
 
@@ -185,9 +178,12 @@ def file_identity(path):
 def tokenizer_digest(tokenizer):
     """The identity of a tokenizer: of all that its own file says, its words where it has none."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    said = fast.to_str() if fast is not None else json.dumps(
-        [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    return hashlib.sha256(f"{tokenizers.__version__} {said}".encode()).hexdigest()
+    if fast is None:
+        said = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    else:                                # its first use resets these two
+        said = json.loads(fast.to_str()) | {"truncation": None, "padding": None}
+    said = json.dumps([tokenizers.__version__, said])
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------ making
@@ -228,14 +224,20 @@ class Aside:
     left there goes: a lock, which ends with its process, says which of them live."""
 
     def __init__(self, folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob("*.tmp"):
+        self.folder, self.path = folder, None
+
+    def make(self):
+        """→ its path. By the main process alone."""
+        place = self.folder.parent
+        place.mkdir(parents=True, exist_ok=True)
+        for left in place.glob("*.tmp"):
             if locked(left / "lock", "r+"):
                 shutil.rmtree(left, ignore_errors=True)
-        self.folder, unlocked = folder, folder.parent / f"new-{uuid.uuid4().hex[:8]}"
-        unlocked.mkdir()                             # nobody takes it for a dead run's
+        unlocked = place / f"new-{uuid.uuid4().hex[:8]}"      # which nobody takes for a dead run's
+        unlocked.mkdir()
         self.lock = locked(unlocked / "lock", "w")
-        self.path = unlocked.rename(f"{folder}.{unlocked.name[4:]}.tmp")
+        self.path = unlocked.rename(f"{self.folder}.{unlocked.name[4:]}.tmp")
+        return self.path
 
     def publish(self):
         files.sync(*self.path.iterdir(), self.path)
@@ -244,8 +246,12 @@ class Aside:
         except OSError:
             if not self.folder.exists():
                 raise
-            shutil.rmtree(self.path)                 # another run was first, with the same
+            self.remove()                            # another run was first, with the same
         files.sync(self.folder.parent)
+
+    def remove(self):
+        if self.path:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def locked(path, mode):
