@@ -27,7 +27,7 @@ PICTURES = (                # how the names of pictures end, in small letters
 PUBLISHED = {".parquet": "parquet", ".yaml": "YAML", ".yml": "YAML"}    # not what is read here
 FILMS = (".mp4", ".webm", ".avi", ".mov", ".mkv")
 OF_TEXT = {"id", "conversations", "question", "chosen", "rejected", "caption"}
-real_folder = functools.lru_cache(os.path.realpath)
+real_folder = functools.lru_cache(2 ** 16)(os.path.realpath)
 
 
 class BadRecord(Exception):
@@ -238,7 +238,7 @@ def path_inside(name, root, where, follow_links):
     the record gives: masks are found by it, whatever links stand between."""
     folder = os.path.join(os.getcwd(), root, "")
     top, path = os.path.join(real_folder(folder), ""), os.path.join(folder, name)
-    real, climbs = os.path.realpath(path), ".." in name.split("/")
+    real, climbs = real_path(path), ".." in name.split("/")
     if not real.startswith(top):
         by_link = path.startswith((top, folder)) and not climbs
         if not (by_link and follow_links):
@@ -247,6 +247,15 @@ def path_inside(name, root, where, follow_links):
     if not os.path.isfile(real):
         raise BadRecord(f"{where}: image {name} not found in {root}")
     return real if climbs else path
+
+
+def real_path(path):
+    """os.path.realpath, in one look at the file where its folder was looked at before."""
+    folder, name = os.path.split(path)
+    if name in ("", ".", ".."):
+        return os.path.realpath(path)
+    path = os.path.join(real_folder(folder), name)
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 # ----------------------------------------------------------------------------------------- template

@@ -122,20 +122,20 @@ def drawn_by_hand(kinds, wanted, turn):
 @pytest.mark.parametrize("forks", [False, True])
 def test_a_draw_is_that_of_a_plain_loop(tools, folder, monkeypatch, forks):
     """Whoever reads which block, and however many blocks a draw needs."""
-    monkeypatch.setattr(index, "TURN", 16)
-    monkeypatch.setattr(index, "LEAST", 8)
+    monkeypatch.setattr(index, "TURN", 8)
+    monkeypatch.setattr(index, "LEAST", 4)
     monkeypatch.setattr(index, "WORTH", 0 if forks else 10 ** 9)
     monkeypatch.setattr(distributed, "cores", lambda: 3)
     whole = (folder / "images/a.png").read_bytes()
     (folder / "images/cut.png").write_bytes(whole[:len(whole) // 2])
-    kinds = [KINDS[k] for k in np.random.default_rng(1).integers(0, len(KINDS), 120)]
+    kinds = [KINDS[k] for k in np.random.default_rng(1).integers(0, len(KINDS), 60)]
     write(folder, [item_of(kind, i) for i, kind in enumerate(kinds)])
-    for wanted in (None, 5, 16, 30, 500):
-        order = np.arange(120) if wanted is None else np.random.default_rng(7).permutation(120)
-        kept, dropped, looked = drawn_by_hand([kinds[i] for i in order], wanted or 120, 16)
+    for wanted in (None, 3, 8, 15, 500):
+        order = np.arange(60) if wanted is None else np.random.default_rng(7).permutation(60)
+        kept, dropped, looked = drawn_by_hand([kinds[i] for i in order], wanted or 60, 8)
         made = read(folder, tools, num_samples=wanted, seed=7, skip_bad=True)
         assert list(made.where) == [f"{folder}/x.jsonl:{order[i] + 1}" for i in kept], wanted
-        assert made.dropped == dropped and (made.read, made.drawn) == (120, looked)
+        assert made.dropped == dropped and (made.read, made.drawn) == (60, looked)
 
 
 def test_forks_read_what_one_process_reads(tools, folder, monkeypatch):
@@ -385,18 +385,15 @@ def test_cached_or_not_by_any_number_of_processes(world, fresh, tmp_path):
     it."""
     sft = ["train_sft.py", *COMMON[2:], "--data", world, "--max-steps", 2]
     made = {}
-    for name, processes, place in (("one", 1, "A"), ("again", 1, "A"), ("two", 2, "B"),
-                                   ("two again", 2, "A")):
+    for name, processes, place in (("one", 1, "A"), ("again", 1, "A"), ("two", 2, "B")):
         os.makedirs(tmp_path / name)
         os.symlink(fresh / "pretrain", tmp_path / name / "pretrain")
         said = run(*sft, "--run-dir", tmp_path / name, "--index", tmp_path / place,
                    processes=processes).stdout
-        assert ("kept in" in said) == (name in ("one", "two")), name
-        made[place] = {p.name: p.read_bytes() for p in sorted((tmp_path / place).glob("*/*"))
-                       if p.name != "facts.json"}
-    assert made["A"] == made["B"] and len(made["A"]) >= 12
+        assert ("kept in" in said) == (name != "again"), name
+        made[place] = {p.name: p.read_bytes() for p in (tmp_path / place).glob("*/*")}
+    assert made["A"] == made["B"] and len(made["A"]) == 14
     bit_equal(tmp_path / "one/sft", tmp_path / "again/sft")
-    bit_equal(tmp_path / "two/sft", tmp_path / "two again/sft")
 
 
 def test_killed_while_it_is_written(world, fresh):
@@ -406,8 +403,8 @@ def test_killed_while_it_is_written(world, fresh):
     done = subprocess.run([sys.executable, "tests/killed.py", *command], cwd=ROOT, env={
         **os.environ, "KILL": "before rename of pairs:1:0", "KILL_MARK": str(fresh / "mark")})
     assert done.returncode == -9
-    left, = (fresh / "index").iterdir()
-    assert left.suffix == ".tmp"
+    left, = (fresh / "index").glob("pairs-*")
+    assert left.suffix == ".tmp" and (left / "facts.json").exists()
     run(*command)
-    made, = (fresh / "index").iterdir()
-    assert made.name.startswith("pairs-") and made.suffix == ""
+    made, = (fresh / "index").glob("pairs-*")
+    assert made.suffix == ""
