@@ -158,7 +158,8 @@ def identity_of(reader, sources, num_samples, seed):
     return {**reader.depends_on(),
             "files": [file_identity(file) for file, _ in sources],
             "names": [str(Path(file)) for file, _ in sources],
-            "roots": [[os.path.join(os.getcwd(), root), os.path.realpath(root)] for _, root in sources],
+            "roots": [(os.path.join(os.getcwd(), root), os.path.realpath(root))
+                      for _, root in sources],
             "num_samples": num_samples, "seed": None if num_samples is None else seed}
 
 
@@ -286,13 +287,14 @@ def build(group, reader, sources, num_samples, seed, aside, run, shown):
             size = max(LEAST, min(MOST, math.ceil((end - begin) / (4 * lanes))))
             these = [range(i, min(i + size, end)) for i in range(begin, end, size)]
             blocks += [block.start for block in these]
-            shares = [[(block.start, order[block]) for block in these[lane::lanes]]
+            shares = [[(block.start, order[block.start:block.stop]) for block in these[lane::lanes]]
                       for lane in range(first, first + mine)]
             read_shares(reader, sources, aside, shares, patience, bar)
-            looked = group.on_main(lambda: looked_at(states_of(aside, blocks), wanted))
-            looked = total if looked is None and end == total else looked
-    group.on_main(lambda: merge(reader, sources, aside, blocks, looked, min(wanted, total), total,
-                                run))
+            if num_samples is not None:
+                looked = group.on_main(lambda: looked_at(states_of(aside, blocks), wanted))
+            if looked is None and end == total:
+                looked = total
+    group.on_main(lambda: merge(reader, sources, aside, blocks, looked, wanted, total, run))
 
 
 def list_records(sources, aside):

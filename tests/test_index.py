@@ -322,11 +322,21 @@ def test_all_bad_records_are_said_at_once(tools, folder, one_process):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("wanted", [None, 5])
+def test_nothing_to_read_is_one_line(tools, folder, one_process, wanted):
+    write(folder, [])
+    with pytest.raises(SystemExit, match="no usable record in .*x.jsonl"):
+        read(folder, tools, num_samples=wanted, run=run_in(folder))
+    assert not list((folder / "run/index").iterdir())
+
+
 def test_a_draw_says_only_what_it_looked_at(tools, folder, one_process):
-    write(folder, [chat(i) if i % 300 else "{no" for i in range(3000)])
-    order = np.random.default_rng(0).permutation(3000)[:20]
-    bad = [i for i in order if i % 300 == 0]
-    assert len(read(folder, tools, num_samples=20, run=run_in(folder))) == 20 and not bad
+    """It reads on to the end of a block; a bad record there is none of its own."""
+    write(folder, [chat(i) if i % 100 else "{no" for i in range(1000)])
+    order = np.random.default_rng(0).permutation(1000)
+    assert (order[:20] % 100).all() and not (order[20:4 * index.LEAST] % 100).all()
+    made = read(folder, tools, num_samples=20, run=run_in(folder))
+    assert len(made) == made.drawn == 20 and not made.dropped
 
 
 @pytest.mark.parametrize("name, raw, says", [
