@@ -6,146 +6,115 @@ instead). And the order of samples is a function of (seed, epoch) alone.
 """
 import functools
 import hashlib
-import itertools
 import math
-import os
-from array import array
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from model import IGNORE, MAX_LENGTH, PADDING
-from pivot import distributed, images, records
+from pivot import distributed, files, images, index, records
 from pivot.records import ANSWER, IMAGE_TOKEN, OTHER, PROMPT, BadRecord
 
 MAX_TEXT = 1500             # text tokens of prompt + answer, for either answer of a pair (MMPR)
 
 
-# ---------------------------------------------------------------------------------------- datasets
+# ------------------------------------------------------------------------------------------- rules
 
-class TokenTable:
-    """Texts of all samples in flat arrays, while they are being read."""
+class Reader:
+    """The rules: what becomes of a record. It gives tokens, or the recipe has no use for it.
 
-    def __init__(self):
-        self.kept, self.offsets, self.answer_tokens, self.golds = [], [0], [], []
-        self.ids, self.roles = array("i"), array("b")
-
-    def append(self, record, parts):
-        """parts: [(ids of a piece, its role), …] of the record."""
-        self.kept.append((record.where, record.image))
-        self.golds.append(record.gold)
-        for ids, role in parts:
-            self.ids.extend(ids)
-            self.roles.extend([role] * len(ids))
-        self.offsets.append(len(self.ids))
-        self.answer_tokens.append(sum(len(ids) for ids, role in parts if role == ANSWER))
-
-
-class Samples(torch.utils.data.Dataset):
-    """Tokenised records: text in flat arrays (workers share them), images by path.
-
-    kind: "captions" | "conversations" | "pairs"; sources: [(file, image root), …].
-    num_samples: stop after so many usable ones, drawn by a seeded shuffle (None: all, file order).
-    raises SystemExit at the first bad record, unless skip_bad, which counts it. follow_links: links
-    inside an image root may lead out of it. verifiable: pairs with a gold answer alone.
+    kind: "captions" | "conversations" | "pairs". max_length: of the LLM. skip_bad: its picture is
+    decoded to see whether that can be done. follow_links: links inside an image root may lead out
+    of it. verifiable: pairs with a gold answer alone.
     """
 
-    def __init__(self, kind, sources, tokenizer, encoder, max_length, num_samples=None, seed=0,
-                 skip_bad=False, follow_links=False, verbose=True, verifiable=False):
-        self.kind, self.size, self.num_image_tokens = kind, encoder.image_size, encoder.num_tokens
-        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    def __init__(self, kind, tokenizer, encoder, max_length, skip_bad=False, follow_links=False,
+                 verifiable=False):
+        self.kind, self.tokenizer, self.frame = kind, tokenizer, records.frame_of(tokenizer)
+        self.size, self.num_image_tokens = encoder.image_size, encoder.num_tokens
         self.max_length = min(MAX_LENGTH, max_length)
-        self.dropped, self.unread, self.read = Counter(), Counter(), 0
-        self.follow_links, self.verifiable = follow_links, verifiable
-        special = {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", IMAGE_TOKEN} - {""}
-        wanted = math.inf if num_samples is None else num_samples
-        shown = verbose and distributed.is_main()
-        raw, table, bad = raw_items(sources, num_samples, seed), TokenTable(), []
-        usable = self.usable(tqdm(raw, f"reading {kind}", disable=not shown, leave=False),
-                             records.frame_of(tokenizer), special, skip_bad, bad)
-        while len(table.kept) < wanted:
-            some = list(itertools.islice(usable, min(1024, wanted)))
-            if not some:
-                break
-            if skip_bad:
-                some = self.readable(some, bad)
-            for record, parts in self.tokenised(some, tokenizer):
-                if self.fits(record, parts) and len(table.kept) < wanted:
-                    table.append(record, parts)
-        usable.close()
-        if bad:
-            self.dropped["bad"] = len(bad)
-            if shown:
-                more = f"\n  and {len(bad) - 3} more" if len(bad) > 3 else ""
-                distributed.print0("\n".join(f"  dropped: {why}" for why in bad[:3]) + more)
-        self.drawn = self.read                     # looked at, and counted, until there were enough
-        if num_samples is not None:
-            self.read = len(raw)
-        if not table.kept:
-            raise SystemExit(f"error: no usable record in {sources[0][0]} "
-                             f"(dropped: {dict(self.dropped)})")
-        # Arrays, not lists: a worker counts references to each string it reads of a list, and so
-        # comes to own a copy of its page (100 MB a worker with 500,000 records).
-        self.where, self.images = np.array(table.kept, np.dtypes.StringDType(na_object=None)).T
-        self.golds = np.array(table.golds, np.dtypes.StringDType(na_object=None))
-        self.text_only = sum(image is None for _, image in table.kept)
-        self.ids = np.frombuffer(table.ids, np.int32)
-        self.roles = np.frombuffer(table.roles, np.int8)
-        self.offsets = np.array(table.offsets)
-        self.answer_tokens = np.array(table.answer_tokens)    # (n,): every process knows all
+        self.skip_bad, self.follow_links, self.verifiable = skip_bad, follow_links, verifiable
+        tokenizer("")                    # lets its core neither truncate nor pad: see tokenised
+        # The answers of a chat are closed with the id of `<|im_end|>`.
+        self.end = [] if kind == "captions" else [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        # The template's own special tokens are ours; any in the data's text would be read as
+        # structure (a second image, a forged turn), so such a record is dropped.
+        self.special = {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", IMAGE_TOKEN}
+        self.special -= {""}
 
-    def usable(self, raw, frame, special, skip_bad, bad):
-        """Yield the records that the recipe has a use for; count the others. A bad one ends the
-        run, or with skip_bad goes to the list `bad`. frame: what stands around a question."""
-        make = {"captions": records.caption_record,
-                "conversations": functools.partial(records.conversation_record, frame=frame),
-                "pairs": functools.partial(records.pair_record, frame=frame)}[self.kind]
-        for where, item, root in raw:
-            self.read += 1
+    def depends_on(self):
+        """All that the outcomes depend on besides the files: {what: its identity}. The rules are
+        these very lines, and those of the modules they call."""
+        rules = [__file__, index.__file__, records.__file__]
+        facts = {"kind": self.kind, "tokenizer": index.tokenizer_digest(self.tokenizer),
+                 "frame": self.frame, "special": sorted(self.special), "end": self.end,
+                 "image_tokens": self.num_image_tokens, "max_length": self.max_length,
+                 "follow_links": self.follow_links, "verifiable": self.verifiable,
+                 "skip_bad": self.skip_bad}
+        if self.skip_bad:
+            rules.append(images.__file__)
+            facts |= {"size": self.size, "pillow": PIL.__version__}
+        return {**facts, "rules": files.sha256(*rules)}
+
+    def read(self, raw):
+        """[(where, record as bytes, image root), …] → an index.Outcome of each, in their order. All
+        pieces are tokenised in one call."""
+        outcomes = [self.look(*one) for one in raw]
+        usable = [one for one in outcomes if one.state == index.KEPT]
+        encoded = iter(self.tokenised([text for one in usable for text, _ in one.record.pieces]))
+        for one in usable:
+            one.parts = [(next(encoded) if role == PROMPT else next(encoded) + self.end, role)
+                         for _, role in one.record.pieces]
+            if not self.fits(one.record, one.parts):
+                one.state = index.OVER_LONG
+        return outcomes
+
+    def tokenised(self, texts):
+        """→ the ids of each text. The tokenizer's core is asked: transformers would make a dict of
+        masks for each of them, a seventh of the time that it takes to read a set."""
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        if core is None:
+            return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return [one.ids for one in core.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def look(self, where, raw, root):
+        """One record, all but its tokens → index.Outcome."""
+        outcome = index.Outcome(where)
+        try:
+            item = records.parse(where, raw)
+            image = records.image_of(item, root, where, self.follow_links)
+            if image == "many":
+                outcome.state = index.MULTI_IMAGE
+                return outcome
+            outcome.record = record = self.make(where, item, image)
+            outcome.unread = records.unread(item, self.kind)
+        except BadRecord as e:
+            outcome.state, outcome.why = index.BAD, str(e)
+            return outcome
+        if any(token in text for text in record.said for token in self.special):
+            outcome.state = index.SPECIAL_TOKEN
+        elif self.verifiable and record.gold is None:
+            outcome.state = index.NO_GOLD
+        elif self.skip_bad and image:
             try:
-                record = self.record(make, where, item, root, special)
+                images.load_image(image, self.size, where)
             except BadRecord as e:
-                if not skip_bad:
-                    raise SystemExit(f"error: {e}  (--skip-bad drops and counts such records)")
-                bad.append(str(e))
-                continue
-            if record:
-                yield record
+                outcome.state, outcome.why = index.UNREADABLE, str(e)
+        return outcome
 
-    def readable(self, some, bad):
-        """Those of the records whose picture can be read; why the others cannot goes to `bad`."""
-        def fault(record):
-            try:
-                if record.image:
-                    images.load_image(record.image, self.size, record.where)
-            except BadRecord as e:
-                return str(e)
-        with ThreadPoolExecutor(distributed.cores()) as pool:      # Pillow decodes beside Python
-            faults = list(pool.map(fault, some))
-        bad.extend(why for why in faults if why)
-        return [record for record, why in zip(some, faults) if not why]
-
-    def tokenised(self, some, tokenizer):
-        """Yield (record, [(ids, role), …]), all pieces tokenised in one call. The answers of a chat
-        are closed with the id of `<|im_end|>`."""
-        if not some:
-            return
-        end = [] if self.kind == "captions" else [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-        pieces = [piece for record in some for piece, _ in record.pieces]
-        encoded = iter(tokenizer(pieces, add_special_tokens=False)["input_ids"])
-        for record in some:
-            yield record, [(next(encoded) if role == PROMPT else next(encoded) + end, role)
-                           for _, role in record.pieces]
+    def make(self, where, item, image):
+        if self.kind == "captions":
+            return records.caption_record(where, item, image)
+        if self.kind == "conversations":
+            return records.conversation_record(where, item, image, self.frame)
+        return records.pair_record(where, item, image, self.frame)
 
     def fits(self, record, parts):
-        """The length rule, for each answer with the prompt by itself; what is too long is counted.
-        """
+        """The length rule, for each answer with the prompt by itself."""
         tokens = {PROMPT: 0, ANSWER: 0, OTHER: 0}
         for ids, role in parts:
             tokens[role] += len(ids)
@@ -154,29 +123,37 @@ class Samples(torch.utils.data.Dataset):
         if record.image is not None:                       # its one placeholder is no text
             text -= 1
             total = text + self.num_image_tokens
-        too_long = total > self.max_length or (self.kind == "pairs" and text > MAX_TEXT)
-        if too_long:
-            self.dropped["over-long"] += 1
-        return not too_long
+        return total <= self.max_length and not (self.kind == "pairs" and text > MAX_TEXT)
 
-    def record(self, make, where, item, root, special):
-        """One raw item → Record, or None, counted, where the recipe has no use for it."""
-        item = records.parse(where, item)
-        image = records.image_of(item, root, where, self.follow_links)
-        if image == "many":
-            self.dropped["multi-image"] += 1
-            return None
-        record = make(where, item, image)
-        self.unread.update(records.unread(item, self.kind))
-        # The template's own special tokens are ours; any in the data's text would be read as
-        # structure (a second image, a forged turn), so the item is dropped.
-        if any(token in text for text in record.said for token in special):
-            self.dropped["special token in text"] += 1
-            return None
-        if self.verifiable and record.gold is None:
-            self.dropped["without a gold answer"] += 1
-            return None
-        return record
+
+# ---------------------------------------------------------------------------------------- datasets
+
+class Samples(torch.utils.data.Dataset):
+    """Tokenised records: text in flat arrays, which all processes share, images by path.
+
+    kind, max_length, skip_bad, follow_links, verifiable: see Reader. sources: [(file, image root),
+    …]. num_samples: stop after so many usable ones, drawn by a seeded shuffle (None: all, in the
+    order of the files). run: the stage's checkpoints.Run, in whose index they are kept for the next
+    start; None: read for this process alone.
+    raises SystemExit, one line, where records are bad, unless skip_bad, which counts them.
+    """
+
+    def __init__(self, kind, sources, tokenizer, encoder, max_length, num_samples=None, seed=0,
+                 skip_bad=False, follow_links=False, verbose=True, verifiable=False, run=None):
+        self.kind, self.size, self.num_image_tokens = kind, encoder.image_size, encoder.num_tokens
+        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.verifiable = verifiable
+        reader = Reader(kind, tokenizer, encoder, max_length, skip_bad, follow_links, verifiable)
+        table = index.table(reader, sources, num_samples, seed, run,
+                            verbose and distributed.is_main())
+        self.ids, self.roles, self.offsets = table.ids, table.roles, table.offsets
+        self.where, self.images, self.golds = table.where, table.images, table.golds
+        self.answer_tokens = table.answer_tokens              # (n,): every process knows all
+        # A 64-bit fingerprint of each sample's text and image name, for the data digest.
+        self.keys = table.keys
+        self.dropped, self.unread = Counter(table.dropped), Counter(table.unread)
+        # drawn: looked at, and counted, until there were enough
+        self.read, self.drawn, self.text_only = table.read, table.drawn, table.text_only
 
     def __len__(self):
         return len(self.where)
@@ -185,14 +162,6 @@ class Samples(torch.utils.data.Dataset):
         """ids and roles of sample i, one `<image>` id not yet expanded."""
         span = slice(self.offsets[i], self.offsets[i + 1])
         return self.ids[span].astype(np.int64), self.roles[span]
-
-    @functools.cached_property
-    def keys(self):
-        """A 64-bit fingerprint of each sample's text and image name, for the data digest."""
-        return np.array([int.from_bytes(hashlib.sha256(
-            self.ids[a:b].tobytes() + self.roles[a:b].tobytes()
-            + os.path.basename(image or "").encode()).digest()[:8], "big")
-            for a, b, image in zip(self.offsets[:-1], self.offsets[1:], self.images)], np.uint64)
 
     def __getitem__(self, i):
         """One sample with its image tokens expanded and its image as uint8 (3, S, S)."""
@@ -226,32 +195,29 @@ class Samples(torch.utils.data.Dataset):
                 f"{self.text_only} text-only" + gold + (unread and f"; not read: {unread}"))
 
 
-def raw_items(sources, num_samples, seed):
-    """[(file, image root), …] → (where, raw item, image root) of every record, one by one; where a
-    number is drawn from them, all in a list, in the order of a seeded shuffle."""
-    raw = ((where, item, root) for file, root in sources
-           for where, item in records.read_lines(file))
-    if num_samples is None:
-        return raw
-    raw = list(raw)
-    return [raw[i] for i in np.random.default_rng(seed).permutation(len(raw))]
+def plain_files(args, given):
+    """What --captions or --instruct names → [(file, image root), …]."""
+    return [(file, args.images) for file in records.files_of(given)]
 
 
-def pair_files(args, path):
-    """[(annotation file, image root), …]: images lie where meta.json says, else in --images, else
-    in images/ beside the file, else in DATA/images."""
-    beside = Path(path).parent / "images"
-    root = args.images or (str(beside) if beside.is_dir() else f"{args.data}/images")
-    return [(file, folder or root) for file, folder in records.pair_sources(path)]
+def pair_files(args, given):
+    """What --preferences names → [(annotation file, image root), …]: images lie where meta.json
+    says, else in --images, else in images/ beside the file, else in DATA/images."""
+    found = []
+    for path in records.files_of(given, "pairs"):
+        beside = path.parent / "images"
+        root = args.images or (str(beside) if beside.is_dir() else f"{args.data}/images")
+        found += [(file, folder or root) for file, folder in records.pair_sources(path)]
+    return found
 
 
-def preference_pairs(args, path, tokenizer, model, keep_all=False):
-    """The pairs that all signals share: one reader, one filter, one seeded subset. keep_all: no
-    subset (held-out pairs)."""
-    return Samples("pairs", pair_files(args, path), tokenizer, model.encoder,
+def preference_pairs(args, given, tokenizer, model, run=None, keep_all=False):
+    """The pairs that all signals share: one reader, one filter, one seeded subset. run: see
+    Samples. keep_all: no subset (held-out pairs)."""
+    return Samples("pairs", pair_files(args, given), tokenizer, model.encoder,
                    model.llm.config.max_position_embeddings,
                    None if keep_all else args.num_samples, args.seed, args.skip_bad,
-                   args.follow_links, verifiable=getattr(args, "verifiable", False))
+                   args.follow_links, verifiable=getattr(args, "verifiable", False), run=run)
 
 
 # ----------------------------------------------------------------------------------------- batches

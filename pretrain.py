@@ -50,7 +50,8 @@ def train(args, run, device, model, tokenizer, facts, phases):
     facts: what else config.json should hold and a resumed run must agree with.
     """
     for phase in phases:       # the second's file, too, before hours are spent on the first's
-        records.require_file(phase.file)
+        for file in records.files_of(phase.file):
+            records.require_file(file)
     facts = {"projector_digest": tensors.tensors_digest(model.projector), **facts}
 
     # ---- shard
@@ -62,8 +63,9 @@ def train(args, run, device, model, tokenizer, facts, phases):
 
     # ---- data
     longest = model.llm.config.max_position_embeddings
-    samples = [data.Samples(phase.kind, [(phase.file, args.images)], tokenizer, model.encoder,
-                            longest, args.num_samples, args.seed, args.skip_bad, args.follow_links)
+    samples = [data.Samples(phase.kind, data.plain_files(args, phase.file), tokenizer,
+                            model.encoder, longest, args.num_samples, args.seed, args.skip_bad,
+                            args.follow_links, run=run)
                for phase in phases]
     orders = [data.BatchOrder(items, args.global_batch, args.micro_batch, args.seed,
                               *distributed.world()) for items in samples]

@@ -52,8 +52,7 @@ KL = {"k3": m.kl_k3, "k2": m.kl_k2}
 def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
     flags.add_parent(parser)
-    parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
-                        "chosen, rejected; default DATA/preferences/meta.json")
+    flags.add_preferences(parser)
     parser.add_argument("--group", type=flags.number(int, 2), help="answers drawn to a prompt "
                         "(default 8)")
     parser.add_argument("--max-new-tokens", type=flags.COUNT, help="of a drawn answer, its end "
@@ -149,7 +148,7 @@ def main():
         args.group, args.max_new_tokens, data.rows_at_once(args), tokenizer, model))
 
     # ---- data
-    pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
+    pairs = data.preference_pairs(args, args.preferences, tokenizer, model, run)
     rollout.require_room(model, pairs, args.max_new_tokens)
     order = data.BatchOrder(pairs, args.global_batch, args.micro_batch, args.seed,
                             *distributed.world())
@@ -157,7 +156,7 @@ def main():
     run.describe({"data": pairs.summary(), "data_digest": order.digest(steps),
                   "parent_digest": checkpoints.file_digest(run.parent)})
     if args.heldout:                               # kept aside, to see what was learned
-        heldout = data.preference_pairs(args, args.heldout, tokenizer, model, keep_all=True)
+        heldout = data.preference_pairs(args, args.heldout, tokenizer, model, run, keep_all=True)
         rollout.require_room(model, heldout, args.max_new_tokens)
         held = heldout, order.like(heldout)
         print0(f"  held-out: {heldout.summary()}")

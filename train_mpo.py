@@ -37,8 +37,7 @@ def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
     flags.add_parent(parser)
     flags.add_verifiable(parser)
-    parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
-                        "chosen, rejected; default DATA/preferences/meta.json")
+    flags.add_preferences(parser)
     parser.add_argument("--beta", type=flags.ABOVE_0, help="how strongly a change of the log-ratio "
                         "counts; a smaller one lets the policy move further (default 0.1, the "
                         "paper's; 0.5 with a toy LLM)")
@@ -160,7 +159,7 @@ def main():
                                           model))
 
     # ---- data
-    pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
+    pairs = data.preference_pairs(args, args.preferences, tokenizer, model, run)
     order = data.BatchOrder(pairs, args.global_batch, args.micro_batch, args.seed,
                             *distributed.world())
     steps = training.num_steps(args.epochs, args.max_steps, order)
@@ -168,7 +167,7 @@ def main():
                   "parent_digest": checkpoints.file_digest(run.parent)})
     sets = {"pairs": (pairs, order)}
     if args.heldout:                               # kept aside, to see what was learned
-        heldout = data.preference_pairs(args, args.heldout, tokenizer, model, keep_all=True)
+        heldout = data.preference_pairs(args, args.heldout, tokenizer, model, run, keep_all=True)
         sets["heldout"] = (heldout, order.like(heldout))
         print0(f"  held-out: {heldout.summary()}")
 

@@ -206,7 +206,7 @@ def main():
         args.group, args.max_new_tokens, data.rows_at_once(args), tokenizer, model))
 
     # ---- data
-    pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
+    pairs = data.preference_pairs(args, args.preferences, tokenizer, model, run)
     rollout.require_room(model, pairs, args.max_new_tokens)
     order = data.BatchOrder(pairs, args.global_batch, args.micro_batch, args.seed,
                             *distributed.world())
@@ -214,7 +214,7 @@ def main():
     run.describe({"data": pairs.summary(), "data_digest": order.digest(steps),
                   "parent_digest": checkpoints.file_digest(run.parent)})
     if args.heldout:                               # kept aside, to see what was learned
-        heldout = data.preference_pairs(args, args.heldout, tokenizer, model, keep_all=True)
+        heldout = data.preference_pairs(args, args.heldout, tokenizer, model, run, keep_all=True)
         rollout.require_room(model, heldout, args.max_new_tokens)
         held = heldout, order.like(heldout)
         print0(f"  held-out: {heldout.summary()}")

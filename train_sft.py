@@ -26,8 +26,7 @@ def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
     flags.add_parent(parser)
     flags.add_verifiable(parser)
-    parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
-                        "chosen, rejected; default DATA/preferences/meta.json")
+    flags.add_preferences(parser)
     args = flags.settle(parser.parse_args(argv), "sft", PAPER, TOY, parent="pretrain")
     args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
     return args
@@ -47,7 +46,7 @@ def main():
                                           model))
 
     # ---- data
-    pairs = data.preference_pairs(args, args.preferences, tokenizer, model)
+    pairs = data.preference_pairs(args, args.preferences, tokenizer, model, run)
     order = data.BatchOrder(pairs, args.global_batch, args.micro_batch, args.seed,
                             *distributed.world())
     steps = training.num_steps(args.epochs, args.max_steps, order)

@@ -28,7 +28,7 @@ STOPPED = 75          # exit code of a run that was asked to stop and saved firs
 # Arguments of every stage that may differ on resume: they do not change the numbers.
 FREE = {"run", "run_typed", "workers", "keep", "save_every", "log_every", "micro_batch",
         "overwrite", "replicas", "activation_checkpointing", "stall_timeout", "follow_links",
-        "rehearsal"}
+        "rehearsal", "index"}
 LOGS = ("metrics.jsonl", "timing.jsonl")
 ASK = """A question about a picture, in transformers 4 and 5:
 
@@ -153,6 +153,8 @@ class Run:
         steps = [] if self.anew else steps
         self.start = from_main(lambda: max(steps, default=0))     # steps already done
         self.timed = []                             # lines of timing.jsonl since the last printed
+        self.index = Path(args.index or Path(args.run, "index"))            # see pivot/index.py
+        self.bad = []                               # records of this start, [(where, why), …]
 
     @property
     def same_command(self):
@@ -186,6 +188,18 @@ class Run:
                 return (f"error: another process is training in {self.folder}; wait for it, or "
                         f"name another --run-dir")
 
+    def list_bad(self, bad):
+        """bad.jsonl: where each bad record of this start stands, and why it is bad; none: no file.
+        bad: [(where, message), …] of one set of records."""
+        self.bad += bad
+        path = self.folder / "bad.jsonl"
+        if is_main() and self.bad:
+            files.write_text(path, "".join(json.dumps(
+                {"record": where, "reason": why.removeprefix(where).lstrip(":, ")},
+                ensure_ascii=False) + "\n" for where, why in self.bad))
+        elif is_main():
+            path.unlink(missing_ok=True)
+
     def describe(self, facts):
         """Write config.json, or compare it: a run of other arguments, data or parent is refused.
 
@@ -211,7 +225,7 @@ class Run:
         barrier()
         if is_main():
             for old in self.folder.iterdir() if self.anew else ():
-                if old.name != "lock":
+                if old.name not in ("lock", "bad.jsonl"):            # these are of this start
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
             files.write_json(path, config)
             if not self.start:      # killed before its first checkpoint: its lines would double
@@ -356,7 +370,9 @@ class Run:
                 f"encoder moved: `python extract.py --stage {stage}`"
         shown = {k: v for k, v in arguments.items() if k not in FREE | {"stage"}
                  and v is not None and v is not False}
-        rows["arguments"] = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in shown.items())
+        rows["arguments"] = " ".join(
+            f"--{k.replace('_', '-')} {' '.join(v) if isinstance(v, list) else v}"
+            for k, v in shown.items())
         kind = files.read_json(folder / "config.json", "model_type")["model_type"]
         return ("---\ntags: [vision, pivot]\nlibrary_name: transformers\n---\n"
                 f"# {rows['encoder']} + {rows['LLM']}, after {stage}\n\n"

@@ -72,6 +72,9 @@ def arguments(doc, paper):
     parser.add_argument("--skip-bad", action="store_true",
                         help="drop and count bad records instead of refusing the run")
     add_follow_links(parser)
+    parser.add_argument("--index", metavar="DIR", help="where records are kept as read, for the "
+                        "next start and other stages (default RUN/index); runs on the same data "
+                        "can share one")
     parser.add_argument("--save-every", type=COUNT, default=200, help="steps between checkpoints")
     parser.add_argument("--keep", type=COUNT, default=2, help="how many checkpoints stay on disk")
     parser.add_argument("--overwrite", action="store_true",
@@ -98,6 +101,26 @@ def arguments(doc, paper):
                         "its records are named (default 30)")
     parser.add_argument("--log-every", type=COUNT, default=50, help="steps between printed lines")
     return parser
+
+
+class OneOrMore(argparse.Action):
+    """One file stays a text, as config.json always had it; several are a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
+def add_files(parser, flag, text):
+    """A flag that takes one file of records, or several, or a folder of .jsonl."""
+    parser.add_argument(flag, nargs="+", action=OneOrMore, metavar="FILE",
+                        help=f"{text}; several are read one after the other, and of a folder its "
+                        f".jsonl files")
+
+
+def add_preferences(parser):
+    """The flag of the stages that train on pairs."""
+    add_files(parser, "--preferences", "MMPR meta.json, or a jsonl with image, question, chosen, "
+              "rejected; default DATA/preferences/meta.json")
 
 
 def add_image_size(parser):
@@ -158,10 +181,10 @@ def trained_stage(run, stage):
 def add_two_phases(parser, second):
     """The flags stage 1 and re-pairing add: a projector phase on captions, then a phase on
     DATA/<second>.jsonl."""
-    parser.add_argument("--captions", help="LLaVA-Pretrain json for the projector phase; default "
-                        "DATA/captions.jsonl or .json")
-    parser.add_argument("--instruct", help="LLaVA conversations for the second phase, .json or "
-                        f".jsonl; default DATA/{second}.jsonl")
+    add_files(parser, "--captions", "LLaVA-Pretrain json for the projector phase; default "
+              "DATA/captions.jsonl or .json")
+    add_files(parser, "--instruct", "LLaVA conversations for the second phase, .json or .jsonl; "
+              f"default DATA/{second}.jsonl")
     parser.add_argument("--projector-epochs", type=COUNT,
                         help="passes over the captions (default 1)")
     parser.add_argument("--projector-max-steps", type=COUNT,

@@ -24,9 +24,10 @@ PROMPT, ANSWER, OTHER = 0, 1, 2   # role of a piece's tokens; OTHER is a pair's 
 PICTURES = (                # how the names of pictures end, in small letters
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff",
     ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".jp2", ".j2k", ".avif", ".heic")
+PUBLISHED = {".parquet": "parquet", ".yaml": "YAML", ".yml": "YAML"}    # not what is read here
 FILMS = (".mp4", ".webm", ".avi", ".mov", ".mkv")
 OF_TEXT = {"id", "conversations", "question", "chosen", "rejected", "caption"}
-real_folder = functools.lru_cache(os.path.realpath)
+real_folder = functools.lru_cache(2 ** 16)(os.path.realpath)
 
 
 class BadRecord(Exception):
@@ -51,43 +52,98 @@ class Record(NamedTuple):
 # -------------------------------------------------------------------------------------- raw records
 
 def require_file(path):
-    """A path, as Path, that is a file; raises SystemExit."""
+    """A path, as Path, that is a file of records; raises SystemExit."""
     path = Path(path)
     if any("\ud800" <= c <= "\udfff" for c in str(path.resolve())):
         raise SystemExit(f"error: {ascii(str(path))}: this path is not UTF-8; rename the folder")
     if not path.is_file():
         raise SystemExit(f"error: {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    with open(path, "rb") as file:
+        if path.suffix in PUBLISHED or file.read(4) == b"PAR1":
+            raise SystemExit(f"error: {path}: {PUBLISHED.get(path.suffix, 'parquet')}, and .jsonl "
+                             f"or .json is expected: python -m tools.prepare makes it")
     return path
 
 
-def read_lines(path):
-    """Yield (where, line as bytes) of a .jsonl, blank ones left out, or (where, item) of a .json
-    list: what `parse` takes. raises SystemExit where the file is neither."""
+def files_of(given, of="records"):
+    """A file, a folder, or a list of them, as a flag takes them → [path, …] in their order, a
+    folder's .jsonl files by their names. raises SystemExit for a folder without any."""
+    found = []
+    for path in map(Path, [given] if isinstance(given, (str, Path)) else given):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        meta = path / "meta.json"
+        if meta.exists():
+            raise SystemExit(f"error: {path} is a folder with a meta.json in it: name {meta}")
+        inside = sorted(p for p in path.glob("*.jsonl") if not p.name.startswith("."))
+        if not inside:
+            kinds = {PUBLISHED[p.suffix] for p in path.iterdir() if p.suffix in PUBLISHED}
+            remedy = f", but {kinds.pop()}: python -m tools.prepare makes it" if kinds else ""
+            raise SystemExit(f"error: {path} is a folder without a .jsonl of {of} in it{remedy}")
+        found += inside
+    return found
+
+
+def name_of(path, number):
+    """Where a record stands, for a message: "file:line", of a .json list "file:item 3"."""
+    path = Path(path)
+    return f"{path}:item {number}" if path.suffix == ".json" else f"{path}:{number}"
+
+
+def spans(path):
+    """Yield (number, first byte, bytes) of every record: of a .jsonl a line, blank ones left out,
+    of a .json list an item; numbers begin at 1. raises SystemExit where the file is neither."""
     path = require_file(path)
     if path.suffix == ".json":
-        try:
-            items = files.json_of(path.read_bytes())
-        except (ValueError, RecursionError) as e:
-            lines = "; one object a line? Then name it .jsonl" if "Extra data" in str(e) else ""
-            raise SystemExit(f"error: {path}:{getattr(e, 'lineno', 1)}: not JSON ({e}){lines}")
-        if not isinstance(items, list):
-            raise SystemExit(f"error: {path}: a JSON list of records is expected")
-        for i, item in enumerate(items):
-            yield f"{path}:item {i + 1}", item
-    else:
-        with open(path, "rb") as f:
-            for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
-                if len(line) > MAX_LINE:
-                    raise SystemExit(f"error: {path}: a line of over {MAX_LINE >> 20} MB at byte "
-                                     f"{f.tell() - len(line)}; is this a .jsonl?")
-                if line.removeprefix(codecs.BOM_UTF8).strip():
-                    yield f"{path}:{number}", line
+        yield from item_spans(path)
+        return
+    with open(path, "rb") as f:
+        first = 0
+        for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
+            if len(line) > MAX_LINE:
+                raise SystemExit(f"error: {path}: a line of over {MAX_LINE >> 20} MB at byte "
+                                 f"{first}; is this a .jsonl?")
+            if line.removeprefix(codecs.BOM_UTF8).strip():
+                yield number, first, len(line)
+            first += len(line)
 
 
-def parse(where, item):
-    """A raw line (bytes) or an object already parsed → dict; raises BadRecord."""
+def item_spans(path):
+    """`spans` of a .json list."""
+    raw = path.read_bytes()
     try:
-        item = files.json_of(item) if isinstance(item, bytes) else item
+        items = files.json_of(raw)
+    except (ValueError, RecursionError) as e:
+        lines = "; one object a line? Then name it .jsonl" if "Extra data" in str(e) else ""
+        raise SystemExit(f"error: {path}:{getattr(e, 'lineno', 1)}: not JSON ({e}){lines}")
+    if not isinstance(items, list):
+        raise SystemExit(f"error: {path}: a JSON list of records is expected")
+    count, items, text = len(items), None, raw.decode("utf-8")
+    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    at = text.index("[") + 1 if count else 0
+    done, first = 0, 0                              # characters, and bytes, that lie behind us
+    for number in range(1, count + 1):
+        at = between.match(text, at).end()
+        end = decode(text, at)[1]
+        first += len(text[done:at].encode())
+        length = len(text[at:end].encode())
+        yield number, first, length
+        first, done, at = first + length, end, end
+
+
+def read_lines(path):
+    """Yield (where, record as bytes) of every record of a file: what `parse` takes."""
+    with open(require_file(path), "rb") as file:
+        for number, first, length in spans(path):
+            file.seek(first)
+            yield name_of(path, number), file.read(length)
+
+
+def parse(where, raw):
+    """A record as bytes → dict; raises BadRecord."""
+    try:
+        item = files.json_of(raw)
         json.dumps(item, ensure_ascii=False).encode()     # half a surrogate pair is no character
     except RecursionError:
         raise BadRecord(f"{where}: JSON nested too deeply")
@@ -182,7 +238,7 @@ def path_inside(name, root, where, follow_links):
     the record gives: masks are found by it, whatever links stand between."""
     folder = os.path.join(os.getcwd(), root, "")
     top, path = os.path.join(real_folder(folder), ""), os.path.join(folder, name)
-    real, climbs = os.path.realpath(path), ".." in name.split("/")
+    real, climbs = real_path(path), ".." in name.split("/")
     if not real.startswith(top):
         by_link = path.startswith((top, folder)) and not climbs
         if not (by_link and follow_links):
@@ -191,6 +247,15 @@ def path_inside(name, root, where, follow_links):
     if not os.path.isfile(real):
         raise BadRecord(f"{where}: image {name} not found in {root}")
     return real if climbs else path
+
+
+def real_path(path):
+    """os.path.realpath, in one look at the file where its folder was looked at before."""
+    folder, name = os.path.split(path)
+    if name in ("", ".", ".."):
+        return os.path.realpath(path)
+    path = os.path.join(real_folder(folder), name)
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 # ----------------------------------------------------------------------------------------- template
@@ -350,7 +415,7 @@ def pair_sources(path):
     path = Path(path)
     if not path.is_file():
         raise SystemExit(f"error: {path} {'is a folder' if path.is_dir() else 'does not exist'}; "
-                         "--preferences takes MMPR's meta.json or a .jsonl with image, question, "
+                         "--preferences takes MMPR's meta.json or .jsonl with image, question, "
                          "chosen, rejected")
     if path.suffix != ".json":
         return [(path, None)]

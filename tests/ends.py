@@ -19,7 +19,7 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import model as m  # noqa: E402
-from pivot import checkpoints, encoders, model_io, rehearsal, training  # noqa: E402
+from pivot import checkpoints, encoders, index, model_io, rehearsal, training  # noqa: E402
 
 what, left, rank = os.environ["END"].split(":")
 left, trainer = int(left), os.getpid()
@@ -77,7 +77,7 @@ def nan(*args, true=m.dpo_loss):
 
 
 MOMENTS = {
-    "in the loop": (training, "clip_grad_norm"), "reading records": (data, "raw_items"),
+    "in the loop": (training, "clip_grad_norm"), "reading records": (data.Reader, "read"),
     "in a worker": (data.Samples, "__getitem__"), "in collate": (data, "collate"),
     "in the encoder": (encoders.Encoder, "forward"), "in the log": (checkpoints.Run, "log"),
     "saving": (checkpoints.dcp, "save"), "in final": (model_io, "save_mllm"),
@@ -91,4 +91,6 @@ elif where == "in a hook":
     torch.nn.modules.module.register_module_forward_hook(lambda *_: meet())
 else:
     wrap(*MOMENTS[where])
+if where == "reading records":                # in forks, however few they are
+    index.WORTH = 0
 runpy.run_path(sys.argv[0], run_name="__main__")

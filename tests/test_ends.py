@@ -46,6 +46,12 @@ ENDS = [
     End("exception in the loop", 2, RAISED, processes=2, rank=0, workers=0),
     End("exception reading records", 1, RAISED),
     End("exception reading records", 1, RAISED, processes=2, rank=1),
+    End("kill reading records", 1, "a process that reads records was killed", short=True),
+    End("kill reading records", 1, "a process that reads records was killed", processes=2, rank=1),
+    End("stuck reading records", 1, "nothing was read for 0.1 min",
+        flags=("--stall-timeout", 0.1)),
+    End("orphan reading records", 1, "", code=-9),       # stuck where its trainer is killed
+    End("SIGTERM reading records", 1, "", code=-15),
     End("exception in a worker", 3, RAISED, short=True),
     End("exception in collate", 2, RAISED),
     End("exception in collate", 2, RAISED, workers=0),

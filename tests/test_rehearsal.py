@@ -47,8 +47,8 @@ def test_one_token_more_is_over_long(toy, kind, layout, bound, monkeypatch):
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     supervised = int((batch["labels"][0] != m.IGNORE).sum())
     answer = supervised // 2 if layout == "pair" else supervised
-    rule = data.Samples.__new__(data.Samples)
-    rule.kind, rule.num_image_tokens, rule.dropped = kind, model.encoder.num_tokens, {"over-long": 0}
+    rule = data.Reader.__new__(data.Reader)
+    rule.kind, rule.num_image_tokens = kind, model.encoder.num_tokens
     rule.max_length = min(data.MAX_LENGTH, model.llm.config.max_position_embeddings)
     record = records.Record("x:1", "x.png", [], [])
 

@@ -145,9 +145,8 @@ def assumed_lengths(args, model, phase, why):
 def sampled_lengths(args, model, phase, tokenizer):
     """Of SAMPLE records of the phase's file."""
     published.prepare_tokenizer(tokenizer)
-    sources = [(phase.file, args.images)]
-    if phase.kind == "pairs":
-        sources = data.pair_files(args, phase.file)
+    files = data.pair_files if phase.kind == "pairs" else data.plain_files
+    sources = files(args, phase.file)
     samples = data.Samples(phase.kind, sources, tokenizer, model.encoder,
                            model.llm.config.max_position_embeddings, SAMPLE, args.seed,
                            args.skip_bad, args.follow_links)
@@ -167,8 +166,9 @@ def sampled_lengths(args, model, phase, tokenizer):
 
 def lengths(args, model, phase):
     """Of a sample of the phase's data where they are there, of the paper where not. → Lengths."""
-    if not Path(phase.file).is_file():
-        return assumed_lengths(args, model, phase, f"no {phase.file}")
+    for path in [phase.file] if isinstance(phase.file, str) else phase.file:
+        if not Path(path).exists():
+            return assumed_lengths(args, model, phase, f"no {path}")
     try:
         tokenizer = published.open_tokenizer(encoders.resolve(args.llm))
     except SystemExit:                       # a preset's, with no network to fetch it
