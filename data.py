@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import IGNORE, MAX_LENGTH, PADDING
-from pivot import distributed, images, records
+from pivot import distributed, images, packs, records
 from pivot.records import ANSWER, IMAGE_TOKEN, OTHER, PROMPT, BadRecord
 
 MAX_TEXT = 1500             # text tokens of prompt + answer, for either answer of a pair (MMPR)
@@ -240,8 +240,8 @@ def raw_items(sources, num_samples, seed):
 def pair_files(args, path):
     """[(annotation file, image root), …]: images lie where meta.json says, else in --images, else
     in images/ beside the file, else in DATA/images."""
-    beside = Path(path).parent / "images"
-    root = args.images or (str(beside) if beside.is_dir() else f"{args.data}/images")
+    beside = packs.default_images(Path(path).parent)
+    root = args.images or (beside if os.path.isdir(beside) else packs.default_images(args.data))
     return [(file, folder or root) for file, folder in records.pair_sources(path)]
 
 
