@@ -236,7 +236,7 @@ def imagenet(args):
     name = args.out.name.removesuffix(packs.ENDING)
     place = args.out.with_name(name + packs.ENDING) if args.pack else args.out
     units, sources, read = imagenet_parquet(args) if in_parquet else imagenet_folders(args)
-    work = Work(args, args.out.parent, name, sources, [(place.name, place)])
+    work = Work(args, args.out.parent, place.name, sources, [(place.name, place)])
     if work.counts is None:
         grown, pictures = work.grown, growing.Pictures(work.grown, place.name)
         with bar(len(units), "imagenet", grown.done, " parts") as shown:
@@ -493,7 +493,7 @@ def pack(args):
     if not names:
         raise SystemExit(f"error: no picture in {args.source}")
     name = args.out.name
-    work = Work(args, args.out.parent, name.removesuffix(packs.ENDING), sources, [(name, args.out)])
+    work = Work(args, args.out.parent, name, sources, [(name, args.out)])
     if work.counts is None:
         pictures = growing.Pictures(work.grown, name)
         units = [names[i:i + ENTRIES] for i in range(0, len(names), ENTRIES)]
