@@ -1,6 +1,5 @@
 """Pictures and masks on disk → arrays, the same everywhere: in training, benchmarks and probes."""
 import io
-import os
 
 import numpy as np
 from PIL import Image, PngImagePlugin

@@ -185,6 +185,6 @@ def scandir(folder):
 
 def default_images(folder):
     """FOLDER/images, or FOLDER/images.pack where only that is there."""
-    plain = os.path.join(folder, "images")
+    plain = f"{folder}/images"
     packed = plain + ENDING
     return packed if is_pack(packed) and not os.path.isdir(plain) else plain

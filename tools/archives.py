@@ -1,11 +1,15 @@
-"""Zip archives in one part or in several, read as they lie there: no part is joined on disk."""
+"""Where many pictures come from: zip archives, in one part or in several, read as they lie there,
+not joined on disk; and folders."""
 import io
+import os
 import string
 import zipfile
 import zlib
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
+from pivot import records
 from pivot.packs import MAX_PICTURE
 
 
@@ -101,3 +105,22 @@ class Archive:
                 NotImplementedError) as e:
             raise SystemExit(f"error: {self.path}: {entry.filename} cannot be unpacked ({e}); "
                              f"download the archive again, then the same command goes on")
+
+
+class Entry(NamedTuple):
+    filename: str
+
+
+class Folder:
+    """The files below a folder, as an archive. Links lead out of it only with follow_links."""
+
+    def __init__(self, path, follow_links):
+        self.path, self.name, self.follow_links = path, path.name, follow_links
+        self.entries = [Entry(os.path.relpath(os.path.join(folder, name), path))
+                        for folder, _, names in os.walk(path) for name in names]
+        self.entries.sort()
+
+    def read(self, entry):
+        path = records.path_inside(entry.filename, str(self.path), str(self.path),
+                                   self.follow_links)
+        return Path(path).read_bytes()

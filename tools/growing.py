@@ -1,10 +1,11 @@
 """What grows unit by unit, and goes on after a kill: files that are appended to, and pictures.
 
-A command that takes hours writes into a folder of its own, WORK. After every *unit* (a parquet
-file, some entries of an archive) all of it is made lasting, and WORK/journal.json then says how
-long every file is. Killed at any moment, the next start cuts the files back to these lengths and
-begins at the first unit that is not in the journal. At the end everything is renamed to where it
-belongs; until then nothing stands under its final name.
+A command that takes hours writes into a folder of its own, WORK = HOME/prepared/NAME. After every
+*unit* (a parquet file, some entries of an archive) all of it is made lasting, and journal.json in
+it then says how long every file is. Killed at any moment, the next start cuts the files back to
+these lengths and begins at the first unit that is not in the journal. At the end everything is
+renamed to where it belongs, HOME/prepared/NAME.json says what was made from what, and WORK goes.
+Until then nothing stands under its final name.
 """
 import errno
 import fcntl
@@ -12,43 +13,73 @@ import io
 import json
 import os
 import shutil
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from pivot import files, images, packs
+from pivot.distributed import print0
 
 FILE_BYTES = 4 * 2 ** 30             # a .bin of a pack is closed when it has as many
 ENDINGS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n", "png"), (b"GIF8", "gif"), (b"BM", "bmp"),
            (b"II*\0", "tif"), (b"MM\0*", "tif"))
 
 
-class Growing:
-    """The files of one command. work: its folder; of: what they are made from, by which they are
-    known again; moves: [(name below work, its final place), …]. raises SystemExit where work holds
-    something else or is in use, or where something stands at a final place."""
+def bar(total, what, done=0, unit=" rows"):
+    return tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 10)
 
-    def __init__(self, work, of, moves):
-        self.work, self.open, self.moves = Path(work), {}, moves
+
+class Growing:
+    """One command's result.
+
+    home, name: of its folder, above; of: what it is made from, by which it is known again; moves:
+    [(name in WORK, its final place), …]. finished: an earlier call has made it, and `counts` are
+    that call's. raises SystemExit where it was begun or made from something else, is being made
+    now, or where something else stands at a final place.
+    """
+
+    def __init__(self, home, name, of, moves):
+        self.work, self.said = Path(home, "prepared", name), Path(home, "prepared", f"{name}.json")
+        self.of, self.moves, self.open = json.loads(json.dumps(of)), moves, {}
+        self.finished = self.said.exists()
+        if self.finished:
+            self.counts = files.read_json(self.said, "of")
+            if self.counts.pop("of") != self.of:
+                raise SystemExit(f"error: {home} holds {name} from other files or with other flags "
+                                 f"({self.said} says which); name another folder")
+            return
         journal = self.work / "journal.json"
         if not journal.exists():
             for _, place in moves:
                 refuse_occupied(place)
+        self.claim()
+        state = files.read_json(journal, "of") if journal.exists() else {"of": self.of}
+        if state["of"] != self.of:
+            raise SystemExit(f"error: {self.work} was begun from other files or with other flags; "
+                             f"delete it, or name them as before")
+        self.done, self.sizes = state.get("done", 0), state.get("sizes", {})
+        self.counts = state.get("counts", {})
+
+    def claim(self):
+        """Make WORK and lock it: two commands in one would ruin each other."""
         self.work.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.work / "lock", "w")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno in (errno.EACCES, errno.EAGAIN):       # else its file system knows no locks
-                raise SystemExit(f"error: another process is writing {work}; wait for it")
-        state = files.read_json(journal, "of") if journal.exists() else {"of": of}
-        if state["of"] != json.loads(json.dumps(of)):
-            raise SystemExit(f"error: {work} was begun from other files or with other flags; "
-                             f"delete it, or name them as before")
-        self.of, self.done = of, state.get("done", 0)
-        self.sizes, self.counts = state.get("sizes", {}), state.get("counts", {})
+                raise SystemExit(f"error: another process is writing {self.work}; wait for it")
+
+    def units(self, units):
+        """Those of the units that are still to do."""
+        if self.done:
+            print0(f"  goes on after {self.done} of {len(units)} parts")
+        return units[self.done:]
 
     def file(self, name):
         """A file of this name, open where its whole units end."""
@@ -86,9 +117,8 @@ class Growing:
         os.replace(aside, path)
         files.sync(Path(path).parent)
 
-    def finish(self, said):
-        """Rename what has grown; then write the file `said`, which says that all of it is there;
-        then WORK goes."""
+    def finish(self):
+        """Rename what has grown, and say that all of it is there."""
         for file in self.open.values():
             file.close()
         for name, place in self.moves:
@@ -97,26 +127,26 @@ class Growing:
                 Path(place).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self.work / name, place)
                 files.sync(Path(place).parent)
-        self.say({"of": self.of, **self.counts}, said)
+        self.say({"of": self.of, **self.counts}, self.said)
         shutil.rmtree(self.work)
+
+    def pictures_said(self):
+        """How many pictures, and their bytes, in words."""
+        said, size = f"{self.counts.get('pictures', 0):,} pictures", self.counts.get("bytes")
+        if size is None:
+            return f"{said}, links, which take no room"
+        return f"{said}, {size / 1e9:.2f} GB" if size >= 1e8 else f"{said}, {size / 1e6:.2f} MB"
+
+
+def made_of(args, sources):
+    """What a result is made from: the command and its flags; sources: [[name, size], …]."""
+    return {"what": args.what, "pack": args.pack, "max_side": args.max_side, "sources": sources}
 
 
 def refuse_occupied(place):
     if os.path.lexists(place):
         raise SystemExit(f"error: {place} exists already and was not written by this command; move "
                          f"it away, or name another folder")
-
-
-def already_there(said, of):
-    """The counts that an earlier, finished call wrote, or None; raises SystemExit where that call
-    was about something else."""
-    if not Path(said).exists():
-        return None
-    held = files.read_json(said, "of")
-    if held["of"] != json.loads(json.dumps(of)):
-        raise SystemExit(f"error: {Path(said).parent.parent} holds this from other files or with "
-                         f"other flags ({said} says which); name another folder")
-    return {k: v for k, v in held.items() if k != "of"}
 
 
 # ---------------------------------------------------------------------------------------- pictures

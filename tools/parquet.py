@@ -85,3 +85,15 @@ def rows(path, columns, others=()):
             if found is None:
                 return
             yield from found
+
+
+def picture(row, where):
+    """The picture under `image` of a row: its bytes, or None; raises SystemExit where only its name
+    is there."""
+    image = row["image"]
+    if image is None:
+        return None
+    if image["bytes"] is None:
+        raise SystemExit(f"error: {where}: the picture {image.get('path')} is named, but not in "
+                         f"the file; a parquet with pictures inside is needed")
+    return image["bytes"]
