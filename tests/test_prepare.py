@@ -2,6 +2,7 @@
 
 The files are made here in the published layouts: columns, nesting, archives, odd records.
 """
+import argparse
 import errno
 import hashlib
 import io
@@ -20,7 +21,7 @@ from PIL import Image
 
 from conftest import COMMON, bit_equal, run
 from pivot import images, packs, records
-from tools import checking, growing, matlab, prepare
+from tools import checking, growing, matlab, parquet, prepare
 
 WNIDS = ["n01440764", "n01443537", "n02007558"]
 TINY = ["--workers", 0, "--global-batch", 4, "--micro-batch", 4]
@@ -307,6 +308,8 @@ def test_killed_at_any_unit_it_goes_on_to_the_same_bytes(chats, tmp_path, monkey
     assert tree(tmp_path / "whole") == before
     refused("from other files or with other flags", "onevision", chats, tmp_path / "whole",
             "--max-side", 8)
+    (tmp_path / "whole/instruct.jsonl").unlink()
+    refused("instruct.jsonl is gone", "onevision", chats, tmp_path / "whole", *flags)
 
 
 def test_parquet_that_is_not_whole_refuses_then_goes_on(chats, tmp_path):
@@ -576,3 +579,23 @@ def test_a_benchmarks_files_may_be_packed(packed, tmp_path):
     rows, _ = answer.read_tsv(tmp_path / "MME.tsv")
     assert rows[0]["picture"] == f"{tmp_path}/images/b.jpg"
     assert answer.asked_of(tmp_path / "MME.tsv", rows, rows, False) == packed_asked
+
+
+def test_gradcam_finds_the_masks_beside_a_pack(packed, tmp_path):
+    import gradcam
+    (tmp_path / "masks/a").mkdir(parents=True)
+    Image.new("L", (40, 30), 255).save(tmp_path / "masks/a/c.png")
+    args = argparse.Namespace(masks=None, mask_label=None)
+    assert gradcam.object_mask(args, f"{packed}/a/c.jpg", "x").shape == (30, 40)
+    assert gradcam.object_mask(args, f"{packed}/b.jpg", "x") is None
+
+
+def test_numbered_parts():
+    for names, gap in ((["0000", "0001"], None), (["0000", "0002"], "x/0001.parquet"),
+                       (["train-00000-of-00002-0123abcd", "train-00001-of-00002-0123abcd"], None),
+                       (["train-00001-of-00002"], "train-00000-of-00002"), (["all"], None)):
+        if gap is None:
+            parquet.refuse_gaps("x", [f"{name}.parquet" for name in names])
+        else:
+            with pytest.raises(SystemExit, match=gap):
+                parquet.refuse_gaps("x", [f"{name}.parquet" for name in names])

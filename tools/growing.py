@@ -52,6 +52,9 @@ class Growing:
             if self.counts.pop("of") != self.of:
                 raise SystemExit(f"error: {home} holds {name} from other files or with other flags "
                                  f"({self.said} says which); name another folder")
+            if gone := [place for _, place in moves if not Path(place).exists()]:
+                raise SystemExit(f"error: {gone[0]} is gone; {self.said} says that it was made: "
+                                 f"delete that, and what else it made, to make it again")
             return
         journal = self.work / "journal.json"
         if not journal.exists():

@@ -3,7 +3,8 @@ import re
 from pathlib import Path
 
 BATCH = 32                                             # rows in memory at once
-NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)(-[0-9a-f]+)?\.parquet")    # train-00000-of-00012
+NUMBERED = re.compile(                                 # train-00000-of-00012, or 0000
+    r"(.*?)(?:(?<!\d)(\d+))(?:-of-(\d+))?(-[0-9a-f]{8,})?\.parquet")
 
 
 def library():
@@ -19,25 +20,31 @@ def library():
 
 def parts_in(source):
     """The .parquet files below a folder, {folder relative to it: [path, …] in order}; raises
-    SystemExit where there is none, or where `…-00003-of-00012` is missing among its like."""
+    SystemExit where there is none, or where one is missing among its numbered like."""
     source, found = Path(source), {}
     for path in sorted(source.rglob("*.parquet")):
         found.setdefault(path.parent.relative_to(source).as_posix(), []).append(path)
     if not found:
         raise SystemExit(f"error: no .parquet file in {source}")
-    for paths in found.values():
-        numbered = {}
-        for path in paths:
-            if match := NUMBERED.fullmatch(path.name):
-                start, number, total, _ = match.groups()
-                numbered.setdefault((start, total), set()).add(int(number))
-        for (start, total), numbers in numbered.items():
-            if missing := sorted(set(range(int(total))) - numbers):
-                name = f"{start}{missing[0]:05d}-of-{total}.parquet"
-                raise SystemExit(f"error: {paths[0].parent / name} is missing ({len(missing)} of "
-                                 f"{int(total)} parts are); download it, then the same command "
-                                 f"goes on")
+    for folder, paths in found.items():
+        refuse_gaps(source / folder, [path.name for path in paths])
     return found
+
+
+def refuse_gaps(folder, names):
+    """Raise SystemExit where train-00003-of-00012.parquet, or 0003.parquet, is missing."""
+    numbered = {}
+    for name in names:
+        if match := NUMBERED.fullmatch(name):
+            start, number, total, _ = match.groups()
+            numbered.setdefault((start, total), set()).add(int(number))
+    for (start, total), numbers in numbered.items():
+        expected = range(int(total) if total else max(numbers) + 1)
+        if missing := sorted(set(expected) - numbers):
+            name = f"{start}{missing[0]:05d}-of-{total}" if total else f"{start}{missing[0]:04d}"
+            raise SystemExit(f"error: {folder}/{name}.parquet is missing ({len(missing)} of "
+                             f"{len(expected)} parts are); download it, then the same command "
+                             f"goes on")
 
 
 def not_whole(path, error):
