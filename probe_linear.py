@@ -73,7 +73,8 @@ def class_folders(root):
     pictures = images.pictures_in([folder for classes in splits.values() for folder in classes])
     for split, classes in splits.items():
         if len(classes) < 2:
-            raise SystemExit(f"error: no class folders in {split}: expected {split}/CLASS/*.jpg")
+            raise SystemExit(f"error: no class folders in {split}: expected {split}/CLASS/*.jpg "
+                             f"(`python -m tools.prepare imagenet` sorts ImageNet's)")
         for folder in classes:
             if not pictures[folder]:
                 raise SystemExit(f"error: class folder {folder} holds no image")

@@ -455,6 +455,18 @@ def test_check_names_all_that_is_bad(world, tmp_path):
         assert any(where in line for line in bad), (where, bad)
 
 
+def test_check_reads_packs(packed, tmp_path):
+    """A byte that changed in a picture may still decode; its CRC does not agree."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "noise"}]
+    (tmp_path / "instruct.jsonl").write_text(json.dumps(
+        {"image": "b.jpg", "conversations": turns}) + "\n")
+    call("check", tmp_path)
+    raw = bytearray((packed / "00000.bin").read_bytes())
+    raw[packs.Pack(packed).row("a.jpg")["offset"] + 800] ^= 1
+    (packed / "00000.bin").write_bytes(raw)
+    refused("1 bad of 5", "check", tmp_path)
+
+
 def test_ade20k_is_checked(world, tmp_path):
     shutil.copytree(world / "ade20k", tmp_path / "ade20k")
     call("ade20k", tmp_path / "ade20k")

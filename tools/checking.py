@@ -14,7 +14,7 @@ from judge import answer, score
 from pivot import distributed, images, packs, printing, records
 from pivot.distributed import print0
 from pivot.records import BadRecord
-from tools.growing import bar
+from tools.growing import bar, bar_over
 
 # VLMEvalKit's vlmeval/dataset/, August 2026: MD5 by name. The files lie below URL, MMBench's,
 # SEEDBench's and ScienceQA's below BENCHMARKS.
@@ -96,19 +96,20 @@ def check(args):
         count, faults = faults_of(what, jobs, job)
         total, bad = total + count, bad + faults
 
-    kinds = [("captions", records.caption_record), ("instruct", records.conversation_record),
-             ("repair", records.conversation_record)]
-    listed = [(records.default_file(data, name), root, make) for name, make in kinds]
-    meta, heldout = data / "preferences/meta.json", data / "preferences/heldout.jsonl"
+    heldout, pairs = data / "preferences/heldout.jsonl", data / "align/pairs.jsonl"
+    listed = [found for found in (
+        (records.default_file(data, "captions"), root, records.caption_record),
+        (records.default_file(data, "instruct"), root, records.conversation_record),
+        (records.default_file(data, "repair"), root, records.conversation_record),
+        (heldout, packs.default_images(heldout.parent), records.pair_record),
+        (pairs, packs.default_images(pairs.parent), pair_of_probe)) if Path(found[0]).exists()]
+    meta = data / "preferences/meta.json"
     if meta.exists():
         listed += [(file, folder, records.pair_record)
                    for file, folder in records.pair_sources(meta)]
-    listed += [(heldout, packs.default_images(heldout.parent), records.pair_record),
-               (data / "align/pairs.jsonl", packs.default_images(data / "align"), pair_of_probe)]
     for file, folder, make in listed:
-        if Path(file).exists():
-            look(str(file), records.read_lines(file), lambda where, item: fault_of(
-                where, item, folder, make, args.follow_links))
+        look(str(file), records.read_lines(file), lambda where, item: fault_of(
+            where, item, folder, make, args.follow_links))
     for tsv in sorted(data.glob("bench/*.tsv")):
         look(str(tsv), bench_jobs(tsv, args.follow_links), picture_fault)
     for folder in (data / "imagenet", data / f"imagenet{packs.ENDING}"):
@@ -116,10 +117,8 @@ def check(args):
             look(str(folder), class_jobs(folder), picture_fault)
     if (data / "ade20k").exists():
         look(f"{data}/ade20k", mask_jobs(data / "ade20k"), mask_fault)
-    for folder in [Path(root), *sorted(Path(root).glob(f"*{packs.ENDING}"))]:
-        if packs.is_pack(folder):
-            found = packs.opened(str(folder))
-            look(f"{folder}, CRCs", ((found, row) for row in found.index), crc_fault)
+    for folder in sorted(set(packs_in(str(folder) for _, folder, _ in listed))):
+        look(f"{folder}, CRCs", crc_jobs(folder), crc_fault)
     if not total + bad:
         raise SystemExit(f"error: nothing to check in {data}: no captions, instruct.jsonl, "
                          f"preferences/meta.json, bench/, align/, imagenet/ or ade20k/")
@@ -127,6 +126,22 @@ def check(args):
         raise SystemExit(f"error: {bad:,} bad of {total:,} in {data}, named above (a stage drops "
                          f"bad records with --skip-bad)")
     print0(f"{data}: {total:,} read, none bad")
+
+
+def packs_in(folders):
+    """The packs that these folders are, lie in, or hold."""
+    for folder in folders:
+        if place := packs.split(folder):
+            yield place[0]
+        else:
+            yield from (str(path) for path in Path(folder).glob(f"*{packs.ENDING}")
+                        if packs.is_pack(path))
+
+
+def crc_jobs(folder):
+    pack = packs.Pack(folder)
+    for row in pack.index:
+        yield pack, row
 
 
 def crc_fault(pack, row):
@@ -220,10 +235,10 @@ def benchmarks(args):
 def check_sets(path, meta, args):
     """Every pair of every set is read, and its picture looked for; a line a set with something to
     say."""
-    bad = 0
-    for (name, facts), (file, root) in zip(meta.items(), records.pair_sources(path)):
+    bad, sources = 0, records.pair_sources(path)
+    for (name, facts), (file, root) in zip(meta.items(), sources):
         count, faults = 0, []
-        for where, item in records.read_lines(file):
+        for where, item in bar_over(records.read_lines(file), name):
             count += 1
             if fault := fault_of(where, item, root, records.pair_record, args.follow_links, False):
                 faults.append(fault)

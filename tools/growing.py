@@ -34,6 +34,10 @@ def bar(total, what, done=0, unit=" rows"):
                 mininterval=0.5 if sys.stderr.isatty() else 10)
 
 
+def bar_over(items, what):
+    return tqdm(items, what, unit="", leave=False, disable=not sys.stderr.isatty())
+
+
 class Growing:
     """One command's result.
 

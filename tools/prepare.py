@@ -215,6 +215,7 @@ def unpack(args, archive, entry, pictures, folder, top):
             out.write(piece)
         out.flush()
         os.fsync(out.fileno())
+    files.sync(path.parent)
 
 
 def pack(args):
