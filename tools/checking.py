@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import probe_linear
 import probe_seg
-from judge import answer, score
+from judge import answer
 from pivot import distributed, images, packs, printing, records
 from pivot.distributed import print0
 from pivot.records import BadRecord
@@ -227,8 +227,6 @@ def benchmarks(args):
     if wrong:
         raise SystemExit(f"error: {wrong[0]}"
                          + (f" (and {len(wrong) - 1} more, above)" if wrong[1:] else ""))
-    if unknown := sorted(score.BENCHES.keys() - MD5.keys()):
-        print0(f"  (of {', '.join(unknown)} no MD5 is published)")
     print0(f"Next:  python repair_eval.py --mllm runs/NAME/dpo/final --bench {args.source}")
 
 

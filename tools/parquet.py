@@ -3,8 +3,8 @@ import re
 from pathlib import Path
 
 BATCH = 32                                             # rows in memory at once
-NUMBERED = re.compile(                                 # train-00000-of-00012, or 0000
-    r"(.*?)(?:(?<!\d)(\d+))(?:-of-(\d+))?(-[0-9a-f]{8,})?\.parquet")
+NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)(-[0-9a-f]+)?\.parquet")    # train-00000-of-00012
+COUNTED = re.compile(r"\d{4,}\.parquet")                                # 0000, 0001, …
 
 
 def library():
@@ -33,18 +33,16 @@ def parts_in(source):
 
 def refuse_gaps(folder, names):
     """Raise SystemExit where train-00003-of-00012.parquet, or 0003.parquet, is missing."""
-    numbered = {}
-    for name in names:
-        if match := NUMBERED.fullmatch(name):
-            start, number, total, _ = match.groups()
-            numbered.setdefault((start, total), set()).add(int(number))
-    for (start, total), numbers in numbered.items():
-        expected = range(int(total) if total else max(numbers) + 1)
-        if missing := sorted(set(expected) - numbers):
-            name = f"{start}{missing[0]:05d}-of-{total}" if total else f"{start}{missing[0]:04d}"
-            raise SystemExit(f"error: {folder}/{name}.parquet is missing ({len(missing)} of "
-                             f"{len(expected)} parts are); download it, then the same command "
-                             f"goes on")
+    expected = []
+    if counted := [name for name in names if COUNTED.fullmatch(name)]:
+        last = max(int(name.split(".")[0]) for name in counted)
+        expected += [f"{i:04d}.parquet" for i in range(last + 1)]
+    for start, total, ending in {match.group(1, 3, 4) for match in map(NUMBERED.fullmatch, names)
+                                 if match}:
+        expected += [f"{start}{i:05d}-of-{total}{ending or ''}.parquet" for i in range(int(total))]
+    if missing := sorted(set(expected) - set(names)):
+        raise SystemExit(f"error: {folder}/{missing[0]} is missing ({len(missing)} of "
+                         f"{len(expected)} parts are); download it, then the same command goes on")
 
 
 def not_whole(path, error):
