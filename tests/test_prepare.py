@@ -604,7 +604,7 @@ def test_gradcam_finds_the_masks_beside_a_pack(packed, tmp_path):
 
 def test_numbered_parts():
     for names, gap in ((["0000", "0001"], None), (["0000", "0002"], "x/0001.parquet"),
-                       (["train-00000-of-00002-0123abcd", "train-00001-of-00002-0123abcd"], None),
+                       (["train-00000-of-00002-0123abcd", "train-00001-of-00002-4567cdef"], None),
                        (["train-00001-of-00002"], "train-00000-of-00002"), (["all", "v0.7.1"], None)):
         if gap is None:
             parquet.refuse_gaps("x", [f"{name}.parquet" for name in names])

@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 BATCH = 32                                             # rows in memory at once
-NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)(-[0-9a-f]+)?\.parquet")    # train-00000-of-00012
+NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet")  # train-00000-of-00012
 COUNTED = re.compile(r"\d{4,}\.parquet")                                # 0000, 0001, …
 
 
@@ -33,14 +33,14 @@ def parts_in(source):
 
 def refuse_gaps(folder, names):
     """Raise SystemExit where train-00003-of-00012.parquet, or 0003.parquet, is missing."""
-    expected = []
+    there, expected = set(names), set()
     if counted := [name for name in names if COUNTED.fullmatch(name)]:
         last = max(int(name.split(".")[0]) for name in counted)
-        expected += [f"{i:04d}.parquet" for i in range(last + 1)]
-    for start, total, ending in {match.group(1, 3, 4) for match in map(NUMBERED.fullmatch, names)
-                                 if match}:
-        expected += [f"{start}{i:05d}-of-{total}{ending or ''}.parquet" for i in range(int(total))]
-    if missing := sorted(set(expected) - set(names)):
+        expected |= {f"{i:04d}.parquet" for i in range(last + 1)}
+    for start, number, total in (m.groups() for m in map(NUMBERED.fullmatch, names) if m):
+        there.add(f"{start}{number}-of-{total}.parquet")         # without its digest
+        expected |= {f"{start}{i:05d}-of-{total}.parquet" for i in range(int(total))}
+    if missing := sorted(expected - there):
         raise SystemExit(f"error: {folder}/{missing[0]} is missing ({len(missing)} of "
                          f"{len(expected)} parts are); download it, then the same command goes on")
 
