@@ -8,6 +8,7 @@ import functools
 import hashlib
 import math
 from collections import Counter, deque
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -16,7 +17,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from model import IGNORE, MAX_LENGTH, PADDING
-from pivot import distributed, files, images, index, records
+from pivot import distributed, files, images, index, packs, records
 from pivot.records import ANSWER, IMAGE_TOKEN, OTHER, PROMPT, BadRecord
 
 MAX_TEXT = 1500             # text tokens of prompt + answer, for either answer of a pair (MMPR)
@@ -205,8 +206,8 @@ def pair_files(args, given):
     says, else in --images, else in images/ beside the file, else in DATA/images."""
     found = []
     for path in records.files_of(given, "pairs"):
-        beside = path.parent / "images"
-        root = args.images or (str(beside) if beside.is_dir() else f"{args.data}/images")
+        beside = packs.default_images(path.parent)
+        root = args.images or (beside if Path(beside).is_dir() else packs.default_images(args.data))
         found += [(file, folder or root) for file, folder in records.pair_sources(path)]
     return found
 

@@ -140,7 +140,8 @@ def mask_path(args, image):
     with its links or without; None where there is no such file."""
     folders = [args.masks] if args.masks else []
     for path in () if args.masks else (image, os.path.realpath(image)):
-        above, found, below = f"{Path(path).parent}/".rpartition("/images/")
+        packed = f"{Path(path).parent}/".replace("/images.pack/", "/images/")    # masks are files
+        above, found, below = packed.rpartition("/images/")
         folders += [f"{above}/masks/{below}"] if found else []
     candidates = [Path(folder, name) for folder in folders
                   for name in (Path(image).name, f"{Path(image).stem}.png")]

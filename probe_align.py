@@ -24,7 +24,6 @@ Writes  align.png (every block against every LLM layer) and results.json to runs
 """
 import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 import math
-import os
 from collections import Counter
 from itertools import combinations, groupby, product
 from pathlib import Path
@@ -35,7 +34,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 from judge import probing
-from pivot import distributed, encoders, files, flags, images, printing, published, records
+from pivot import (distributed, encoders, files, flags, images, packs, printing, published,
+                   records)
 from pivot.distributed import print0
 
 BATCH = 32                # images or captions at once
@@ -67,7 +67,7 @@ def read_items(folder, follow_links=False):
     items, unread = [], Counter()
     for where, item in records.read_lines(Path(folder, "pairs.jsonl")):
         item = records.parse(where, item)
-        image = records.image_of(item, os.path.join(folder, "images"), where, follow_links)
+        image = records.image_of(item, packs.default_images(folder), where, follow_links)
         if image in (None, "many"):
             raise records.BadRecord(f"{where}: a pair needs one image")
         unread.update(records.other_pictures(item))

@@ -9,7 +9,8 @@ train and tested on all of val: L2-regularised logistic regression (judge/logist
 time goes), its C picked on a fifth of the subset and refitted on all of it; and class means
 (cosine).
 
-Reads   DATA/{train,val}/CLASS/*.jpg: ImageNet, its val sorted into class folders, or the toy's.
+Reads   DATA/{train,val}/CLASS/*.jpg: ImageNet as tools.prepare sorts it, a folder or a pack, or the
+        toy's.
 Writes  --out: results.json and features/*.safetensors. Default: runs/NAME/probes/linear, NAME from
         the first model that is runs/NAME/STAGE/encoder or final; if none is, runs/probes/linear.
         Features of another encoder or of other images are computed anew, with a line.
@@ -32,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from judge import intervals, logistic, probing
-from pivot import distributed, files, flags, images, printing, tensors
+from pivot import distributed, files, flags, images, packs, printing, tensors
 from pivot.distributed import print0
 
 GRID = (0.01, 0.03, 0.1, 0.316, 1.0, 3.16)                       # C of the paper's sweep
@@ -46,7 +47,7 @@ def get_args():
                         help="encoders to compare: presets, folders (extract.py) or hub ids")
     parser.add_argument("--mllm", nargs="+", default=[], metavar="DIR",
                         help="trained models (final/): encoder, and encoder + projector")
-    parser.add_argument("--data", default="data/imagenet", help="folder with train/ and val/")
+    parser.add_argument("--data", default="data/imagenet", help="folder (or pack) of train/, val/")
     parser.add_argument("--per-class", type=flags.COUNT, default=50, help="training images a class")
     parser.add_argument("--seeds", type=flags.COUNT, default=1, help="average over so many subsets")
     parser.add_argument("--limit", type=flags.COUNT, help="quick look: N images a class, in both")
@@ -66,11 +67,14 @@ def get_args():
 def class_folders(root):
     """Train and val, each {class: paths of its pictures, in the order of names}; both have the same
     classes, and every class has pictures."""
-    splits = {folder: sorted(folder.glob("[!.]*/")) for folder in (root / "train", root / "val")}
+    splits = {folder: sorted(Path(entry.path) for entry in packs.scandir(folder)
+                             if entry.is_dir() and not entry.name.startswith("."))
+              for folder in (root / "train", root / "val")}
     pictures = images.pictures_in([folder for classes in splits.values() for folder in classes])
     for split, classes in splits.items():
         if len(classes) < 2:
-            raise SystemExit(f"error: no class folders in {split}: expected {split}/CLASS/*.jpg")
+            raise SystemExit(f"error: no class folders in {split}: expected {split}/CLASS/*.jpg "
+                             f"(`python -m tools.prepare imagenet` sorts ImageNet's)")
         for folder in classes:
             if not pictures[folder]:
                 raise SystemExit(f"error: class folder {folder} holds no image")
@@ -98,8 +102,7 @@ def read_batch(paths, size):
 
 def features_key(args, encoder, projector, paths):
     """What features depend on: {what: its identity}."""
-    facts = [(path, os.stat(path)) for path in paths]
-    stats = [(os.path.relpath(path, args.data), s.st_size, s.st_mtime_ns) for path, s in facts]
+    stats = [(os.path.relpath(path, args.data), *packs.facts(path)) for path in paths]
     normed = ", normed" if encoder.family.read == "norm" else ""
     return {"encoder": tensors.tensors_digest(encoder.vision),
             "projector": tensors.tensors_digest(projector) if projector else "none",

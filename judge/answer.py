@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from judge import score
-from pivot import distributed, files, images, model_io, records, rollout
+from pivot import distributed, images, model_io, packs, records, rollout
 
 MAX_CELL = 256 * 2 ** 20         # characters; an unclosed quote would read on to the file's end
 
@@ -109,11 +109,13 @@ def read_tsv(path, follow_links=False):
 
 
 def picture_file(tsv, cell, where, follow_links):
-    """`image_path`: a file in images/NAME/ or images/ beside the TSV; raises BadRecord."""
+    """`image_path`: a file in images/NAME/ or images/ (or images.pack) beside the TSV; raises
+    BadRecord."""
     names = score.listed(cell) or [cell]
-    root = tsv.parent / "images"
-    root = root / tsv.stem if (root / tsv.stem).is_dir() else root
-    path = records.image_of({"image": names[0]}, str(root), where, follow_links)
+    root = packs.default_images(tsv.parent)
+    if any(packs.scandir(os.path.join(root, tsv.stem))):
+        root = os.path.join(root, tsv.stem)
+    path = records.image_of({"image": names[0]}, root, where, follow_links)
     return {"image_id": path, "picture": path, "more_images": len(names) > 1}
 
 
@@ -216,7 +218,9 @@ def asked_of(path, rows, shown, ocr_tokens):
         elif picture in pictures:
             picture = pictures[picture]
         else:
-            picture = pictures[picture] = files.sha256(picture)
+            with packs.open_file(picture) as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            picture = pictures[picture] = digest
         prompt = score.prompt_of(path.stem, row, ocr_tokens)
         found[row["index"]] = hashlib.sha256(f"{prompt}\0{picture}".encode()).hexdigest()[:16]
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pivot import encoders, files, records
+from pivot import encoders, files, packs, records
 from pivot.distributed import print0, told
 
 
@@ -56,8 +56,8 @@ def arguments(doc, paper):
     add_image_size(parser)
     add("--data", str, "folder in the layout `python -m toy` writes; its parts can be pointed "
         "elsewhere")
-    add("--images", str, "folder that image names are relative to; default DATA/images (a "
-        "meta.json names its own)")
+    add("--images", str, "folder or pack that image names are relative to; default DATA/images or "
+        "images.pack (a meta.json names its own)")
     add("--epochs", COUNT, "passes over the data")
     add("--max-steps", COUNT, "stop after so many steps; the schedule then ends there, too")
     add("--global-batch", COUNT, "samples (pairs, for DPO) a step, over all processes")
@@ -196,7 +196,7 @@ def settle_two_phases(args, stage, second, paper, toy):
     args = settle(args, stage, paper, toy)
     args.captions = args.captions or records.default_file(args.data, "captions")
     args.instruct = args.instruct or records.default_file(args.data, second)
-    args.images = args.images or f"{args.data}/images"
+    args.images = args.images or packs.default_images(args.data)
     if args.projector_max_steps is None:
         args.projector_max_steps = args.max_steps
     return args

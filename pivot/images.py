@@ -1,10 +1,10 @@
 """Pictures and masks on disk → arrays, the same everywhere: in training, benchmarks and probes."""
 import io
-import os
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from pivot import packs
 from pivot.distributed import print0
 from pivot.records import PICTURES, BadRecord
 
@@ -47,7 +47,7 @@ def is_picture(entry):
         return False
     if entry.name.lower().endswith(PICTURES):
         return True
-    with open(entry.path, "rb") as file:
+    with packs.open_file(entry.path) as file:
         head = file.read(12)
     return head.startswith(FIRST_BYTES) or head[4:] == b"ftypavif" or head[8:] == b"WEBP" or \
         (head[:2] == b"BM" and head[6:10] == bytes(4))
@@ -59,7 +59,7 @@ def pictures_in(folders):
     found, others = {}, []
     for folder in folders:
         found[folder] = []
-        for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        for entry in packs.scandir(folder):
             if entry.is_file():
                 (found[folder] if is_picture(entry) else others).append(entry.path)
             elif entry.is_dir() and not entry.name.startswith("."):
@@ -129,13 +129,15 @@ def refuse_dark(image, name):
 
 
 def load_image(source, size, where):
-    """A path or bytes → uint8 pixels as `planes` gives them; raises BadRecord.
+    """A path (of a file, or into a pack) or bytes → uint8 pixels as `planes` gives them; raises
+    BadRecord.
     EXIF rotation is applied, over 8 bits scaled to 8, transparency laid on white, the first frame
     of an animation taken: what a person sees. HF's processors apply the same bicubic squash.
     """
     name = f"{where}: " + ("embedded image" if isinstance(source, bytes) else f"image {source}")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else
+                        packs.source(source)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadRecord(f"{where}: image of {image.width} × {image.height} pixels, over "
                                 f"the bound of {MAX_PIXELS // 10 ** 6} million")
@@ -167,7 +169,7 @@ def read_mask(mask, image, where):
     stored are meant.)
     """
     try:
-        with Image.open(image) as picture:
+        with Image.open(packs.source(image)) as picture:
             stored, turn = picture.size, turn_of(picture)
     except Exception as e:
         raise BadRecord(f"{where}: image {image} cannot be read ({type(e).__name__}: {e})")

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pivot import files, printing
+from pivot import files, packs, printing
 
 MAX_LINE = 16 * 2 ** 20     # bytes of one jsonl line
 MAX_NAME = 1024             # characters of an image name; a picture in base64 has more
@@ -244,13 +244,17 @@ def path_inside(name, root, where, follow_links):
         if not (by_link and follow_links):
             raise BadRecord(f"{where}: image {name} leaves its folder {root}"
                             + (" by a link; --follow-links allows it" if by_link else ""))
-    if not os.path.isfile(real):
+    if not packs.is_file(real):
         raise BadRecord(f"{where}: image {name} not found in {root}")
     return real if climbs else path
 
 
 def real_path(path):
-    """os.path.realpath, in one look at the file where its folder was looked at before."""
+    """os.path.realpath, in one look at the file where its folder was looked at before. Of what lies
+    in a pack, where there are no links, no file system is asked."""
+    place = packs.split(os.path.normpath(path))
+    if place:
+        return os.path.join(real_folder(place[0]), place[1])
     folder, name = os.path.split(path)
     if name in ("", ".", ".."):
         return os.path.realpath(path)

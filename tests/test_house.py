@@ -19,7 +19,8 @@ FOLDERS = ["pivot", "judge", "tools", "toy", "study"]
 FILES = sorted([*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))])
 PACKAGES = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "tokenizers"}
 LAZY = {"study/report.py": {"matplotlib"},          # figures; imported where drawn, not without
-        "tools/figures.py": {"matplotlib"}}
+        "tools/figures.py": {"matplotlib"},
+        "tools/parquet.py": {"pyarrow"}}
 
 
 def lines(path):
@@ -72,7 +73,8 @@ def test_the_root_is_the_recipe():
     folders = {*FOLDERS, "benchmarks", "docs", "results", "tests", "weights"}
     assert rest == folders | {"README.md", "LICENSE", "Makefile", "requirements.txt",
                               "requirements-dev.txt", "requirements-bench.txt",
-                              "requirements-compat.txt", "requirements-look.txt"}
+                              "requirements-compat.txt", "requirements-look.txt",
+                              "requirements-prepare.txt"}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = " ".join(re.findall(r"^\| (`.*?) \|", readme, re.M))
     assert python <= set(re.findall(r"`(\w+\.py)`", table))
