@@ -192,10 +192,13 @@ class MLLM(nn.Module):
         # Layout "rows", or a group that is drawn: all first answers' rows, then all second ones', …
         features = features.repeat(max(1, len(input_ids) // len(features)), 1, 1)
         is_image = input_ids == self.image_token_id                    # (B, T)
-        features = features[is_image.any(1)]                           # text-only rows have none
-        if int(is_image.sum()) != features.shape[0] * features.shape[1]:
-            raise ValueError(f"{int(is_image.sum())} image tokens for "
-                             f"{features.shape[0]} × {features.shape[1]} image features")
+        counts = is_image.sum(1).tolist()                              # waits for the device, once
+        with_image = [b for b, count in enumerate(counts) if count]
+        if sum(counts) != len(with_image) * features.shape[1]:
+            raise ValueError(f"{sum(counts)} image tokens for "
+                             f"{len(with_image)} × {features.shape[1]} image features")
+        if len(with_image) < len(counts):                              # text-only rows have none
+            features = features[with_image]
         return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
 
     def forward(self, pixel_values, input_ids, labels, branch=None, position_ids=None):
@@ -216,11 +219,11 @@ class MLLM(nn.Module):
         hidden = self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
                                      position_ids=position_ids).last_hidden_state
         targets = labels[:, 1:]                       # row t predicts token t + 1: the one shift
-        rows = targets != IGNORE
+        # Which they are, as indices, once: a mask lets the host wait for the device at each use.
+        rows = (targets != IGNORE).nonzero(as_tuple=True)
         logps = hidden.new_zeros(labels.shape,
                                  dtype=torch.promote_types(hidden.dtype, torch.float32))
-        picked = token_logps(hidden[:, :-1][rows], self.llm, targets[rows])
-        logps[:, 1:] = logps[:, 1:].masked_scatter(rows, picked)
+        logps[:, 1:].index_put_(rows, token_logps(hidden[rows], self.llm, targets[rows]))
         return logps
 
     @torch.no_grad()            # not inference_mode: FSDP gathers into tensors that train again
@@ -247,13 +250,14 @@ class MLLM(nn.Module):
             if temperature:                  # the highest after Gumbel noise is a draw: Gumbel-max
                 gumbel = -torch.stack([torch.empty(logits.shape[1]).exponential_(generator=g).log()
                                        for g in generators])
-                logits = logits / temperature + gumbel.to(logits.device)
+                logits = logits / temperature + gumbel.to(logits.device, non_blocking=True)
             token = logits.argmax(-1)
             stops = torch.isin(token, stop)
             taken = ~done if keep_stop else ~(done | stops)
-            for b in taken.nonzero().flatten().tolist():
-                answers[b].append(int(token[b]))
             done |= stops
+            for answer, said, takes in zip(answers, token.tolist(), taken.tolist()):
+                if takes:
+                    answer.append(said)
             if self.all_processes(bool(done.all())):       # sharded, all must run as many steps
                 break
             inputs, cache = {"input_ids": token[:, None]}, out.past_key_values
@@ -322,10 +326,10 @@ def group_advantages(rewards, scaled=True):
     return above / (rewards.std(1, keepdim=True) + 1e-4) if scaled else above
 
 
-def of_tokens(values, branch, labels):
-    """A value of every answer → of each of its tokens that is predicted: (B, G), (B, T), (B, T) →
-    (R,), in the order of logps[labels != IGNORE]."""
-    return values.gather(1, (branch - 1).clamp(min=0))[labels != IGNORE]
+def of_tokens(values, branch, answered):
+    """A value of every answer → of each of its tokens that is predicted: (B, G), (B, T) → (R,), in
+    the order of logps[answered]."""
+    return values.gather(1, (branch - 1).clamp(min=0))[answered]
 
 
 def clipped_loss(logps, old_logps, advantages, clip_low, clip_high):
