@@ -5,8 +5,13 @@ what *would* lie on the device: whatever came there by `.to`, and whatever was c
 counts each time the host reads such a number, or a shape that depends on one (item, tolist, cpu,
 nonzero, a mask of booleans as an index), and each copy to the device that is not `non_blocking`.
 It sees the backward pass too: of `masked_scatter`, a masked_select. It does not see what CUDA's own
-kernels and libraries wait for.
+kernels and libraries wait for. By hand, on a parent that is there:
+
+    python benchmarks/gpu_waits.py train_dpo --run-dir runs/waits --parent runs/toy-vit__toy-lm \
+        --data data/toy
 """
+import importlib
+import sys
 import traceback
 import warnings
 from collections import Counter
@@ -20,6 +25,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from pivot import distributed, files, training  # noqa: E402
+
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
          aten.masked_scatter_backward.default, aten.equal.default}
@@ -28,12 +36,17 @@ INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
 
 
 def place():
-    """"model.py:196 int(is_image.sum())": our line that is running; the backward pass has none."""
+    """"model.py:196  int(is_image.sum())": our line that is running, and whether it is a package
+    that it called. (Of the backward pass the line is the one that began it.)"""
+    inside = ""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and "site-packages" not in frame.filename \
-                and path.name != Path(__file__).name:
-            return f"{path.relative_to(ROOT)}:{frame.lineno}  {frame.line.strip()}"
+        if path == Path(__file__).resolve():
+            continue
+        if "transformers" in path.parts and not inside:
+            inside = f" in transformers' {path.name}:{frame.lineno}"
+        if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
+            return f"{path.relative_to(ROOT)}:{frame.lineno}  {frame.line.strip()}{inside}"
     return "elsewhere"
 
 
@@ -124,3 +137,44 @@ def counted():
             yield count
         finally:
             torch.cuda.set_sync_debug_mode(before)
+
+
+# ------------------------------------------------------------------------------------- of a real stage
+
+def of_step(stage, flags):
+    """Run three steps of a stage's own main() in this process. → {place: waits} of the second one,
+    from where its rates are set to where the third one's are."""
+    module, marks = importlib.import_module(stage), []
+    sys.argv = [f"{stage}.py", *flags, "--workers", "0", "--max-steps", "3", "--save-every", "100",
+                "--rehearsal", "off"]
+    with counted() as count:
+        true = training.set_lr, distributed.shard
+
+        def mark(*args):
+            marks.append(Counter(count))
+            return true[0](*args)
+
+        def shard(*args, **more):
+            model = true[1](*args, **more)
+            model.llm.get_input_embeddings().sparse = False           # as on CUDA
+            return model
+        training.set_lr, distributed.shard = mark, shard
+        module.main()
+    return marks[2] - marks[1]
+
+
+def main():
+    """python benchmarks/gpu_waits.py train_dpo [--json FILE] --run-dir DIR --parent DIR …"""
+    stage, *flags = sys.argv[1:]
+    out = None
+    if flags[:1] == ["--json"]:
+        out, flags = flags[1], flags[2:]
+    found = of_step(stage, flags)
+    lines = [f"{times:4d}  {where}" for where, times in found.most_common()]
+    print("\n".join([f"{found.total()} waits in a step", *lines]))
+    if out:
+        files.write_json(out, {"waits": found.total(), "places": lines})
+
+
+if __name__ == "__main__":
+    main()
