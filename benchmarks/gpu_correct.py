@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,6 +60,11 @@ def branches(length, device):
     return torch.tensor(rows, device=device)
 
 
+# A score of -200 is itself rounded ten times as coarsely as one of a few.
+BOUNDS = {(torch.float32, False): 2e-5, (torch.bfloat16, False): 3e-2,
+          (torch.float32, True): 5e-4, (torch.bfloat16, True): 2e-1}
+
+
 def kernels(say, quick):
     """Forward and gradients of each kernel beside the definition; scores near 0 and, as in some of
     Qwen2.5's heads, far below it. Off by: the largest difference over the largest value."""
@@ -70,16 +76,20 @@ def kernels(say, quick):
         branch = branches(length, device)
         for low in (False, True):
             for name in ("sdpa", "flex") if cuda else ("sdpa",):
-                for dtype, bound in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
-                    say({"what": f"{name}, {str(dtype)[6:]}, T = {length}"
-                         + (", scores far below 0" if low else ""),
-                         **off_by(name, dtype, branch, low, bound)})
+                for dtype in (torch.float32, torch.bfloat16):
+                    what = f"{name}, {str(dtype)[6:]}, T = {length}"
+                    what += ", scores far below 0" if low else ""
+                    try:
+                        say({"what": what, **off_by(name, dtype, branch, low)})
+                    except Exception as error:          # a kernel that this card cannot have
+                        say({"what": what, "error": str(error)[:200], "ok": False})
     if not cuda:
         say({"what": "flex", "left_out": "FlexAttention has no backward pass on a CPU"})
 
 
-def off_by(name, dtype, branch, low, bound):
+def off_by(name, dtype, branch, low):
     """{"forward", "gradient", "ok"} of one kernel. NaN is off by inf."""
+    bound = BOUNDS[dtype, low]
     g = torch.Generator(branch.device).manual_seed(0)
     shapes = [(3, heads, branch.shape[1], 64) for heads in (4, 2, 2)]
     q, k, v = (torch.randn(s, generator=g, device=branch.device).to(dtype) for s in shapes)
@@ -110,198 +120,202 @@ class Toy:
 
     def __init__(self, folder, quick):
         self.folder, self.steps = Path(folder), 4 if quick else 20
-        # Twenty short processes at once, each of one thread; on two cores one after the other.
-        self.pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2))
         self.call(["-m", "toy", self.folder / "toy", "--scale", "0.02"])
 
-    def call(self, words, gpu=False, check=True, **environment):
-        """Run one command; raises RuntimeError with its last line where it fails."""
+    def call(self, words, on_gpu=False, check=True, **environment):
+        """Run one command; raises RuntimeError with its last lines where it fails."""
         done = subprocess.run(
             [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment,
-                 **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})})
+                 **({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})})
         if check and done.returncode:
-            raise RuntimeError(" | ".join((done.stdout + done.stderr).splitlines()[-3:]))
-        return done
+            raise RuntimeError(" | ".join((done.stdout + done.stderr).splitlines()[-3:])[-400:])
 
-    def stage(self, stage, name, *more, gpu=False, start=(), environment=None, check=True):
-        """Train a stage in the run folder `name`, from the CPU's stage 1. → its losses, [a step]:
-        the lines of metrics.jsonl."""
+    def flags(self, stage, name):
+        """What every run of a stage in the run folder `name` is told."""
+        flags = ["--run-dir", self.folder / name, "--data", self.folder / "toy", "--global-batch",
+                 16, "--micro-batch", 8, "--rehearsal", "off"]
+        if stage != "pretrain":
+            flags += ["--parent", self.folder / "cpu"]
+        if stage in ("dpo", "grpo"):
+            flags += ["--heldout", "none"]
+        return flags
+
+    def train(self, stage, name, *more, on_gpu=True, start=(), environment=None, check=True):
+        """Train a stage in the run folder `name`, from the CPU's stage 1. → its metrics.jsonl."""
         script = "pretrain.py" if stage == "pretrain" else f"train_{stage}.py"
-        words = [*start, script, "--run-dir", self.folder / name, "--data", self.folder / "toy",
-                 "--global-batch", 16, "--micro-batch", 8, "--workers", 0, "--epochs", 3,
-                 "--max-steps", self.steps, "--rehearsal", "off"]
+        words = [*start, script, *self.flags(stage, name), "--workers", 0, "--epochs", 3,
+                 "--max-steps", self.steps]
         if stage == "pretrain":
             words += ["--encoder", "toy-vit", "--llm", "toy-lm", "--projector-epochs", 20]
-        else:
-            words += ["--parent", self.folder / "cpu"]
-            words += ["--heldout", "none"] if stage == "dpo" else []
-        self.call([*words, *more], gpu, check, **(environment or {}))
+        self.call([*words, *more], on_gpu, check, **(environment or {}))
         return [json.loads(line) for line in
                 (self.folder / name / stage / "metrics.jsonl").read_text().splitlines()]
 
-    def all(self, jobs):
-        """{name: (stage, flags…, {options})} → {name: metrics, or the error of a command}."""
-        def job(name):
-            stage, *flags = jobs[name]
-            options = flags.pop() if flags and isinstance(flags[-1], dict) else {}
-            try:
-                return self.stage(stage, name.replace(" ", "-"), *flags, **options)
-            except (RuntimeError, OSError) as error:
-                return str(error)
-        return dict(zip(jobs, self.pool.map(job, jobs)))
-
-
-def compared(say, what, found, one, other, bound):
-    """Say how far the losses of two runs are apart, step by step."""
-    failed = [f"{name}: {found[name]}" for name in (one, other) if isinstance(found[name], str)]
-    if failed:
-        say({"what": what, "error": "; ".join(failed), "ok": False})
-        return
-    pairs = [(a["loss"], b["loss"]) for a, b in zip(found[one], found[other])]
-    same = len(found[one]) == len(found[other]) > 1
-    apart = max(abs(a - b) for a, b in pairs)
-    say({"what": what, "steps": len(pairs), "losses_apart": apart, "bound": bound,
-         "ok": same and apart <= bound})
-
-
-def toy(say, quick):
-    """The toy's stage 1, SFT and DPO: each way to compute them beside the plainest."""
-    gpu, fp32, bf16 = {"gpu": True}, ("--dtype", "fp32"), ("--dtype", "bf16")
-    cuda = torch.cuda.is_available()
-    with tempfile.TemporaryDirectory() as folder:
-        world = Toy(folder, quick)
-        jobs = {"cpu": ("pretrain", *fp32)}
-        if cuda:
-            jobs |= {"gpu": ("pretrain", *fp32, gpu), "gpu bf16": ("pretrain", *bf16, gpu)}
-        found = world.all(jobs)
-        if isinstance(found["cpu"], str):
-            raise RuntimeError(found["cpu"])
-        if cuda:
-            compared(say, "stage 1, GPU fp32 beside CPU", found, "gpu", "cpu", 1e-4)
-            compared(say, "stage 1, bf16 beside fp32", found, "gpu bf16", "gpu", 5e-2)
-        jobs = {}
-        for stage in ("dpo",) if quick else ("sft", "dpo"):
-            jobs |= {f"{stage} fp32": (stage, *fp32, gpu), f"{stage} bf16": (stage, *bf16, gpu),
-                     f"{stage} ckpt": (stage, *fp32, "--activation-checkpointing", gpu)}
-            if cuda:
-                jobs |= {f"{stage} cpu": (stage, *fp32)}
-        if cuda:
-            jobs |= {"dpo flex": ("dpo", *bf16, "--attention", "flex", gpu),
-                     "dpo compile": ("dpo", *bf16, "--compile", gpu),
-                     "dpo flex fp32": ("dpo", *fp32, "--attention", "flex", gpu)}
-        found = world.all(jobs)
-        found["dpo resumed"] = resumed(world, *fp32)
-    for stage in sorted({name.split()[0] for name in jobs}):
-        if cuda:
-            compared(say, f"{stage}, GPU fp32 beside CPU", found, f"{stage} fp32", f"{stage} cpu",
-                     1e-4)
-        compared(say, f"{stage}, bf16 beside fp32", found, f"{stage} bf16", f"{stage} fp32", 5e-2)
-        compared(say, f"{stage}, checkpointing beside none", found, f"{stage} ckpt",
-                 f"{stage} fp32", 1e-4)
-    compared(say, "dpo, killed and resumed beside never killed", found, "dpo resumed", "dpo fp32",
-             1e-4)
-    if cuda:
-        compared(say, "dpo, flex beside sdpa, fp32", found, "dpo flex fp32", "dpo fp32", 1e-4)
-    for name in ("dpo fp32", "dpo bf16", "dpo flex", "dpo compile", "dpo flex fp32"):
-        if name in found:
-            say(step0(name, found[name]))
-        else:
-            say({"what": f"step 0, {name}", "left_out": "needs CUDA"})
-
-
-def resumed(world, *flags):
-    """DPO killed (-9) in the middle of a step, then started again. → metrics, or the error."""
-    mark, middle = world.folder / "killed", world.steps // 2
-    environment = {"KILL": f"before the update:{middle + 1}:0", "KILL_MARK": str(mark)}
-    flags = [*flags, "--save-every", max(1, middle // 2)]
-    try:
-        world.stage("dpo", "resumed", *flags, gpu=True, start=["tests/killed.py"],
-                    environment=environment, check=False)
+    def resumed(self, *flags):
+        """DPO killed (-9) in the middle of a step, then started again. → its metrics."""
+        mark, middle = self.folder / "killed", self.steps // 2
+        environment = {"KILL": f"before the update:{middle + 1}:0", "KILL_MARK": str(mark)}
+        flags = [*flags, "--save-every", max(1, middle // 2)]
+        self.train("dpo", "resumed", *flags, start=["tests/killed.py"], environment=environment,
+                   check=False)
         if not mark.exists():
-            return "it was not killed"
-        return world.stage("dpo", "resumed", *flags, gpu=True)
-    except (RuntimeError, OSError) as error:
-        return str(error)
+            raise RuntimeError("it was not killed")
+        return self.train("dpo", "resumed", *flags)
+
+    def shared(self, backend):
+        """DPO on two processes that share the one card. → its metrics."""
+        script = self.folder / f"shared-{backend}.py"
+        script.write_text(SHARED)
+        return self.train("dpo", f"two-{backend}", *FP32, start=[
+            "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, backend])
+
+    def waits(self, stage):
+        """{"waits", "places"} of one step, by gpu_waits.py."""
+        out = self.folder / f"waits-{stage}.json"
+        self.call(["benchmarks/gpu_waits.py", f"train_{stage}", "--json", out,
+                   *self.flags(stage, f"waits-{stage}")], on_gpu=True)
+        return json.loads(out.read_text())
 
 
-def step0(name, metrics):
-    """Loss ln 2 and margin 0 before the first update."""
-    if isinstance(metrics, str):
-        return {"what": f"step 0, {name}", "error": metrics, "ok": False}
-    bf16 = "fp32" not in name
-    off = max(abs(metrics[0]["loss"] - LN2), abs(metrics[0]["margin"]))
-    return {"what": f"step 0, {name}", "loss": metrics[0]["loss"], "margin": metrics[0]["margin"],
-            "step0_bf16": off if bf16 else None, "ok": off <= (1e-3 if bf16 else 1e-5)}
-
-
-# ------------------------------------------------------------------------- two processes on one card
-
+# Both processes take the first card; gloo, or NCCL, moves what lies on it.
 SHARED = """
 import os, runpy, sys
 sys.path.insert(0, os.getcwd())
 import torch, torch.distributed as dist
 backend, sys.argv = sys.argv[1], sys.argv[2:]
 if torch.cuda.is_available():
-    first, begin = torch.cuda.set_device, dist.init_process_group
-    torch.cuda.set_device = lambda n: first(0)                   # both on the one card
-    dist.init_process_group = lambda name, **more: begin(
-        f"cpu:gloo,cuda:{backend}", **more)
+    choose, begin = torch.cuda.set_device, dist.init_process_group
+    torch.cuda.set_device = lambda n: choose(0)
+    dist.init_process_group = lambda name, **more: begin(f"cpu:gloo,cuda:{backend}", **more)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+FP32, BF16 = ("--dtype", "fp32"), ("--dtype", "bf16")
 
 
-def two_processes(say, quick):
-    """DPO on two processes that share the card beside one process: NCCL, else gloo."""
+def as_they_end(jobs):
+    """{name: function} → (name, what it gave, or the error as a text), one by one. All at once where
+    there are many cores (each is a command of one thread), one after the other on two."""
+    def outcome(job):
+        try:
+            return job()
+        except (RuntimeError, OSError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+    with ThreadPoolExecutor(max(1, distributed.cores() // 2)) as pool:
+        running = {pool.submit(outcome, job): name for name, job in jobs.items()}
+        for future in as_completed(running):
+            yield running[future], future.result()
+
+
+def compared(what, one, other, bound):
+    """How far the losses of two runs are apart, step by step. → the row."""
+    failed = [run for run in (one, other) if isinstance(run, str)]
+    if failed:
+        return {"what": what, "error": "; ".join(failed), "ok": False}
+    apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(one, other))
+    return {"what": what, "steps": len(one), "losses_apart": apart, "bound": bound,
+            "ok": len(one) == len(other) > 1 and apart <= bound}
+
+
+def nccl_row(what, two, one):
+    """NCCL may refuse two processes on one card: that is no failure of ours."""
+    return {"what": what, "refused": two} if isinstance(two, str) else \
+        compared(what, two, one, 1e-4)
+
+
+def toy(say, quick):
+    """The toy's stage 1, SFT and DPO: each way to compute them beside the plainest."""
     cuda = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         world = Toy(folder, quick)
-        world.stage("pretrain", "cpu", "--dtype", "fp32")
-        alone = world.stage("dpo", "alone", "--dtype", "fp32", gpu=True)
-        script = Path(folder, "shared.py")
-        script.write_text(SHARED)
-        for backend in ("nccl", "gloo") if cuda else ("gloo",):
-            start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
-                     backend]
-            try:
-                both = world.stage("dpo", f"two-{backend}", "--dtype", "fp32", gpu=True,
-                                   start=start)
-            except (RuntimeError, OSError) as error:
-                say({"what": f"two processes on one card, {backend}", "error": str(error)[-400:],
-                     **({} if backend == "nccl" else {"ok": False})})     # NCCL may refuse that
-                continue
-            compared(say, f"two processes on one card, {backend}, beside one",
-                     {"two": both, "one": alone}, "two", "one", 1e-4)
-            return
+        parents = {"cpu": partial(world.train, "pretrain", "cpu", *FP32, on_gpu=False)}
+        if cuda:
+            parents |= {"gpu": partial(world.train, "pretrain", "gpu", *FP32),
+                        "gpu bf16": partial(world.train, "pretrain", "gpu-bf16", *BF16)}
+        found = dict(as_they_end(parents))
+        if isinstance(found["cpu"], str):
+            raise RuntimeError(found["cpu"])
+        jobs = toy_jobs(world, cuda, ["dpo"] if quick else ["sft", "dpo"])
+        left = []
+        for what, row, *runs in CHECKS:
+            if set(runs) <= {*found, *jobs}:
+                left.append((what, row, runs))
+            else:
+                say({"what": what, "left_out": "needs CUDA, or is left out by --quick"})
+        for name, given in [*found.items(), *as_they_end(jobs)]:
+            found[name] = given
+            for check in [c for c in left if name in c[2] and set(c[2]) <= set(found)]:
+                what, row, runs = check
+                say(row(what, *(found[run] for run in runs)))
+                left.remove(check)
 
 
-# --------------------------------------------------------------------------------------------- waits
-
-# Waits of the host a micro-batch and a step, read in the loops; a few more where CUDA's libraries
-# have theirs. Many more mean that a loop reads a number too often.
-EXPECTED = {"sft": (3, 2), "dpo": (3, 2)}
-
-
-def waits(say, quick):
-    """How often a step lets the host wait for the device: counted by torch on CUDA, by a stand-in
-    on a CPU (gpu_waits.py)."""
-    with tempfile.TemporaryDirectory() as folder:
-        world = Toy(folder, quick)
-        world.stage("pretrain", "cpu", "--dtype", "fp32", "--max-steps", 2,
-                    "--projector-max-steps", 2)
-        for stage in ("sft", "dpo", "grpo"):
-            out = world.folder / f"{stage}.json"
-            words = ["benchmarks/gpu_waits.py", f"train_{stage}", "--json", out, "--run-dir",
-                     world.folder / stage, "--parent", world.folder / "cpu", "--data",
-                     world.folder / "toy", "--global-batch", 16, "--micro-batch", 8]
-            world.call(words, gpu=True)
-            count = json.loads(out.read_text())
-            row = {"what": f"waits in a {stage} step of 2 micro-batches", **count}
-            if stage in EXPECTED:
-                micro, step = EXPECTED[stage]
-                row |= {"expected": 2 * micro + step, "ok": count["waits"] <= 2 * micro + step + 4}
-            say(row)
+def toy_jobs(world, cuda, stages):
+    """{name: function}: every run of a stage that is compared, and the counts of waits."""
+    def train(stage, name, *flags, **options):
+        return partial(world.train, stage, f"{stage}-{name}", *flags, **options)
+    jobs = {}
+    if cuda:                                # first what takes longest: kernels are compiled
+        jobs |= {"dpo compile": train("dpo", "compile", *BF16, "--compile"),
+                 "dpo flex": train("dpo", "flex", *BF16, "--attention", "flex"),
+                 "dpo flex fp32": train("dpo", "flex-fp32", *FP32, "--attention", "flex")}
+    jobs |= {"dpo resumed": partial(world.resumed, *FP32)}
+    for backend in ("nccl", "gloo") if cuda else ("gloo",):
+        jobs[f"dpo two {backend}"] = partial(world.shared, backend)
+    for stage in stages:
+        jobs |= {f"{stage} fp32": train(stage, "fp32", *FP32),
+                 f"{stage} bf16": train(stage, "bf16", *BF16, "--rehearsal", "on"),
+                 f"{stage} ckpt": train(stage, "ckpt", *FP32, "--activation-checkpointing")}
+        if cuda:
+            jobs[f"{stage} cpu"] = train(stage, "cpu", *FP32, on_gpu=False)
+    return jobs | {f"waits {s}": partial(world.waits, s) for s in ("sft", "dpo", "grpo")}
 
 
-PIECES = [("correct", "kernels", kernels, 90), ("correct", "toy", toy, 150),
-          ("correct", "waits", waits, 90), ("correct", "two processes", two_processes, 90)]
+def step0(what, metrics):
+    """Loss ln 2 and margin 0 before the first update."""
+    if isinstance(metrics, str):
+        return {"what": what, "error": metrics, "ok": False}
+    bf16 = "fp32" not in what
+    off = max(abs(metrics[0]["loss"] - LN2), abs(metrics[0]["margin"]))
+    return {"what": what, "loss": metrics[0]["loss"], "margin": metrics[0]["margin"],
+            "step0_bf16": off if bf16 else None, "ok": off <= (1e-3 if bf16 else 1e-5)}
+
+
+# Waits of the host, read in the loops of SFT and DPO: three a micro-batch, two a step. CUDA's own
+# libraries may add a few; many more mean that a loop reads a number too often. (GRPO's depend on
+# how long its answers are.)
+EXPECTED, SLACK = 2 * 3 + 2, 4
+
+
+def waits_row(what, count):
+    """How often a step of two micro-batches lets the host wait for the device: counted by torch on
+    CUDA, by a stand-in on a CPU (gpu_waits.py)."""
+    if isinstance(count, str):
+        return {"what": what, "error": count, "ok": False}
+    if "grpo" in what:
+        return {"what": what, **count}
+    return {"what": what, "expected": EXPECTED, **count, "ok": count["waits"] <= EXPECTED + SLACK}
+
+
+CHECKS = [          # what, the row of it, the runs that it needs
+    ("stage 1, GPU beside CPU, fp32", partial(compared, bound=1e-4), "gpu", "cpu"),
+    ("stage 1, bf16 beside fp32", partial(compared, bound=5e-2), "gpu bf16", "gpu"),
+    ("sft, GPU beside CPU, fp32", partial(compared, bound=1e-4), "sft fp32", "sft cpu"),
+    ("sft, bf16 beside fp32", partial(compared, bound=5e-2), "sft bf16", "sft fp32"),
+    ("sft, checkpointing beside none", partial(compared, bound=1e-4), "sft ckpt", "sft fp32"),
+    ("dpo, GPU beside CPU, fp32", partial(compared, bound=1e-4), "dpo fp32", "dpo cpu"),
+    ("dpo, bf16 beside fp32", partial(compared, bound=5e-2), "dpo bf16", "dpo fp32"),
+    ("dpo, checkpointing beside none", partial(compared, bound=1e-4), "dpo ckpt", "dpo fp32"),
+    ("dpo, flex beside sdpa, fp32", partial(compared, bound=1e-4), "dpo flex fp32", "dpo fp32"),
+    ("dpo, killed and resumed beside never killed", partial(compared, bound=1e-4), "dpo resumed",
+     "dpo fp32"),
+    ("dpo, two processes on one card (NCCL) beside one", nccl_row, "dpo two nccl", "dpo fp32"),
+    ("dpo, two processes on one card (gloo) beside one", partial(compared, bound=1e-4),
+     "dpo two gloo", "dpo fp32"),
+    *((f"step 0, {run}", step0, run) for run in ("dpo fp32", "dpo bf16", "dpo flex",
+                                                 "dpo flex fp32", "dpo compile")),
+    *((f"waits in a step of 2 micro-batches, {stage}", waits_row, f"waits {stage}")
+      for stage in ("sft", "dpo", "grpo"))]
+
+
+PIECES = [("correct", "kernels", kernels, 120), ("correct", "toy", toy, 150)]

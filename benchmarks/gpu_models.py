@@ -2,7 +2,10 @@
 
 Everything is the repository's own: presets, sharding, optimizer, losses, the planner.
 """
+import contextlib
+import functools
 import gc
+import io
 import math
 import time
 from typing import NamedTuple
@@ -107,7 +110,8 @@ class Step:
             self.batches.append({k: v.to(device) for k, v in batch.items() if k != "index"})
         self.model = distributed.shard(model, device, "bf16", setting.checkpointing,
                                        attention=setting.attention, compiled=setting.compiled)
-        self.optimizer = training.adamw(self.model, dict.fromkeys(training.MODULES, RATE))
+        with contextlib.redirect_stdout(io.StringIO()):                   # its table of rates
+            self.optimizer = training.adamw(self.model, dict.fromkeys(training.MODULES, RATE))
         self.refs = None
 
     def reference(self):
@@ -176,17 +180,23 @@ class Planned(NamedTuple):
     bytes: float
 
 
+@functools.cache
+def traced(encoder, llm, prompt, answer, layout):
+    """(a model without weights, tools.meta's trace of one of its rows); seconds of one core."""
+    model = meta.empty_mllm(encoder, llm)
+    training.freeze(model, dict.fromkeys(training.MODULES, RATE))
+    return model, meta.trace(model, model.encoder.num_tokens + prompt, answer, answer, layout)
+
+
 def planned(setting):
     """What tools.plan computes for one process and this setting's rows. → Planned."""
-    model = meta.empty_mllm(setting.encoder, setting.llm)
-    training.freeze(model, dict.fromkeys(training.MODULES, RATE))
-    n, config = model.encoder.num_tokens, model.llm.config
-    lengths = (n + setting.prompt, setting.answer, setting.answer)
-    row = meta.trace(model, *lengths, setting.layout)
+    model, row = traced(setting.encoder, setting.llm, setting.prompt, setting.answer,
+                        setting.layout)
+    prompt, config = model.encoder.num_tokens + setting.prompt, model.llm.config
     _, total = plan.memory(model, row, 1, setting.micro_batch, setting.micro_steps,
                            checkpointing=setting.checkpointing)
-    tokens = meta.row_length(*lengths, setting.layout)
-    hidden = tokens ** 2 - seen_by(setting, n + setting.prompt)
+    tokens = meta.row_length(prompt, setting.answer, setting.answer, setting.layout)
+    hidden = tokens ** 2 - seen_by(setting, prompt)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     unseen = 12 * config.num_hidden_layers * heads * width * hidden    # 2 products, then 4, × 2

@@ -3,10 +3,11 @@ import functools
 import importlib.util
 import json
 import math
-import os
+import multiprocessing
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,34 +33,35 @@ MODES = {"plain": {}, "checkpointing": {"checkpointing": True},
 
 
 def settings(llm, answers, modes):
-    """DPO in every mode and SFT in those that it has, for each length of answers."""
+    """For each length of answers DPO in every mode, and SFT in those that say something new."""
     for answer in answers:
-        for stage in ("dpo", "sft"):
-            for mode in modes:
-                if stage == "dpo" or not mode.startswith("flex"):
-                    yield BASE._replace(llm=llm, stage=stage, answer=answer, **MODES[mode])
+        for mode in modes:
+            for stage in ("dpo", "sft") if mode in ("plain", "compile") else ("dpo",):
+                yield BASE._replace(llm=llm, stage=stage, answer=answer, **MODES[mode])
 
 
 def measure(say, quick, wanted):
     """A row for each setting, and the profile of the best. One that fails is a row that says so."""
+    wanted = list(dict.fromkeys(map(g.quick_of, wanted))) if quick else wanted
+    # The planner works in a process beside this one, forked before there is a CUDA to be lost.
+    planner = ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
+    plans = {setting: planner.submit(g.planned, setting) for setting in wanted}
     device, best = distributed.start(), None
     rate = g.product_rate(device, quick)
     for setting in wanted:
         needs_cuda = setting.attention == "flex" or setting.compiled
-        setting = g.quick_of(setting) if quick else setting
         if needs_cuda and not g.on_gpu(device):
             say({"what": title(setting), "left_out": "needs CUDA"})
             continue
         try:
-            row = speed_of(setting, device, rate, quick)
+            row = speed_of(setting, device, rate, quick, plans[setting])
         except Exception as error:                     # out of memory, a compiler: the next may go
             say({"what": title(setting), "error": f"{type(error).__name__}: {error}"[:300],
                  "ok": False})
         else:
             say(row)
-            if best is None or row["samples_per_s"] > best[0]:
-                if setting.stage == "dpo":
-                    best = row["samples_per_s"], setting
+            if setting.stage == "dpo" and (best is None or row["samples_per_s"] > best[0]):
+                best = row["samples_per_s"], setting
         g.release(device)
     if best:
         say(profile_of(best[1], device, quick))
@@ -70,10 +72,11 @@ def title(setting):
             f"micro-batch {setting.micro_batch} × {setting.micro_steps}")
 
 
-def speed_of(setting, device, rate, quick):
-    """Train a few steps. → the row: what was measured, and what the planner says of the same."""
-    step, enough = g.Step(setting, device), 0.1 if quick else 3.0
-    row, count = {"what": title(setting), **setting._asdict()}, len(step.batches)
+def speed_of(setting, device, rate, quick, plan_made):
+    """Train a few steps. → the row: what was measured, and what the planner says of the same.
+    plan_made: a future of its Planned."""
+    step, enough = g.Step(setting, device), 0.1 if quick else 2.0
+    row, count = {"what": title(setting), "setting": setting._asdict()}, len(step.batches)
     per_s_reference = math.inf
     if setting.stage == "dpo":
         step.reference()                                              # compiles, if it does at all
@@ -89,7 +92,7 @@ def speed_of(setting, device, rate, quick):
         torch.cuda.reset_peak_memory_stats(device)
     took = g.seconds_of(step, device, least=2, enough=enough)
     peak = torch.cuda.max_memory_allocated(device) if g.on_gpu(device) else None
-    seconds, said = statistics.median(took), g.planned(setting)
+    seconds, said = statistics.median(took), plan_made.result()
     samples, tokens = count * setting.micro_batch, step.batches[0]["input_ids"].shape[1]
     card = torch.cuda.get_device_name() if g.on_gpu(device) else "cpu"
     planned_s = said.spent / (plan.UTILISATION * (g.nominal_rate(card) or rate))
@@ -228,12 +231,12 @@ def trl_pairs(say, quick):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder, "model")
         saved(setting, device, folder)
+        g.release(device)
         config = json.loads((folder / "config.json").read_text())
         shape = c.Shape(config["image_seq_length"], setting.answer, 1_000 if quick else 151_936,
                         batch, setting.prompt)
         for checkpointing in (False, True):
             if g.on_gpu(device):
-                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
             timed = Timed(device)
             try:
@@ -250,9 +253,14 @@ def trl_pairs(say, quick):
              "peak": torch.cuda.max_memory_allocated(device) if g.on_gpu(device) else None})
 
 
-def saved(setting, device, folder):
-    """A random model of a setting's geometry as the folder that transformers opens."""
+def saved(setting, device, folder, wild=False):
+    """A random model of a setting's geometry as the folder that transformers opens. → the model.
+    wild: of weights so large that what it says depends on every token and pixel."""
     model = g.build(setting.encoder, setting.llm, device)
+    if wild:
+        with torch.no_grad():
+            for p in (*model.llm.parameters(), *model.projector.parameters()):
+                p.normal_(0, 0.3) if p.dim() == 2 else p.fill_(1)
     tokenizer = published.open_tokenizer(ROOT / "weights" / "toy-lm")
     model.image_token_id = published.prepare_tokenizer(tokenizer)
     folder.mkdir(parents=True)
@@ -266,45 +274,50 @@ def generate(say, quick):
     """MLLM.generate as repair_eval.py calls it, beside transformers' generate on the same weights:
     one by one, as evaluation scripts call it, and in the same batch. bf16 on a GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    setting, batch, new = (g.quick_of(BASE), 4, 4) if quick else (BASE, 64, 32)
-    dtype = torch.bfloat16 if g.on_gpu(device) else torch.float32
+    with torch.inference_mode():
+        sides = answering(g.quick_of(BASE), device, torch.float32, 4, 8, wild=True)
+        ours, theirs = (np.array(sides[name][0]()) for name in ("ours", "transformers, in a batch"))
+        same = float((ours == theirs).mean())
+        say({"what": "the same answers, wild weights, fp32", "same_tokens": same,
+             "different_tokens": len(set(ours.flatten().tolist())), "ok": same >= 0.95})
+        setting, batch, new = (g.quick_of(BASE), 4, 4) if quick else (BASE, 64, 32)
+        dtype = torch.bfloat16 if g.on_gpu(device) else torch.float32
+        for name, (work, count) in answering(setting, device, dtype, batch, new).items():
+            said = work()                                                      # and warms up
+            took = min(g.seconds_of(work, device, least=2, enough=0))
+            say({"what": f"{name}: answers of {new} tokens, batch {batch}", "answers_per_s":
+                 count / took, "ok": all(len(answer) == new for answer in said)})
+
+
+def answering(setting, device, dtype, batch, new, wild=False):
+    """{side: (function that gives all answers as lists of `new` token ids, how many answers)}."""
     from transformers import AutoModelForImageTextToText
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder, "model")
-        ours = saved(setting, device, folder).eval()
+        ours = saved(setting, device, folder, wild).eval()
         theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval()
     for p in ours.parameters():                              # as repair_eval.open_for_answers
         p.data = p.data.to(dtype)
     theirs.generation_config.eos_token_id = None             # `new` tokens, whatever they are
-    prompts = data.collate([s | {"ids": s["ids"] % 700} for s in g.samples(
-        ours, setting.prompt, 1, batch)], "prompts")
-    n = ours.encoder.num_tokens
-    prompts["input_ids"][:, :n] = ours.image_token_id
-    ids, mask, pixels = (prompts[k].to(device) for k in ("input_ids", "attention_mask",
-                                                         "pixel_values"))
+    prompts = data.collate(g.samples(ours, setting.prompt, 1, batch), "prompts")
+    n, image_id = ours.encoder.num_tokens, ours.image_token_id
+    ids = prompts["input_ids"] % image_id                    # the toy's tokenizer, and its <image>
+    ids[:, :n] = image_id
+    ids, mask, pixels = (x.to(device) for x in (ids, prompts["attention_mask"],
+                                                prompts["pixel_values"]))
     values = ((pixels / 255 - 0.5) / 0.5).to(dtype)
-    options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
 
-    def together(count):
-        return theirs.generate(input_ids=ids[:count], pixel_values=values[:count],
-                               attention_mask=mask[:count], **options)[:, ids.shape[1]:].tolist()
-
-    def one_by_one(count):
-        return [theirs.generate(input_ids=ids[i:i + 1], pixel_values=values[i:i + 1],
-                                attention_mask=mask[i:i + 1], **options) for i in range(count)]
+    def their_answers(first, last):
+        said = theirs.generate(
+            input_ids=ids[first:last], pixel_values=values[first:last],
+            attention_mask=mask[first:last], max_new_tokens=new, min_new_tokens=new,
+            do_sample=False)
+        return said[:, ids.shape[1]:].tolist()
     few = min(batch, 8)
-    sides = {"ours": (lambda: ours.generate(pixels, ids, mask, new, stop_ids={-1}), batch),
-             "transformers, one by one": (lambda: one_by_one(few), few),
-             "transformers, in a batch": (lambda: together(batch), batch)}
-    with torch.inference_mode():
-        said = {name: work() for name, (work, _) in sides.items()}                 # and warms up
-        same = np.mean(np.array(said["ours"]) == np.array(said["transformers, in a batch"]))
-        rates = {name: count / min(g.seconds_of(work, device, least=2, enough=0))
-                 for name, (work, count) in sides.items()}
-    least = 1.0 if dtype == torch.float32 else 0.5           # in bf16 an early tie changes the rest
-    say({"what": f"answers of {new} tokens, prompts of {ids.shape[1]}, batch {batch}",
-         "same_tokens": float(same), "ok": bool(same >= least),
-         **{f"{name}, answers/s": rate for name, rate in rates.items()}})
+    return {"ours": (lambda: ours.generate(pixels, ids, mask, new, stop_ids={-1}), batch),
+            "transformers, in a batch": (lambda: their_answers(0, batch), batch),
+            "transformers, one by one": (lambda: [their_answers(i, i + 1)[0]
+                                                  for i in range(few)], few)}
 
 
 # ------------------------------------------------------------------------------------------ decoding
@@ -312,7 +325,7 @@ def generate(say, quick):
 def decode(say, quick):
     """Images/s of the training loader, JPEGs of 640 × 480 squashed to 384 × 384, by workers."""
     count, sizes = (48, (32, 24)) if quick else (1536, (640, 480))
-    cores = len(os.sched_getaffinity(0))
+    cores = distributed.cores()
     with tempfile.TemporaryDirectory() as folder:
         folder, rng = Path(folder), np.random.default_rng(0)
         waves = rng.random((8, 8, 3)) * 255
@@ -347,10 +360,10 @@ def speed(llm, answers, *modes):
 
 PIECES = [
     ("speed", "1.5B, answers of 200", speed(LARGE, [200], "plain", "checkpointing", "larger"), 100),
-    ("speed", "1.5B, answers of 200, flex and compile",
-     speed(LARGE, [200], "flex", "compile", "flex and compile"), 150),
-    ("speed", "1.5B, answers of 32", speed(LARGE, [32], "plain", "checkpointing"), 60),
-    ("speed", "0.5B", speed(SMALL, [200, 32], "plain", "larger"), 90),
-    ("trl", "ours, first", our_pairs, 60), ("trl", "TRL, first", trl_pairs, 120),
-    ("trl", "ours, again", our_pairs, 60), ("trl", "TRL, again", trl_pairs, 120),
+    ("speed", "1.5B, flex and compile",
+     speed(LARGE, [200], "flex", "compile", "flex and compile"), 160),
+    ("speed", "1.5B, answers of 32", speed(LARGE, [32], "plain"), 60),
+    ("speed", "0.5B", speed(SMALL, [200, 32], "plain"), 80),
+    ("trl", "ours, first", our_pairs, 60), ("trl", "TRL, first", trl_pairs, 90),
+    ("trl", "ours, again", our_pairs, 60), ("trl", "TRL, again", trl_pairs, 90),
     ("generate", "batch 64", generate, 90), ("decode", "the loader", decode, 60)]
