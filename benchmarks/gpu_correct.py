@@ -254,8 +254,8 @@ def toy_jobs(world, cuda, stages):
     """{name: function}: every run of a stage that is compared, and the counts of waits."""
     def train(stage, name, *flags, **options):
         return partial(world.train, stage, f"{stage}-{name}", *flags, **options)
-    jobs = {}
-    if cuda:                                # first what takes longest: kernels are compiled
+    jobs = {"dpo fp32": train("dpo", "fp32", *FP32)}             # what most others stand beside
+    if cuda:                                                     # what takes longest: it compiles
         jobs |= {"dpo compile": train("dpo", "compile", *BF16, "--compile"),
                  "dpo flex": train("dpo", "flex", *BF16, "--attention", "flex"),
                  "dpo flex fp32": train("dpo", "flex-fp32", *FP32, "--attention", "flex")}

@@ -44,7 +44,8 @@ def measure(say, quick, wanted):
     """A row for each setting, and the profile of the best. One that fails is a row that says so."""
     wanted = list(dict.fromkeys(map(g.quick_of, wanted))) if quick else wanted
     # The planner works in a process beside this one, forked before there is a CUDA to be lost.
-    planner = ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
+    planner = ProcessPoolExecutor(1, multiprocessing.get_context("fork"),
+                                  initializer=distributed.die_with_parent)
     plans = {setting: planner.submit(g.planned, setting) for setting in wanted}
     device, best = distributed.start(), None
     rate = g.product_rate(device, quick)

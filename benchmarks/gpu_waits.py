@@ -77,20 +77,28 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, standin, name = kwargs or {}, self.standin, getattr(function, "__name__", "")
-        if function in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy):
-            if standin.holds(args[0]):
-                standin.wait(name)
-                return function(args[0].detach().clone(), *args[1:], **kwargs)
+        if function in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy) \
+                and standin.holds(args[0]):
+            standin.wait(name)
+            copy = args[0].detach().clone()
+            standin.there.pop(copy)                              # this one lies on the host
+            return function(copy, *args[1:], **kwargs)
         out = function(*args, **kwargs)
-        goes = function is torch.Tensor.to and any(
-            isinstance(x, torch.device) for x in (*args[1:], *kwargs.values()))
-        made = function in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None
-        if (goes and not standin.holds(args[0])) or made:
-            if not kwargs.get("non_blocking"):
-                standin.wait(f"{name}, not non_blocking")
-            out = out.view_as(out) if goes and out is args[0] else out
+        if function is torch.Tensor.to:
+            goes = any(isinstance(x, torch.device) for x in (*args[1:], *kwargs.values()))
+            if goes and not standin.holds(args[0]):
+                self.copied(name, kwargs)
+                out = out.view_as(out) if out is args[0] else out
+                standin.put(out)
+        elif kwargs.get("device") is not None:                   # made there: torch.arange, zeros, …
+            if function in (torch.tensor, torch.as_tensor):      # of numbers of the host
+                self.copied(name, kwargs)
             standin.put(out)
         return out
+
+    def copied(self, name, kwargs):
+        if not kwargs.get("non_blocking"):
+            self.standin.wait(f"{name}, not non_blocking")
 
 
 class Kernels(TorchDispatchMode):

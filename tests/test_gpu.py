@@ -190,6 +190,9 @@ def test_waits_are_counted_where_the_host_reads_what_lies_on_the_device():
     assert count(lambda: there(4)[there(4) > 0]) == 1                      # how many are they?
     assert count(lambda: there(4)[torch.arange(4)]) == 0
     assert count(lambda: torch.ones(4).to(torch.device("cpu"))) == 1       # not non_blocking
+    assert count(lambda: torch.tensor([1.0], device=torch.device("cpu"))) == 1
+    assert count(lambda: torch.arange(4, device=torch.device("cpu")).sum()) == 0
+    assert count(lambda: [row.numpy() for row in there(4, 4).cpu()]) == 1
     weight = torch.ones(4, requires_grad=True)
     assert count(lambda: (there(4) * weight)[there(4) > 0].sum().backward()) == 2
     mask = torch.ones(4, dtype=torch.bool)
@@ -220,7 +223,7 @@ class Inline:
     """An executor that works at once: a fork of a fork of this process would wait for threads that
     it has not."""
 
-    def __init__(self, *_):
+    def __init__(self, *_, **__):
         pass
 
     def submit(self, work, *args):
