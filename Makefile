@@ -1,7 +1,7 @@
 # Two commands: `make demo` (the whole recipe on a toy world, CPU) and `make test`. For more time:
 # `make reproduce` (the controlled study), `make signals` (five signals from one stage 1), `make real`
-# (data nobody here drew), `make kill` (crashes), `make bench` (speed and memory), `make look` (the
-# run's page in a browser).
+# (data nobody here drew), `make kill` (crashes), `make bench` (speed and memory), `make gpu` (all a
+# GPU can show), `make look` (the run's page in a browser).
 PYTHON ?= python3
 PY := .venv/bin/python
 TOY := --encoder toy-vit --llm toy-lm --data data/toy
@@ -9,7 +9,7 @@ SCORE := --llm toy-lm --data data/toy
 RUN := runs/toy-vit__toy-lm
 EYES := toy-vit $(RUN)/sft/encoder $(RUN)/dpo/encoder
 
-.PHONY: demo test compat real reproduce signals bench kill look clean
+.PHONY: demo test compat real reproduce signals bench gpu kill look clean
 
 .venv/done: requirements-dev.txt requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
@@ -127,6 +127,11 @@ bench: .venv-bench/done $(OLDTRL) data/toy
 	$(BENCHPY) benchmarks/generate_vs_transformers.py $(BENCH)
 	$(BENCHPY) benchmarks/logistic_vs_sklearn.py $(BENCH)
 	$(BENCHPY) benchmarks/checkpoint.py data/toy
+
+# On a machine with a GPU: is it right, how fast, how small; nine minutes. No environment is made:
+# PYTHON as it stands. `make gpu GPU="--parts speed"` is a part; GPU=--quick the CPU path.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU)
 
 # The page of the demo's run, and one of hostile names, in headless Chromium, which must be there
 # already: light and dark, narrow and wide, without JavaScript; screenshots in runs/look.

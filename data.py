@@ -294,10 +294,11 @@ def group_batch(prompts, answers):
     included. → pixel_values, input_ids, labels, branch, position_ids, on that device.
     """
     device = prompts["input_ids"].device
-    texts = [ids[mask.bool()].cpu().numpy()
-             for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"])]
+    texts = [ids[mask.bool()].numpy()
+             for ids, mask in zip(prompts["input_ids"].cpu(), prompts["attention_mask"].cpu())]
     batch = padded([branch_row(text, group) for text, group in zip(texts, answers)])
-    return {"pixel_values": prompts["pixel_values"], **{k: v.to(device) for k, v in batch.items()}}
+    return {"pixel_values": prompts["pixel_values"],
+            **{k: v.to(device, non_blocking=True) for k, v in batch.items()}}
 
 
 def rows_at_once(args):

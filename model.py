@@ -155,10 +155,12 @@ def token_logps(hidden, llm, targets):
                       for h, t in zip(hidden.split(rows), targets.split(rows))])
 
 
-def placed(values, rows):
-    """What row t says of token t + 1, at that token; 0 elsewhere: (R,), bool (B, T - 1) → (B, T).
-    """
-    return F.pad(values.new_zeros(rows.shape).masked_scatter(rows, values), (1, 0))
+def placed(values, rows, shape):
+    """What row t says of token t + 1, at that token; 0 elsewhere: (R,) and the indices (b, t) of
+    the rows, each (R,) → (B, T), the shape."""
+    out = values.new_zeros(shape)
+    out[:, 1:].index_put_(rows, values)
+    return out
 
 
 def drawn_token(logits, generators):
@@ -220,10 +222,13 @@ class MLLM(nn.Module):
         # Layout "rows": the rows of all chosen answers, then those of all rejected ones.
         features = features.repeat(max(1, len(input_ids) // len(features)), 1, 1)
         is_image = input_ids == self.image_token_id                    # (B, T)
-        features = features[is_image.any(1)]                           # text-only rows have none
-        if int(is_image.sum()) != features.shape[0] * features.shape[1]:
-            raise ValueError(f"{int(is_image.sum())} image tokens for "
-                             f"{features.shape[0]} × {features.shape[1]} image features")
+        counts = is_image.sum(1).tolist()                              # waits for the device, once
+        with_image = [b for b, count in enumerate(counts) if count]
+        if sum(counts) != len(with_image) * features.shape[1]:
+            raise ValueError(f"{sum(counts)} image tokens for "
+                             f"{len(with_image)} × {features.shape[1]} image features")
+        if len(with_image) < len(counts):                              # text-only rows have none
+            features = features[with_image]
         return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
 
     def forward(self, pixel_values, input_ids, labels, branch=None, position_ids=None,
@@ -246,10 +251,11 @@ class MLLM(nn.Module):
         hidden = self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
                                      position_ids=position_ids).last_hidden_state
         targets = labels[:, 1:]                       # row t predicts token t + 1: the one shift
-        rows = targets != IGNORE
-        picked = hidden[:, :-1][rows]                                                  # (R, D)
-        logps = placed(token_logps(picked, self.llm, targets[rows]), rows)
-        return (logps, placed(self.value(picked), rows)) if with_values else logps
+        # Which they are, as indices, once: a mask lets the host wait for the device at each use.
+        rows = (targets != IGNORE).nonzero(as_tuple=True)
+        picked = hidden[rows]                                                          # (R, D)
+        logps = placed(token_logps(picked, self.llm, targets[rows]), rows, labels.shape)
+        return (logps, placed(self.value(picked), rows, labels.shape)) if with_values else logps
 
     @torch.no_grad()            # not inference_mode: FSDP gathers into tensors that train again
     def generate(self, pixel_values, input_ids, attention_mask, max_new_tokens, stop_ids,
@@ -285,13 +291,12 @@ class MLLM(nn.Module):
                 token = drawn_token(logits / temperature, generators)
             else:
                 token = logits.argmax(-1)
-            stops = torch.isin(token, stop)
-            ended = done if keep_stop else done | stops
-            for answer, said, over in zip(answers, token.tolist(), ended.tolist()):
-                if not over:
-                    answer.append(said)
-            done = done | stops
-            if self.all_processes(bool(done.all())):       # sharded, all must run as many steps
+            before, done = done, done | torch.isin(token, stop)
+            said, over, over_now = torch.stack([token, before, done]).tolist()     # waits, once
+            for answer, word, silent in zip(answers, said, over if keep_stop else over_now):
+                if not silent:
+                    answer.append(word)
+            if self.all_processes(all(over_now)):          # sharded, all must run as many steps
                 break
             inputs, cache = {"input_ids": token[:, None]}, out.past_key_values
             positions = positions[:, -1:] + 1
@@ -359,10 +364,10 @@ def group_advantages(rewards, scaled=True):
     return above / (rewards.std(1, keepdim=True) + 1e-4) if scaled else above
 
 
-def of_tokens(values, branch, labels):
-    """A value of every answer → of each of its tokens that is predicted: (B, G), (B, T), (B, T) →
-    (R,), in the order of logps[labels != IGNORE]."""
-    return values.gather(1, (branch - 1).clamp(min=0))[labels != IGNORE]
+def of_tokens(values, branch, answered):
+    """A value of every answer → of each of its tokens that is predicted: (B, G), (B, T) → (R,), in
+    the order of logps[answered]."""
+    return values.gather(1, (branch - 1).clamp(min=0))[answered]
 
 
 def clipped_loss(logps, old_logps, advantages, clip_low, clip_high):

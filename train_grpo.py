@@ -105,7 +105,8 @@ def roll_out(args, model, tokenizer, pairs, prompts, index, step):
     counts["equal_groups"] = (rewards == rewards[:, :1]).all(1).sum()
     device = prompts["input_ids"].device
     return {"batch": data.group_batch(prompts, drawn.answers), "counts": counts,
-            "lengths": drawn.lengths.to(device), "advantages": advantages.to(device)}
+            "lengths": drawn.lengths.to(device, non_blocking=True),
+            "advantages": advantages.to(device, non_blocking=True)}
 
 
 def report_heldout(args, run, model, tokenizer, samples, order, clock, step):
@@ -197,13 +198,13 @@ def main():
 
                 # METHOD: one image, one prompt, G answers, one forward.
                 # L = Σ_tokens w [−min(ρ A, clip(ρ) A) + β KL],  ρ = π / π_old; w: --normalise
-                answered = batch["labels"] != m.IGNORE
+                answered = (batch["labels"] != m.IGNORE).nonzero(as_tuple=True)
                 logps = model(**batch)[answered]                          # (R,) fp32
                 if inner == 0:
                     group["old_logps"] = logps.detach()
                 losses, clipped = m.clipped_loss(
                     logps, group["old_logps"],
-                    m.of_tokens(group["advantages"], batch["branch"], batch["labels"]),
+                    m.of_tokens(group["advantages"], batch["branch"], answered),
                     args.clip_low, args.clip_high)
                 weights = NORMALISE[args.normalise](group["lengths"], counts["answers"],
                                                     counts["tokens"], args.max_new_tokens)
@@ -214,7 +215,7 @@ def main():
                     kl = KL[args.kl_estimator](logps, group["ref_logps"])
                     losses = losses + args.kl * kl
                     sums["kl"] += kl.detach().sum() / counts["tokens"]
-                loss = (losses * m.of_tokens(weights, batch["branch"], batch["labels"])).sum()
+                loss = (losses * m.of_tokens(weights, batch["branch"], answered)).sum()
                 loss.backward()
 
                 sums["loss"] += loss.detach()

@@ -78,7 +78,7 @@ def score_pairs(args, model, pairs, order, clock, desc):
     clock.start(data.loader(pairs, cover, args.layout, args.workers))
     for _ in distributed.progress(0, len(cover), desc):
         batch = clock.next_batch()
-        index = batch.pop("index").cpu()
+        index = batch.pop("index")
         with torch.set_grad_enabled(args.compile):    # its graph is freed at once: nothing holds it
             chosen_logps, rejected_logps = m.answer_logps(model(**batch), batch.get("branch"))
         logps[index] = torch.stack([chosen_logps, rejected_logps], 1).detach().cpu()
@@ -205,15 +205,16 @@ def main():
             logps = model(**batch)                                    # (B, T) fp32
             chosen_logps, rejected_logps = m.answer_logps(logps, batch.get("branch"))
             if args.reference == "cached":
-                ref_chosen, ref_rejected = ref["pairs"][index.cpu()].to(device).unbind(1)
+                ref_logps = ref["pairs"][index].to(device, non_blocking=True)      # (B, 2)
+                ref_chosen, ref_rejected = ref_logps.unbind(1)
             else:
                 with torch.no_grad():
                     ref_chosen, ref_rejected = m.answer_logps(ref_model(**batch),
                                                               batch.get("branch"))
-            chosen_tokens = torch.from_numpy(pairs.answer_tokens)[index.cpu()].to(device)
+            chosen_tokens = torch.from_numpy(pairs.answer_tokens)[index]
             preference, quality, generation, chosen_reward, rejected_reward = m.mpo_loss(
                 chosen_logps, rejected_logps, ref_chosen, ref_rejected, args.beta, delta,
-                chosen_tokens)
+                chosen_tokens.to(device, non_blocking=True))
             losses = (args.preference_weight * preference + args.quality_weight * quality
                       + args.generation_weight * generation)
             loss = losses.sum() / args.global_batch       # a mean over the pairs of all processes

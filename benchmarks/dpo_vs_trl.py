@@ -47,8 +47,9 @@ def our_side(turns, folder, shape, num_batches, compiled):
         turns.end(ours.dpo_step(batches[step % num_batches], refs[step % num_batches]))
 
 
-def trl_side(turns, folder, shape, num_batches, precomputed, answer_rows):
-    """DPOTrainer.train() on the same pairs, already tokenised, in the same order."""
+def trl_side(turns, folder, shape, num_batches, precomputed, answer_rows, **options):
+    """DPOTrainer.train() on the same pairs, already tokenised, in the same order. options: of
+    DPOConfig, other than those below."""
     from datasets import Dataset
     from transformers import AutoProcessor
     from trl import DPOConfig, DPOTrainer
@@ -87,8 +88,9 @@ def trl_side(turns, folder, shape, num_batches, precomputed, answer_rows):
             model=str(folder), train_dataset=dataset, processing_class=processor,
             data_collator=collate, args=DPOConfig(
                 out, beta=c.BETA, max_length=None, precompute_ref_log_probs=precomputed,
-                gradient_checkpointing=False, remove_unused_columns=False,
-                **trainer_arguments(shape, c.EPOCHS * num_batches)))
+                remove_unused_columns=False, **{
+                    "gradient_checkpointing": False,
+                    **trainer_arguments(shape, c.EPOCHS * num_batches), **options}))
         trainer.train()
 
 

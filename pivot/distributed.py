@@ -142,7 +142,10 @@ def barrier():
 
 def reduce_sum(values):
     """Sum a dict of numbers or 0-dim tensors over all processes: {name: float}, in fp64."""
-    total = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
+    tensors = {k: v.double() for k, v in values.items() if torch.is_tensor(v)}
+    if tensors:                            # read all at once: each reading waits for the device
+        values = {**values, **dict(zip(tensors, torch.stack([*tensors.values()]).tolist()))}
+    total = torch.tensor([*values.values()], dtype=torch.float64)
     dist.all_reduce(total)      # on the CPU, through gloo: exact, and in the same order every time
     return dict(zip(values, total.tolist()))
 

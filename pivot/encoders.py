@@ -195,10 +195,10 @@ class Encoder(nn.Module):
         return blocks_of(self.vision)
 
     def forward(self, pixel_values):
-        as_pixels = {"dtype": torch.promote_types(self.vision.dtype, torch.float32),
-                     "device": pixel_values.device}
-        mean, std = (torch.tensor(x, **as_pixels).view(3, 1, 1) for x in (self.mean, self.std))
-        pixels = (pixel_values.to(**as_pixels) / 255 - mean) / std   # uint8 travels, not floats
+        device, dtype = pixel_values.device, torch.promote_types(self.vision.dtype, torch.float32)
+        mean, std = (torch.tensor(x, dtype=dtype).view(3, 1, 1).to(device, non_blocking=True)
+                     for x in (self.mean, self.std))
+        pixels = (pixel_values.to(dtype) / 255 - mean) / std         # uint8 travels, not floats
         out = self.vision(pixels.to(next(self.vision.parameters()).dtype),      # bf16, or fp32
                           output_hidden_states=self.family.read == "block")
         if self.family.read == "map":

@@ -100,7 +100,8 @@ def clip_grad_norm(model, max_norm=1.0, modules=MODULES):
         grads = [p.grad for p in getattr(model, name).parameters() if p.grad is not None]
         if grads:
             norm = torch.nn.utils.get_total_norm(grads)
-            norms[name] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            norms[name] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norms = dict(zip(norms, torch.stack([*norms.values()]).tolist()))    # one wait for the device
     total = math.sqrt(sum(n * n for n in norms.values()))
     if total > max_norm:
         for name in norms:
@@ -131,12 +132,14 @@ class Clock:
         self.waited, self.began = 0.0, None
 
     def next_batch(self):
-        """The next micro-batch on the device; an unreadable image raises BadRecord."""
+        """The next micro-batch on the device, its index on the host, where the tables are that it
+        names rows of; an unreadable image raises BadRecord."""
         t = time.perf_counter()
         self.began = self.began or t
         batch = self.wait()
         self.waited += time.perf_counter() - t
-        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        return {k: v if k == "index" else v.to(self.device, non_blocking=True)
+                for k, v in batch.items()}
 
     def wait(self):
         """The next of the loader, which gives up every few seconds; raises SystemExit when it has

@@ -90,11 +90,12 @@ def test_loss_and_gradients_are_the_definition(monkeypatch, normalise, estimator
     g = torch.Generator().manual_seed(1)
     old, ref = (logps.detach() + 0.3 * torch.randn(count, generator=g, dtype=torch.float64)
                 for _ in range(2))
-    losses, clipped = m.clipped_loss(logps, old, m.of_tokens(advantages, batch["branch"],
-                                                             batch["labels"]), LOW, HIGH)
+    answered = batch["labels"] != m.IGNORE
+    losses, clipped = m.clipped_loss(logps, old, m.of_tokens(advantages, batch["branch"], answered),
+                                     LOW, HIGH)
     weights = train_grpo.NORMALISE[normalise](lengths, 8, count, LONGEST)
     losses = losses + BETA * train_grpo.KL[estimator](logps, ref)
-    loss = (losses * m.of_tokens(weights, batch["branch"], batch["labels"])).sum()
+    loss = (losses * m.of_tokens(weights, batch["branch"], answered)).sum()
     loss.backward()
     assert 0 < clipped.sum() < count
 
@@ -141,7 +142,7 @@ def test_one_inner_epoch_is_the_policy_gradient_and_a_group_its_plain_rows():
     assert (logps - separate).abs().max() < 5e-6
     assert (logps.exp() - separate.exp()).abs().max() < 1e-6
     for old in (separate, logps.detach()):
-        per_token = m.of_tokens(advantages, batch["branch"], batch["labels"])
+        per_token = m.of_tokens(advantages, batch["branch"], batch["labels"] != m.IGNORE)
         losses, clipped = m.clipped_loss(logps, old, per_token, LOW, HIGH)
         assert not clipped.any() and ((logps - old).exp() - 1).abs().max() < 1e-5
         assert m.kl_k3(logps, old).max() < 1e-5 and m.kl_k2(logps, old).max() < 1e-5
