@@ -58,8 +58,8 @@ def train(args, run, device, model, tokenizer, facts, phases):
     model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
                               args.replicas, args.attention, args.compile)
     rehearsal.rehearse(args, model, phases[-1].rates,
-                       data.longest_batch(phases[-1].kind, "answers", data.rows_at_once(args), tokenizer,
-                                          model))
+                       data.longest_batch(phases[-1].kind, "answers", data.rows_at_once(args),
+                                          tokenizer, model))
 
     # ---- data
     longest = model.llm.config.max_position_embeddings

@@ -128,7 +128,8 @@ def look_back(args, model, ref_model, group):
     → a dict of (R,), an entry a token: `old_logps`, `old_values`; `kl`, log π_old − log π_ref;
     `advantages`, A, not yet whitened; `returns`, R = A + V_old, which V is to become.
     """
-    batch, answered = group["batch"], group["batch"]["labels"] != m.IGNORE
+    batch = group["batch"]
+    answered = (batch["labels"] != m.IGNORE).nonzero(as_tuple=True)
     with torch.set_grad_enabled(args.compile):    # its graph is freed at once: nothing holds it
         old_logps, old_values = (x.detach()[answered] for x in model(**batch, with_values=True))
     kl = torch.zeros_like(old_logps)
@@ -266,7 +267,7 @@ def main():
                 # METHOD: one image, one prompt, G answers, one forward.
                 # L = E_tokens [−min(ρ A, clip(ρ) A) + 0.1 · ½ max((V − R)², (clip(V) − R)²)]
                 # ρ = π / π_old
-                answered = batch["labels"] != m.IGNORE
+                answered = (batch["labels"] != m.IGNORE).nonzero(as_tuple=True)
                 logps, values = model(**batch, with_values=True)                  # (B, T) fp32
                 logps, values = logps[answered], values[answered]                 # (R,)
                 losses, clipped = m.clipped_loss(logps, group["old_logps"], group["advantages"],

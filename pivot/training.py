@@ -101,7 +101,8 @@ def clip_grad_norm(model, max_norm=1.0, modules=MODULES):
         if grads:
             norm = torch.nn.utils.get_total_norm(grads)
             norms[name] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    norms = dict(zip(norms, torch.stack([*norms.values()]).tolist()))    # one wait for the device
+    if norms:                                        # read all at once: one wait for the device
+        norms = dict(zip(norms, torch.stack([*norms.values()]).tolist()))
     total = math.sqrt(sum(n * n for n in norms.values()))
     if total > max_norm:
         for name in norms:

@@ -358,7 +358,7 @@ def test_other_llms_keep_the_two_answers_apart(name):
 
 @pytest.mark.parametrize("name", ["mamba", "gpt2"])
 def test_an_llm_that_others_would_not_open_is_refused(name):
-    with pytest.raises(SystemExit, match=f"--llm x is a {name}: only causal LMs with their blocks"):
+    with pytest.raises(SystemExit, match=f"x is a {name}: only causal LMs with their blocks"):
         published.refuse_llm(other_llm(name), "x")
 
 
