@@ -88,7 +88,7 @@ def pss():
 
 def start(root, folder, place, processes=1, trace=()):
     """→ what all processes of one start measured: seconds of the slowest, memory of all."""
-    words = [__file__, "--child", root, folder, place]
+    words = [Path(__file__), "--child", root, folder, place]
     command = [sys.executable, *words] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc_per_node={processes}", *words]

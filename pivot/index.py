@@ -256,10 +256,11 @@ class Aside:
 
 
 def locked(path, mode):
-    """An open file under this process's lock; None where another has it, or nobody can."""
+    """An open file under this process's lock; None where another has it, or nobody can. flock: it
+    outlives that the file is opened and closed a second time, to be fsynced."""
     try:
         file = open(path, mode)
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
     except OSError:
         return None

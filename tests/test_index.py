@@ -233,7 +233,7 @@ def test_what_a_killed_run_left_goes_and_what_a_live_one_writes_stays(tools, fol
     for name in ("dead", "alive"):
         (place / f"{name}.tmp").mkdir(parents=True)
         (place / f"{name}.tmp/lock").touch()
-    code = ("import fcntl, sys\nf = open(sys.argv[1], 'r+')\nfcntl.lockf(f, fcntl.LOCK_EX)\n"
+    code = ("import fcntl, sys\nf = open(sys.argv[1], 'r+')\nfcntl.flock(f, fcntl.LOCK_EX)\n"
             "print('locked', flush=True)\nsys.stdin.read()")
     other = subprocess.Popen([sys.executable, "-c", code, place / "alive.tmp/lock"],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -241,6 +241,20 @@ def test_what_a_killed_run_left_goes_and_what_a_live_one_writes_stays(tools, fol
     read(folder, tools, run=run_in(folder))
     assert [p.name for p in place.glob("*.tmp")] == ["alive.tmp"]
     other.communicate()
+
+
+def test_an_index_is_locked_until_it_has_its_name(tools, folder, one_process, monkeypatch):
+    """Or another run would take it for a dead one's."""
+    write(folder, [chat(i) for i in range(5)])
+    replace, seen = os.replace, []
+
+    def looking(a, b):
+        if str(a).endswith(".tmp") and (index.Path(a) / "lock").exists():
+            seen.append(index.locked(index.Path(a) / "lock", "r+"))
+        replace(a, b)
+    monkeypatch.setattr(index.os, "replace", looking)
+    read(folder, tools, run=run_in(folder))
+    assert seen == [None]
 
 
 def test_of_two_that_write_the_same_one_is_first(tools, folder, one_process, monkeypatch):
