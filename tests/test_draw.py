@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import COMMON, ROOT, run
+from pivot import packs
 from tools import draw
 
 # What an untrained model says is never right. So this rule counts letters.
@@ -36,23 +37,27 @@ def test_which_answers_make_a_pair(worth, stopped, texts, pair):
 
 @pytest.fixture(scope="module")
 def asked(world, tmp_path_factory):
-    """Two sets of pairs whose pictures lie in two folders, and the script that draws."""
+    """Two sets of pairs, whose pictures lie in a folder and in a pack, and the script that draws.
+    """
     folder, sets = tmp_path_factory.mktemp("draw"), {}
     for kind in ("colour", "count"):
         root = folder / "pictures" / kind
         root.mkdir(parents=True)
-        lines = (world / f"preferences/annotations/{kind}.jsonl").read_text().splitlines()[:9]
+        lines = (world / f"preferences/annotations/{kind}.jsonl").read_text().splitlines()[:12]
         for line in lines:
             shutil.copy(world / "preferences/images" / json.loads(line)["image"], root)
         (folder / f"{kind}.jsonl").write_text("\n".join(lines))
         sets[kind] = {"root": f"pictures/{kind}", "annotation": f"{kind}.jsonl"}
+    run("-m", "tools.prepare", "pack", root, f"{root}.pack")
+    shutil.rmtree(root)
+    sets["count"]["root"] += ".pack"
     (folder / "meta.json").write_text(json.dumps(sets))
     (folder / "script.py").write_text(SCRIPT)
     return folder
 
 
 def command(asked, run_folder, *more):
-    return [asked / "script.py", run_folder, "--preferences", asked / "meta.json", "--group", 4,
+    return [asked / "script.py", run_folder, "--preferences", asked / "meta.json", "--group", 6,
             "--max-new-tokens", 20, "--micro-batch", 4, "--workers", 0, *more]
 
 
@@ -76,7 +81,7 @@ def test_the_pairs_and_the_table_are_the_answers(drawn, asked):
     folder, said = drawn
     out = folder / "drawn/pretrain"
     groups = {x["item"]: x for x in lines_of(out / "answers.0.jsonl")}
-    assert sorted(groups) == list(range(18))
+    assert sorted(groups) == list(range(24))
     rights, kinds, taken = 0, Counter(), []
     for _, line in sorted(groups.items()):
         worth = [s and is_right(a) for a, s in zip(line["answers"], line["stopped"])]
@@ -88,18 +93,18 @@ def test_the_pairs_and_the_table_are_the_answers(drawn, asked):
             "pairs" if right and wrong else "no_pair"
         kinds[kind] += 1
         if kind == "pairs":
-            taken.append((right[0], wrong[0], sum(worth) / 4))
+            taken.append((right[0], wrong[0], sum(worth) / 6))
     facts = json.loads((out / "results.json").read_text())
     assert {k: facts[k] for k in kinds} == kinds
-    assert sum(kinds.values()) == facts["questions"] == 18 and kinds["pairs"] > 4
-    assert facts["right"] == facts["reward"] == rights / 72
+    assert sum(kinds.values()) == facts["questions"] == 24 and kinds["pairs"] > 4
+    assert facts["right"] == facts["reward"] == rights / 144
     pairs = lines_of(out / "pairs.jsonl")
     assert [(x["chosen"], x["rejected"], x["reward"]) for x in pairs] == taken
-    known = {(f"{kind}/{x['image']}", x["question"]) for kind in ("colour", "count")
-             for x in lines_of(asked / f"{kind}.jsonl")}
+    known = {(f"{root}/{x['image']}", x["question"]) for root in ("colour", "count.pack")
+             for x in lines_of(asked / f"{root.removesuffix('.pack')}.jsonl")}
     assert {(x["image"], x["question"]) for x in pairs} <= known
-    assert all((out / "images" / x["image"]).is_file() for x in pairs)
-    assert re.search(rf"right and wrong among 4 +{kinds['pairs']}\n", said)
+    assert all(packs.is_file(out / "images" / x["image"]) for x in pairs)
+    assert re.search(rf"right and wrong among 6 +{kinds['pairs']}\n", said)
     assert f"python train_dpo.py --run-dir {folder} --preferences {out}/pairs.jsonl" in said
 
 
@@ -117,7 +122,7 @@ def test_killed_and_gone_on_with_by_two_processes_they_are_the_same(drawn, asked
     assert len(lines_of(two / "answers.0.jsonl")) == 8 and not (two / "pairs.jsonl").exists()
     with open(two / "answers.0.jsonl", "r+") as file:
         file.truncate((two / "answers.0.jsonl").stat().st_size - 9)
-    assert "7 of 18 questions were answered before" in run(*command(asked, folder),
+    assert "7 of 24 questions were answered before" in run(*command(asked, folder),
                                                            processes=2).stdout
     assert len(list(two.glob("answers.*.jsonl"))) == 2
     for name in ("pairs.jsonl", "results.json", "config.json"):
@@ -132,14 +137,14 @@ def test_an_answer_hangs_on_seed_and_item_alone(drawn, asked, tmp_path):
         run(*command(asked, drawn[0], "--out", out, *more))
         return {(x["image"], x["question"]): x for x in lines_of(out / "pairs.jsonl")}
     ours, few = pairs("--micro-batch", 7), pairs("--preferences", asked / "count.jsonl",
-                                                 "--images", asked / "pictures/count")
+                                                 "--images", asked / "pictures/count.pack")
     known = lines_of(drawn[0] / "drawn/pretrain/pairs.jsonl")
     assert len(known) == len(ours)
     for x in known:
         y = ours[x["image"], x["question"]]
         assert [x["chosen"], x["rejected"]] == [y["chosen"], y["rejected"]]
         assert abs(x["chosen_logps"] - y["chosen_logps"]) < 1e-4
-    said = {x["image"][6:]: x["chosen"] for x in known if x["image"].startswith("count/")}
+    said = {x["image"]: x["chosen"] for x in known if x["image"].startswith("count.pack/")}
     assert {image: x["chosen"] for (image, _), x in few.items()} == said != {}
     assert pairs("--seed", 1).keys() != ours.keys()
 

@@ -137,7 +137,7 @@ def test_the_table_says_what_the_results_say(tmp_path):
         assert re.search(rf"\| GRPO minus SFT \| {label} \| \+5\.0.* \| above \|", text)
         assert re.search(rf"\| SFT, own right answers minus SFT \| {label} \| .* \| above \|", text)
     assert "SFT 0.0001" in text and "GRPO's is at the edge" in text and "SFT's is" not in text
-    assert "General 71.00 [71.00, 71.00]" in text
+    assert "General 71.0 [71.0, 71.0], OCR" in text
 
 
 @pytest.mark.parametrize("change, said", [

@@ -5,9 +5,9 @@
     python -m tools.draw RUN --stage grpo --preferences HELDOUT.jsonl --out RUN/drawn/heldout
 
 A model of the run (--stage, by default stage 1) draws a group of answers to each question with a
-gold answer, as train_grpo.py does: at temperature 1, from π itself. The rules
-of train_grpo.py say what each is worth. A question with a right and a wrong answer among them gives
-a pair, as MMPR's were made; where all are right, or none is, it gives none, and is counted.
+gold answer, as train_grpo.py does: at temperature 1, from π itself. The rules of train_grpo.py say
+what each is worth. A question with a right and a wrong answer among them gives a pair, as MMPR's
+were made; where all are right, or none is, it gives none, and is counted.
 
 Which two are taken: the first right one, worth 1, and the first wrong one, worth 0. An answer is a
 function of --seed, its question and its place in the group, so the first is as random as any other.
@@ -41,7 +41,8 @@ import model as m
 import repair_eval
 import train_grpo
 from judge.score import RULES
-from pivot import checkpoints, distributed, files, flags, printing, records, rollout, training
+from pivot import (checkpoints, distributed, files, flags, packs, printing, records, rollout,
+                   training)
 from pivot.distributed import print0
 
 # What train_grpo.py has: its items, its answers.
@@ -59,8 +60,7 @@ def get_args(argv=None):
     add("run", metavar="RUN", help="run folder, e.g. runs/toy-vit__toy-lm")
     add("--stage", default="pretrain", help="whose model draws (default pretrain: stage 1)")
     add("--data", help="folder of the data (default: what that stage had)")
-    add("--preferences", help="MMPR meta.json, or a jsonl with image, question, chosen, rejected; "
-        "default DATA/preferences/meta.json")
+    flags.add_preferences(parser)
     add("--images", help="folder that image names are relative to (a meta.json names its own); "
         "default: images/ beside the jsonl, else DATA/images")
     add("--num-samples", type=flags.COUNT, help="so many questions with a gold answer, drawn by a "
@@ -225,12 +225,14 @@ def add_logps(model, tokenizer, prompts, lines, stop_id):
 # --------------------------------------------------------------------------------------- the pairs
 
 def write_pairs(args, pairs, lines):
-    """pairs.jsonl, in the order of the items, and the link to its pictures. A source's pictures are
-    named from the folder that holds those of all sources."""
+    """pairs.jsonl, in the order of the items, and the link to its pictures: they are named from the
+    folder that holds those of all sources, one in a pack by the pack's name, too."""
     wanted, raw = {pairs.where[i] for i, line in lines.items() if line["pair"]}, {}
     sources = [(file, os.path.abspath(root))
                for file, root in data.pair_files(args, args.preferences)]
     top = os.path.commonpath([root for _, root in sources])
+    if place := packs.split(top):
+        top = os.path.dirname(place[0])
     for file, root in sources:
         for where, item in records.read_lines(file):
             if where in wanted:
