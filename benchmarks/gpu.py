@@ -70,9 +70,7 @@ def pieces():
 
 def alone(pipe, work, quick):
     """A piece's own process: its rows, then how it ended. Its children are of its own group."""
-    from pivot import distributed
     os.setsid()
-    distributed.die_with_parent()
     try:
         work(lambda row: pipe.send(("row", row)), quick)
         pipe.send(("end", "done"))
@@ -341,6 +339,7 @@ def main():
                         "needs CUDA is left out by name")
     args = parser.parse_args()
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # the piece that runs is ended, too
     os.environ.update(HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore")
     # Else torch may open CUDA to see whether there is one, and no fork could use it afterwards.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"

@@ -92,7 +92,7 @@ def speed_of(setting, device, rate, quick, plan_made):
     if g.on_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
     took = g.seconds_of(step, device, least=2, enough=enough)
-    peak = torch.cuda.max_memory_allocated(device) if g.on_gpu(device) else None
+    peak = peak_of(device)
     seconds, said = statistics.median(took), plan_made.result()
     samples, tokens = count * setting.micro_batch, step.batches[0]["input_ids"].shape[1]
     card = torch.cuda.get_device_name() if g.on_gpu(device) else "cpu"
@@ -105,6 +105,11 @@ def speed_of(setting, device, rate, quick, plan_made):
         "share": said.work / seconds / rate, "product_flops": rate, "planned_seconds": planned_s,
         "hours": g.hours(samples / seconds, per_s_reference),
         "planned_hours": g.hours(samples / planned_s, planned_per_s)}
+
+
+def peak_of(device):
+    """The most bytes of tensors since the counter was reset; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if g.on_gpu(device) else None
 
 
 # -------------------------------------------------------------------------------------- a profile
@@ -148,7 +153,7 @@ def profile_of(setting, device, quick):
         microseconds = 1e6 * (time.perf_counter() - began)
     if on_gpu:
         spans = [(e.name, e.time_range.start, e.time_range.end) for e in watched.events()
-                 if e.device_type == DeviceType.CUDA]
+                 if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
         times = {}
         for name, start, end in spans:
             times[name] = times.get(name, 0) + end - start
@@ -189,14 +194,14 @@ def our_pairs(say, quick):
         step = g.Step(setting, device)
         step.reference()
         once = min(g.seconds_of(step.reference, device, least=1, enough=0))
-        step()
+        first = step()["loss"]
         if g.on_gpu(device):
             torch.cuda.reset_peak_memory_stats(device)
         took = g.seconds_of(step, device, least=2, enough=0.1 if quick else 2.0)
         seconds = statistics.median(took) + once / 3
         say({"what": title(setting), "side": "ours", "seconds": seconds,
-             "samples_per_s": setting.micro_batch / seconds,
-             "peak": torch.cuda.max_memory_allocated(device) if g.on_gpu(device) else None})
+             "samples_per_s": setting.micro_batch / seconds, "first_loss": first,
+             "ok": abs(first - math.log(2)) <= 1e-3, "peak": peak_of(device)})
         del step
         g.release(device)
 
@@ -205,7 +210,7 @@ class Timed:
     """What turns.Turns is to a side, without turns: seconds of the reference and of each step."""
 
     def __init__(self, device):
-        self.device, self.took = device, {"reference": [], "step": []}
+        self.device, self.took, self.losses = device, {"reference": [], "step": []}, []
 
     def begin(self, kind):
         g.wait(self.device)
@@ -214,6 +219,7 @@ class Timed:
     def end(self, value=None):
         g.wait(self.device)
         self.took[self.kind].append(time.perf_counter() - self.began)
+        self.losses += [value] if self.kind == "step" else []
 
 
 def trl_pairs(say, quick):
@@ -251,7 +257,8 @@ def trl_pairs(say, quick):
         seconds = statistics.median(timed.took["step"][1:]) + min(timed.took["reference"]) / 3
         say({"what": f"TRL{', checkpointing' if checkpointing else ''}, batch {batch}",
              "side": "TRL", "seconds": seconds, "samples_per_s": batch / seconds,
-             "peak": torch.cuda.max_memory_allocated(device) if g.on_gpu(device) else None})
+             "first_loss": timed.losses[0], "ok": abs(timed.losses[0] - math.log(2)) <= 5e-2,
+             "peak": peak_of(device)})
 
 
 def saved(setting, device, folder, wild=False):

@@ -35,9 +35,16 @@ def result(tmp_path, monkeypatch):
 
 
 def rows_of(work):
-    """What a piece says, run as gpu.py runs it."""
-    rows = []
-    assert gpu.carry_out(FORK, gpu.Piece("", "", work, 100), True, 100, rows.append) == "done"
+    """What a piece says, in this process. (With a thread: two, on cores that others use, wait for
+    one another at each of its small products.)"""
+    rows, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        work(rows.append, True)
+    finally:
+        torch.set_num_threads(threads)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return rows
 
 
@@ -220,8 +227,8 @@ def test_what_is_seen_is_what_the_mask_shows(stage):
 
 
 class Inline:
-    """An executor that works at once: a fork of a fork of this process would wait for threads that
-    it has not."""
+    """An executor that works at once: a fork of this process would wait for threads that it has
+    not."""
 
     def __init__(self, *_, **__):
         pass
@@ -248,6 +255,13 @@ def test_a_step_is_measured_and_starts_at_ln_2(monkeypatch):
             self.model.projector.linear_1.weight.add_(0.5)
     monkeypatch.setattr(g.Step, "reference", of_other_weights)
     assert not rows_of(gpu_speed.speed(gpu_speed.LARGE, [200], "checkpointing"))[0]["ok"]
+
+
+def test_without_trl_its_side_is_left_out_and_ours_starts_at_ln_2(monkeypatch):
+    monkeypatch.setattr(gpu_speed.importlib.util, "find_spec", lambda name: None)
+    assert rows_of(gpu_speed.trl_pairs)[0]["left_out"] == "TRL cannot be imported here"
+    row, = rows_of(gpu_speed.our_pairs)
+    assert row["ok"] and row["side"] == "ours" and row["samples_per_s"] > 0
 
 
 def test_gaps_and_shares_of_a_profile():
