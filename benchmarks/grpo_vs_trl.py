@@ -21,7 +21,8 @@ logged. Three of it, the last on request:
 
 First, on a small model, one step of both with the same answers: TRL is handed ours. Prompts must be
 the same token ids, loss and every gradient the same to --tolerance, or this exits with 1. Then the
-table, and the ratios beside their goals. --profile says on what our own step spends its time.
+table, and the ratios beside their goals: where others use the machine, read CPU seconds, with
+--threads 1. --profile says on what our own step spends its time.
 """
 import contextlib
 import io
@@ -289,9 +290,9 @@ def alternate(sides, label):
             sides = sides[::-1]
 
 
-def seconds_of(side):
+def by_step(took):
     """{"rollout", "update", "step"}: seconds of every step but the first, which warms up."""
-    took = {kind: side.took[kind][1:] for kind in ("rollout", "update")}
+    took = {kind: took[kind][1:] for kind in ("rollout", "update")}
     return took | {"step": [a + b for a, b in zip(*took.values())]}
 
 
@@ -309,17 +310,23 @@ def measure(shape, args, opponent):
 
 def report(sides, goals):
     """Print seconds, memory, answers' lengths, and ratios beside their goals; → the ratios."""
-    seconds, rows = [seconds_of(side) for side in sides], []
-    for side, took in zip(sides, seconds):
+    rows = []
+    for side in sides:
+        wall, cpu = by_step(side.took), by_step(side.cpu)
         length = statistics.mean(tokens for _, tokens in side.values)
-        rows.append([side.name, *(f"{statistics.median(took[kind]):.2f}" for kind in took),
-                     f"{side.state['peak']:.2f}", f"{length:.0f}"])
-    c.table(["", "rollout, s", "update, s", "step, s", "peak GiB", "tokens a step"], rows)
-    ratios = {kind: [b / a for a, b in zip(*(took[kind] for took in seconds))]
-              for kind in seconds[0]}
-    for kind, each in ratios.items():
-        print(f"  {kind}: {statistics.median(each):.2f} times as fast "
-              f"({min(each):.2f}–{max(each):.2f})" + reached(kind, statistics.median(each), goals))
+        rows.append([side.name, *(f"{statistics.median(wall[kind]):.2f}" for kind in wall),
+                     f"{statistics.median(cpu['step']):.2f}", f"{side.state['peak']:.2f}",
+                     f"{length:.0f}"])
+    c.table(["", "rollout, s", "update, s", "step, s", "of CPU, s", "peak GiB", "tokens a step"],
+            rows)
+    ratios = {}
+    for kind in ("rollout", "update", "step"):
+        wall, cpu = ([theirs / ours for ours, theirs in zip(*(by_step(x)[kind] for x in both))]
+                     for both in ([side.took for side in sides], [side.cpu for side in sides]))
+        ratios[kind], ratios[f"{kind}, CPU"] = wall, cpu
+        print(f"  {kind}: {statistics.median(wall):.2f} times as fast "
+              f"({min(wall):.2f}–{max(wall):.2f}), {statistics.median(cpu):.2f} in CPU seconds"
+              + reached(kind, statistics.median(wall), goals))
     memory = sides[0].state["peak"] / sides[1].state["peak"]
     print(f"  peak memory: {memory:.2f}" + reached("memory", memory, goals), end="\n\n", flush=True)
     return {**ratios, "memory": memory}
@@ -369,7 +376,7 @@ def main():
         print()
         ratios = report(sides, {} if args.quick else GOALS)
         result.append({"opponent": opponent, "ratios": ratios, **{
-            who: {**seconds_of(side), "memory": side.state, "values": side.values}
+            who: {"took": side.took, "cpu": side.cpu, "memory": side.state, "values": side.values}
             for who, side in zip(("ours", "trl"), sides)}})
     c.write("grpo_vs_trl", args, {"shape": shape._asdict(), "apart": apart, "goals": GOALS,
                                   "measurements": result})

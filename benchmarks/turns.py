@@ -27,10 +27,11 @@ class Turns:
         self.start_memory = self.start_memory or memory("VmRSS")
         self.conn.send(kind)
         self.conn.recv()
-        self.began = time.perf_counter()
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
     def end(self, value=None):
-        self.conn.send((time.perf_counter() - self.began, value))
+        self.conn.send((time.perf_counter() - self.began, time.process_time() - self.cpu_began,
+                        value))
 
 
 def watched(kind, turns):
@@ -85,10 +86,12 @@ def serve(conn, threads, work, args):
 
 class Side:
     """One way to train, seen from outside. state: kind of its next turn, or its memory when done;
-    took: {kind: seconds of every turn}; values: what the turns returned, where not None."""
+    took, cpu: {kind: seconds of every turn, by the wall's clock and of all its threads' work};
+    values: what the turns returned, where not None."""
 
     def __init__(self, name, threads, work, *args):
-        self.name, self.took, self.values = name, defaultdict(list), []
+        self.name, self.took, self.cpu = name, defaultdict(list), defaultdict(list)
+        self.values = []
         context = multiprocessing.get_context("spawn")
         self.conn, theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, threads, work, args), daemon=True).start()
@@ -103,8 +106,9 @@ class Side:
 
     def turn(self):
         self.conn.send("go")
-        seconds, value = self.hear()
+        seconds, cpu, value = self.hear()
         self.took[self.state].append(seconds)
+        self.cpu[self.state].append(cpu)
         self.values += [] if value is None else [value]
         self.state = self.hear()         # only then is it quiet: between turns it makes batches
 
