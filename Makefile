@@ -114,6 +114,8 @@ bench: .venv-bench/done data/toy
 	$(BENCHPY) benchmarks/generate_vs_transformers.py $(BENCH)
 	$(BENCHPY) benchmarks/logistic_vs_sklearn.py $(BENCH)
 	$(BENCHPY) benchmarks/checkpoint.py data/toy
+	$(BENCHPY) benchmarks/packs.py $(BENCH)
+	$(BENCHPY) benchmarks/decode.py $(BENCH)
 
 # The page of the demo's run, and one of hostile names, in headless Chromium, which must be there
 # already: light and dark, narrow and wide, without JavaScript; screenshots in runs/look.
