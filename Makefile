@@ -128,6 +128,8 @@ bench: .venv-bench/done $(OLDTRL) data/toy
 	$(BENCHPY) benchmarks/logistic_vs_sklearn.py $(BENCH)
 	$(BENCHPY) benchmarks/checkpoint.py data/toy
 	$(BENCHPY) benchmarks/indexing.py --records 100000 $(BENCH)
+	$(BENCHPY) benchmarks/packs.py $(BENCH)
+	$(BENCHPY) benchmarks/decode.py $(BENCH)
 
 # On a machine with a GPU: is it right, how fast, how small; nine minutes. No environment is made:
 # PYTHON as it stands. `make gpu GPU="--parts speed"` is a part; GPU=--quick the CPU path.

@@ -53,6 +53,7 @@ class Pack:
         if not known or mapped.dtype != row_of(mapped.dtype["name"].itemsize):
             raise Damaged(f"{folder}: {INDEX} is no index of a pack")
         self.index, self.files = mapped.view(np.ndarray), {}
+        self.sorted = self.index["name"]         # a view
 
     def __len__(self):
         return len(self.index)
@@ -60,8 +61,8 @@ class Pack:
     def row(self, name):
         """The index's row of a name, or None."""
         wanted = name.encode("utf-8", "surrogateescape")
-        at = bisect.bisect_left(self.index, wanted, key=lambda row: row["name"])
-        if at < len(self.index) and self.index[at]["name"] == wanted:
+        at = bisect.bisect_left(self.sorted, wanted)
+        if at < len(self.sorted) and self.sorted[at] == wanted:
             return self.index[at]
         return None
 
@@ -74,15 +75,14 @@ class Pack:
 
     def bytes_at(self, row):
         """The bytes that a row of the index names."""
-        number, offset, length = int(row["file"]), int(row["offset"]), int(row["length"])
-        path = self.folder / f"{number:05d}.bin"
-        if length > MAX_PICTURE:
-            raise Damaged(f"{path}: a picture of {length} bytes is named")
+        _, number, offset, length, _ = row.item()
         if number not in self.files:             # two threads may both: one descriptor is spare
-            self.files[number] = os.open(path, os.O_RDONLY)
-        raw = os.pread(self.files[number], length, offset)    # moves no offset a fork would share
+            self.files[number] = os.open(self.folder / f"{number:05d}.bin", os.O_RDONLY)
+        # A length beyond bounds is cut here; pread moves no offset that a fork would share.
+        raw = os.pread(self.files[number], min(length, MAX_PICTURE), offset)
         if len(raw) != length:
-            raise Damaged(f"{path} ends at a picture's middle (byte {offset}); copy the pack again")
+            raise Damaged(f"{self.folder}/{number:05d}.bin ends at a picture's middle (byte "
+                          f"{offset}); copy the pack again")
         return raw
 
     def whole(self, row):
@@ -92,11 +92,10 @@ class Pack:
     def names(self, folder=""):
         """The names below a folder of the pack, sorted, without the folder's own."""
         start = f"{folder}/".encode("utf-8", "surrogateescape") if folder else b""
-        at = bisect.bisect_left(self.index, start, key=lambda row: row["name"])
-        for row in self.index[at:]:
-            if not row["name"].startswith(start):
+        for name in self.sorted[bisect.bisect_left(self.sorted, start):]:
+            if not name.startswith(start):
                 return
-            yield row["name"][len(start):].decode("utf-8", "surrogateescape")
+            yield name[len(start):].decode("utf-8", "surrogateescape")
 
 
 # ------------------------------------------------------------------------ paths that lead into one
@@ -117,7 +116,8 @@ def split(path):
         end = at + len(ENDING)
         if path[end:end + 1] in ("/", "") and is_pack(path[:end]):
             inside = path[end + 1:]
-            return path[:end], os.path.normpath(inside) if inside else ""
+            plain = "//" not in inside and not inside.startswith(".") and "/." not in inside
+            return path[:end], inside if plain else os.path.normpath(inside)
         at = path.find(ENDING, end)
     return None
 

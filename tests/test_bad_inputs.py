@@ -472,8 +472,8 @@ ROWS = [Row(*row) for row in [
      lambda b: put(b / "run/pretrain/bench/results.json", {"accuracy": 1})),
 
     # ---------------------------------------------------------------------------------- extract.py
-    ("extract", "a stage that is none", "--stage ppo",
-     ["no trained model at RUN/ppo/final", "trained there: pretrain"]),
+    ("extract", "a stage that is none", "--stage local",
+     ["no trained model at RUN/local/final", "trained there: pretrain"]),
     ("extract", "stage's config lost", "", ["RUN/dpo/config.json"], lambda b: [
         dpo_is(b, "dpo"), (b / "run/dpo/config.json").unlink()]),
     ("extract", "nothing moved", "", ["nothing moved", "RUN/dpo/final"],
