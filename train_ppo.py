@@ -46,8 +46,8 @@ from pivot.distributed import print0
 
 # The PIVOT paper's PPO is another project's model. Items, steps, rate and group are GRPO's here; λ,
 # KL, clipping and the value loss's weight are those of arXiv 2403.17031. The head's rate is ours.
-# On the toy, behind a policy that stood still, 1e-2 was the best of six for runs of 60 steps; 1e-3 was
-# too slow: its values were still worse than a constant. A step of Adam moves a value by at most
+# On the toy, behind a policy that stood still, 1e-2 was the best of six for runs of 60 steps; 1e-3
+# was too slow: its values were still worse than a constant. A step of Adam moves a value by at most
 # rate × Σ|hidden state|, there 1.3; for Qwen, whose sum is larger, the rate is a guess.
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=1e-6,
              global_batch=256, micro_batch=4, warmup=0.03, num_samples=20_000, workers=4,
