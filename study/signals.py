@@ -241,7 +241,7 @@ def seen(run, name):
     return {"linear": 100 * linear["top1"]["mean"], "seg": 100 * mean(seg["recall"]),
             "align": 100 * found["align"]["scores"][0]["mean"],
             **vqa_of(repaired / "final", "repair"),
-            "start": config["projector_digest"] + " " + config["data_digest"]}
+            "start": [config["projector_digest"], config["data_digest"]]}
 
 
 def lines_of(path):
