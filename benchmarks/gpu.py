@@ -66,7 +66,7 @@ def pieces():
     return [Piece(*piece) for piece in (*gpu_correct.PIECES, *gpu_speed.PIECES)]
 
 
-# ---------------------------------------------------------------------------------------- one piece
+# ------------------------------------------------------------------------------------- one piece
 
 def alone(pipe, work, quick):
     """A piece's own process: its rows, then how it ended. Its children are of its own group."""
@@ -113,7 +113,7 @@ def stop(process):
     process.join(10)
 
 
-# ---------------------------------------------------------------------------------------- the result
+# ------------------------------------------------------------------------------------- the result
 
 def code_state():
     """(commit, digest): the commit, with -changed where files were; a digest of the code, by which
@@ -191,12 +191,13 @@ def line_of(row):
         return f"{value:.4g}" if isinstance(value, float) else str(value)
     told = ", ".join(f"{k} {shown(v)}" for k, v in row.items()
                      if k not in ("what", "ok") and not isinstance(v, dict | list))
-    many = "".join(f"\n    {shown(item)}" for v in row.values() if isinstance(v, list) for item in v)
+    many = "".join(f"\n    {shown(item)}" for v in row.values() if isinstance(v, list)
+                   for item in v)
     verdict = "" if row.get("ok", True) else "  FAILED"
     return f"{row['what']}: {told}{verdict}{many}"
 
 
-# -------------------------------------------------------------------------------------------- goals
+# ----------------------------------------------------------------------------------------- goals
 
 ALL_MODES = 5           # sdpa, with checkpointing, with compile; flex, with compile
 
@@ -259,7 +260,7 @@ def speed_table(rows):
          f"{row['planned_hours']:.2f}"] for row in steps])
 
 
-# ------------------------------------------------------------------------------------------ the whole
+# --------------------------------------------------------------------------------------- the whole
 
 def card_of(say, quick):
     """The card's name, memory and product rate, seen from a process of its own."""

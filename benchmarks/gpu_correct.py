@@ -18,7 +18,7 @@ import model as m
 ROOT = Path(__file__).resolve().parent.parent
 LN2 = math.log(2)
 
-# ------------------------------------------------------------------------------------------- kernels
+# ---------------------------------------------------------------------------------------- kernels
 
 
 def definition(q, k, v, sees):
@@ -194,8 +194,8 @@ FP32, BF16 = ("--dtype", "fp32"), ("--dtype", "bf16")
 
 
 def as_they_end(jobs):
-    """{name: function} → (name, what it gave, or the error as a text), one by one. All at once where
-    there are many cores (each is a command of one thread), one after the other on two."""
+    """{name: function} → (name, what it gave, or the error as a text), one by one. All at once on
+    many cores (each is a command of one thread), one after the other on two."""
     def outcome(job):
         try:
             return job()

@@ -167,7 +167,7 @@ def product_rate(device, quick):
     return 2 * side ** 3 / min(took)
 
 
-# --------------------------------------------------------------------------------- what is planned
+# ------------------------------------------------------------------------------ what is planned
 
 class Planned(NamedTuple):
     """Of the planner. work: FLOPs of a step that count as work: the models' products, attention

@@ -24,7 +24,7 @@ from tools import plan
 ROOT = Path(__file__).resolve().parent.parent
 SMALL, LARGE = "qwen2.5-0.5b", "qwen2.5-1.5b"
 
-# ------------------------------------------------------------------------------------------- a step
+# ---------------------------------------------------------------------------------------- a step
 
 BASE = g.Setting(g.ENCODER, LARGE, "dpo", g.PROMPT, 200)
 MODES = {"plain": {}, "checkpointing": {"checkpointing": True},
@@ -112,7 +112,7 @@ def peak_of(device):
     return torch.cuda.max_memory_allocated(device) if g.on_gpu(device) else None
 
 
-# -------------------------------------------------------------------------------------- a profile
+# ----------------------------------------------------------------------------------- a profile
 
 MATRIX = ("gemm", "cutlass", "nvjet", "xmma", "matmul", "aten::mm", "aten::addmm", "aten::bmm")
 ATTENTION = ("flash", "fmha", "attention", "flex")
@@ -276,7 +276,7 @@ def saved(setting, device, folder, wild=False):
     return model
 
 
-# ----------------------------------------------------------------------------------------- answering
+# -------------------------------------------------------------------------------------- answering
 
 def generate(say, quick):
     """MLLM.generate as repair_eval.py calls it, beside transformers' generate on the same weights:
@@ -328,7 +328,7 @@ def answering(setting, device, dtype, batch, new, wild=False):
                                                   for i in range(few)], few)}
 
 
-# ------------------------------------------------------------------------------------------ decoding
+# --------------------------------------------------------------------------------------- decoding
 
 def decode(say, quick):
     """Images/s of the training loader, JPEGs of 640 × 480 squashed to 384 × 384, by workers."""
@@ -360,7 +360,7 @@ def decode(say, quick):
                  "each": seen / seconds / workers, "ok": seen == count})
 
 
-# --------------------------------------------------------------------------------------- the pieces
+# ------------------------------------------------------------------------------------ the pieces
 
 def speed(llm, answers, *modes):
     return functools.partial(measure, wanted=list(settings(llm, answers, modes)))

@@ -90,7 +90,7 @@ class Calls(TorchFunctionMode):
                 self.copied(name, kwargs)
                 out = out.view_as(out) if out is args[0] else out
                 standin.put(out)
-        elif kwargs.get("device") is not None:                   # made there: torch.arange, zeros, …
+        elif kwargs.get("device") is not None:                 # made there: torch.arange, zeros, …
             if function in (torch.tensor, torch.as_tensor):      # of numbers of the host
                 self.copied(name, kwargs)
             standin.put(out)
@@ -147,7 +147,7 @@ def counted():
             torch.cuda.set_sync_debug_mode(before)
 
 
-# ------------------------------------------------------------------------------------- of a real stage
+# ---------------------------------------------------------------------------------- of a real stage
 
 def of_step(stage, flags):
     """Run three steps of a stage's own main() in this process. → {place: waits} of the second one,

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: its pieces run, fail by name, and come together; each of its checks can fail."""
+"""benchmarks/gpu.py: pieces run, fail by name, come together; each of its checks can fail."""
 import json
 import math
 import multiprocessing
