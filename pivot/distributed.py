@@ -296,10 +296,13 @@ def launch(main):
         stop()
         return
     except BaseException as e:
-        code = say_why(e)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        code = 1                    # also where it cannot be said: nobody reads the pipe any more
+        try:
+            code = say_why(e)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 def say_why(error):

@@ -205,6 +205,19 @@ def test_a_second_interrupt_ends_at_once(world, stage1, tmp_path):
     assert process.returncode == -2 and not left_behind(mark, 10)
 
 
+def test_a_run_that_nobody_reads_any_more_ends(world, stage1, tmp_path):
+    """`| head`, or a terminal that is gone: the cause cannot be printed either. It ends all the
+    same, while workers live."""
+    folder, mark = tmp_path / "run", uuid.uuid4().hex
+    shutil.copytree(stage1 / "pretrain", folder / "pretrain")
+    process = start(["train_dpo.py", *command(folder, world, 2), "--log-every", 1, "--max-steps",
+                     400, "--epochs", 100], 1, {"ENDS_MARK": mark})
+    while "step 0" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    assert process.wait(MINUTE) != 0 and not left_behind(mark, 10)
+
+
 def test_a_hangup_that_nohup_ignores_stays_ignored(world, stage1, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(stage1 / "pretrain", folder / "pretrain")
