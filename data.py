@@ -25,6 +25,12 @@ MAX_TEXT = 1500             # text tokens of prompt + answer, for either answer 
 
 # ------------------------------------------------------------------------------------------- rules
 
+def special_tokens(tokenizer):
+    """The words that are the template's alone. Any in the data's text would be read as structure (a
+    second image, a forged turn), so such a record is dropped."""
+    return {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", IMAGE_TOKEN} - {""}
+
+
 class Reader:
     """The rules: what becomes of a record. It gives tokens, or the recipe has no use for it.
 
@@ -42,10 +48,7 @@ class Reader:
         tokenizer("")                    # lets its core neither truncate nor pad: see tokenised
         # The answers of a chat are closed with the id of `<|im_end|>`.
         self.end = [] if kind == "captions" else [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-        # The template's own special tokens are ours; any in the data's text would be read as
-        # structure (a second image, a forged turn), so such a record is dropped.
-        self.special = {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", IMAGE_TOKEN}
-        self.special -= {""}
+        self.special = special_tokens(tokenizer)
 
     def depends_on(self):
         """All that the outcomes depend on besides the files: {what: its identity}. The rules are

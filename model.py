@@ -275,6 +275,8 @@ class MLLM(nn.Module):
         answers = [[] for _ in range(len(input_ids) * group)]
         done = torch.zeros(len(answers), dtype=torch.bool, device=input_ids.device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if uniforms is not None:
+            uniforms = uniforms.to(input_ids.device, non_blocking=True)
         for step in range(max_new_tokens):
             out = self.llm.base_model(**inputs, attention_mask=attention_mask, use_cache=True,
                                       position_ids=positions, past_key_values=cache)
@@ -286,7 +288,7 @@ class MLLM(nn.Module):
             logits = logits_of(self.llm, hidden)                                  # (B × group, V)
             logits[:, self.image_token_id] = -torch.inf          # no picture would stand behind it
             if uniforms is not None:
-                token = token_at(uniforms[:, step].to(logits.device), logits / temperature)
+                token = token_at(uniforms[:, step], logits / temperature)
             elif temperature:
                 token = drawn_token(logits / temperature, generators)
             else:

@@ -53,15 +53,9 @@ def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
     flags.add_parent(parser)
     flags.add_preferences(parser)
+    flags.add_rollout(parser, score.RULES)
     parser.add_argument("--group", type=flags.number(int, 2), help="answers drawn to a prompt "
                         "(default 8)")
-    parser.add_argument("--max-new-tokens", type=flags.COUNT, help="of a drawn answer, its end "
-                        "included (default 512; 24 with a toy LLM)")
-    parser.add_argument("--rule", choices=score.RULES, default="exact", help="what compares an "
-                        "answer with the gold one: judge/score.py's rules; what follows a last "
-                        "\"Final answer:\" counts, in both (default exact)")
-    parser.add_argument("--format-reward", type=flags.RATE, default=0, help="added for an answer "
-                        "that reasons first and then says \"Final answer:\" (default 0: none)")
     parser.add_argument("--normalise", choices=NORMALISE, default="dapo", help="dapo: every token "
                         "counts alike; grpo: every answer; dr_grpo: every token, by a constant, "
                         "and advantages are not divided by the group's deviation (default dapo)")
@@ -75,17 +69,8 @@ def get_args(argv=None):
                         "stage 1, which is then held as a second, frozen model (default 0: none)")
     parser.add_argument("--kl-estimator", choices=KL, default="k3", help="how it is estimated from "
                         "a drawn token; see model.py (default k3)")
-    parser.add_argument("--reward-control", choices=["none", "random"], default="none",
-                        help="random: a coin is the reward, to see what training does without any")
-    parser.add_argument("--blank-image", action="store_true", help="a control: every picture is "
-                        "black, in the rollout and in the update")
-    parser.add_argument("--heldout", help="pairs answered, greedily, before and after training; "
-                        "default DATA/preferences/heldout.jsonl, where that exists; 'none': none")
-    args = flags.settle(parser.parse_args(argv), "grpo", PAPER, TOY, parent="pretrain")
-    args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
-    heldout = Path(args.data, "preferences", "heldout.jsonl")
-    args.heldout = args.heldout or (str(heldout) if heldout.exists() else "none")
-    args.heldout = None if args.heldout == "none" else args.heldout
+    flags.add_heldout(parser, "answered, greedily,")
+    args = flags.settle_pairs(parser.parse_args(argv), "grpo", PAPER, TOY, parent="pretrain")
     args.verifiable = True                       # what data.preference_pairs keeps
     if args.kl and args.compile and args.dtype == "bf16":
         raise SystemExit("error: --kl with --compile in bf16: compiled without gradients the "
@@ -96,33 +81,18 @@ def get_args(argv=None):
 def roll_out(args, model, tokenizer, pairs, prompts, index, step):
     """METHOD: draw and score a group for each prompt of a micro-batch; compare within the groups.
 
-    → a dict that the update reads: `batch` for the model; `lengths`, `advantages` (B, G); `counts`
-    to be logged.
+    → a dict that the update reads: `batch` for the model; `answered`, where its drawn tokens are;
+    `lengths`, `advantages` (B, G); `counts` to be logged.
     """
     drawn, rewards, counts = rollout.draw_and_score(args, model, tokenizer, pairs, prompts, index,
                                                     step, score.RULES[args.rule])
     advantages = m.group_advantages(rewards, scaled=args.normalise != "dr_grpo")
     counts["equal_groups"] = (rewards == rewards[:, :1]).all(1).sum()
-    device = prompts["input_ids"].device
-    return {"batch": data.group_batch(prompts, drawn.answers), "counts": counts,
+    device, batch = prompts["input_ids"].device, data.group_batch(prompts, drawn.answers)
+    return {"batch": batch, "answered": (batch["labels"] != m.IGNORE).nonzero(as_tuple=True),
+            "counts": counts,
             "lengths": drawn.lengths.to(device, non_blocking=True),
             "advantages": advantages.to(device, non_blocking=True)}
-
-
-def report_heldout(args, run, model, tokenizer, samples, order, clock, step):
-    """The rule's mean score of greedy answers to prompts never trained on."""
-    scores, seen = torch.zeros(len(samples)), torch.zeros(len(samples))
-    stop_id, cover = tokenizer.convert_tokens_to_ids("<|im_end|>"), order.cover()
-    clock.start(data.loader(samples, cover, "prompts", args.workers))
-    for _ in distributed.progress(0, len(cover), "held-out pairs"):
-        prompts, index = rollout.next_prompts(args, clock)
-        drawn = rollout.draw(model, prompts, 1, args.max_new_tokens, stop_id)
-        _, parts = rollout.rewards_of(args, drawn, tokenizer, samples, index, step,
-                                      score.RULES[args.rule])
-        scores[index], seen[index] = parts[args.rule][:, 0], 1
-    reward = (distributed.sum_tensor(scores) / distributed.sum_tensor(seen)).mean().item()
-    run.log({"step": step, "heldout_reward": reward})
-    print0(f"  held-out pairs after {step} steps: {args.rule} {reward:.4f} (n = {len(samples)})")
 
 
 def require_same_function(args, kl):
@@ -159,7 +129,7 @@ def main():
     if args.heldout:                               # kept aside, to see what was learned
         heldout = data.preference_pairs(args, args.heldout, tokenizer, model, run, keep_all=True)
         rollout.require_room(model, heldout, args.max_new_tokens)
-        held = heldout, order.like(heldout)
+        held = heldout, order.like(heldout), data.loader, score.RULES[args.rule]
         print0(f"  held-out: {heldout.summary()}")
 
     # ---- the optimizer works on the sharded fp32 masters
@@ -173,7 +143,7 @@ def main():
     if run.start:
         run.resume(model, optimizer)
     elif args.heldout:
-        report_heldout(args, run, model, tokenizer, *held, clock, step=0)
+        rollout.report_heldout(args, run, model, tokenizer, *held, clock, step=0)
     distributed.heed_signals()
 
     clock.start(data.loader(pairs, order.schedule(run.start, steps), "prompts", args.workers))
@@ -198,7 +168,7 @@ def main():
 
                 # METHOD: one image, one prompt, G answers, one forward.
                 # L = Σ_tokens w [−min(ρ A, clip(ρ) A) + β KL],  ρ = π / π_old; w: --normalise
-                answered = (batch["labels"] != m.IGNORE).nonzero(as_tuple=True)
+                answered = group["answered"]
                 logps = model(**batch)[answered]                          # (R,) fp32
                 if inner == 0:
                     group["old_logps"] = logps.detach()
@@ -246,7 +216,7 @@ def main():
         bar.set_postfix(reward=f"{share['reward']:.3f}", refresh=False)
         run.save_if_due(step + 1, steps, model, optimizer)
     if args.heldout:
-        report_heldout(args, run, model, tokenizer, *held, clock, step=steps)
+        rollout.report_heldout(args, run, model, tokenizer, *held, clock, step=steps)
     run.finish(model, tokenizer, f"python extract.py --run-dir {args.run} --stage {args.stage}")
 
 

@@ -53,13 +53,8 @@ def get_args(argv=None):
     parser.add_argument("--layout", choices=["pair", "rows"], default="pair", help="both answers "
                         "of a pair in one row behind one prompt (pair), or in a row each (rows): "
                         "slower, the same log-probs, for any LLM")
-    parser.add_argument("--heldout", help="pairs scored before and after training; default "
-                        "DATA/preferences/heldout.jsonl, where that exists; 'none': none")
-    args = flags.settle(parser.parse_args(argv), "mpo", PAPER, TOY, parent="pretrain")
-    args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
-    heldout = Path(args.data, "preferences", "heldout.jsonl")
-    args.heldout = args.heldout or (str(heldout) if heldout.exists() else "none")
-    args.heldout = None if args.heldout == "none" else args.heldout
+    flags.add_heldout(parser, "scored")
+    args = flags.settle_pairs(parser.parse_args(argv), "mpo", PAPER, TOY, parent="pretrain")
     if args.reference == "live" and args.compile and args.dtype == "bf16":
         raise SystemExit("error: --reference live with --compile in bf16: compiled without "
                          "gradients the reference rounds otherwise; leave one of them out")

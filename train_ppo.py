@@ -59,17 +59,10 @@ TOY = dict(encoder="toy-vit", llm="toy-lm", data="data/toy", epochs=1, lr=5e-5, 
 def get_args(argv=None):
     parser = flags.arguments(__doc__, PAPER)
     flags.add_parent(parser)
-    parser.add_argument("--preferences", help="MMPR meta.json, or a jsonl with image, question, "
-                        "chosen, rejected; default DATA/preferences/meta.json")
+    flags.add_preferences(parser)
+    flags.add_rollout(parser, score.RULES)
     parser.add_argument("--group", type=flags.COUNT, help="answers drawn to a prompt "
                         "(default 8)")
-    parser.add_argument("--max-new-tokens", type=flags.COUNT, help="of a drawn answer, its end "
-                        "included (default 512; 24 with a toy LLM)")
-    parser.add_argument("--rule", choices=score.RULES, default="exact", help="what compares an "
-                        "answer with the gold one: judge/score.py's rules; what follows a last "
-                        "\"Final answer:\" counts, in both (default exact)")
-    parser.add_argument("--format-reward", type=flags.RATE, default=0, help="added for an answer "
-                        "that reasons first and then says \"Final answer:\" (default 0: none)")
     parser.add_argument("--inner-epochs", type=flags.COUNT, default=1, help="updates a rollout "
                         "(default 1)")
     parser.add_argument("--clip-low", type=flags.number(float, 0, 1), default=0.2,
@@ -91,17 +84,8 @@ def get_args(argv=None):
     parser.add_argument("--kl", type=flags.RATE, default=0.05, help="what a nat of divergence from "
                         "stage 1 costs, which is then held as a second, frozen model; 0: none "
                         "(default 0.05)")
-    parser.add_argument("--reward-control", choices=["none", "random"], default="none",
-                        help="random: a coin is the reward, to see what training does without any")
-    parser.add_argument("--blank-image", action="store_true", help="a control: every picture is "
-                        "black, in the rollout and in the update")
-    parser.add_argument("--heldout", help="pairs answered, greedily, before and after training; "
-                        "default DATA/preferences/heldout.jsonl, where that exists; 'none': none")
-    args = flags.settle(parser.parse_args(argv), "ppo", PAPER, TOY, parent="pretrain")
-    args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
-    heldout = Path(args.data, "preferences", "heldout.jsonl")
-    args.heldout = args.heldout or (str(heldout) if heldout.exists() else "none")
-    args.heldout = None if args.heldout == "none" else args.heldout
+    flags.add_heldout(parser, "answered, greedily,")
+    args = flags.settle_pairs(parser.parse_args(argv), "ppo", PAPER, TOY, parent="pretrain")
     args.verifiable = True                       # what data.preference_pairs keeps
     if args.kl and args.compile and args.dtype == "bf16":
         raise SystemExit("error: --kl with --compile in bf16: compiled without gradients the "
@@ -119,15 +103,17 @@ def roll_out(args, model, tokenizer, pairs, prompts, index, step):
                                                     step, score.RULES[args.rule])
     device = prompts["input_ids"].device
     return {"batch": data.group_batch(prompts, drawn.answers), "counts": counts,
-            "lengths": drawn.lengths.to(device), "rewards": rewards.to(device)}
+            "lengths": drawn.lengths.to(device, non_blocking=True),
+            "rewards": rewards.to(device, non_blocking=True)}
 
 
 def look_back(args, model, ref_model, group):
     """METHOD: before any update, what policy, value head and reference say of every token that was
     drawn, and what then came of it.
 
-    → a dict of (R,), an entry a token: `old_logps`, `old_values`; `kl`, log π_old − log π_ref;
-    `advantages`, A, not yet whitened; `returns`, R = A + V_old, which V is to become.
+    → a dict: `answered`, where those tokens are in the batch; and of (R,), an entry a token:
+    `old_logps`, `old_values`; `kl`, log π_old − log π_ref; `advantages`, A, not yet whitened;
+    `returns`, R = A + V_old, which V is to become.
     """
     batch = group["batch"]
     answered = (batch["labels"] != m.IGNORE).nonzero(as_tuple=True)
@@ -139,8 +125,8 @@ def look_back(args, model, ref_model, group):
             kl = old_logps - ref_model(**batch)[answered]
     rewards = m.token_rewards(group["rewards"], args.kl * kl, group["lengths"])
     advantages = m.gae(rewards, old_values, group["lengths"], args.gamma, args.lam)
-    return {"old_logps": old_logps, "old_values": old_values, "kl": kl, "advantages": advantages,
-            "returns": advantages + old_values}
+    return {"answered": answered, "old_logps": old_logps, "old_values": old_values, "kl": kl,
+            "advantages": advantages, "returns": advantages + old_values}
 
 
 def whiten(rolled):
@@ -161,22 +147,6 @@ def whiten(rolled):
     for group in rolled:
         group["advantages"] = (group["advantages"] - mean) / (variance + 1e-8) ** 0.5
     return 1 - variance / of_returns if of_returns else 0.0
-
-
-def report_heldout(args, run, model, tokenizer, samples, order, clock, step):
-    """The rule's mean score of greedy answers to prompts never trained on."""
-    scores, seen = torch.zeros(len(samples)), torch.zeros(len(samples))
-    stop_id, cover = tokenizer.convert_tokens_to_ids("<|im_end|>"), order.cover()
-    clock.start(data.loader(samples, cover, "prompts", args.workers))
-    for _ in distributed.progress(0, len(cover), "held-out pairs"):
-        prompts, index = rollout.next_prompts(args, clock)
-        drawn = rollout.draw(model, prompts, 1, args.max_new_tokens, stop_id)
-        _, parts = rollout.rewards_of(args, drawn, tokenizer, samples, index, step,
-                                      score.RULES[args.rule])
-        scores[index], seen[index] = parts[args.rule][:, 0], 1
-    reward = (distributed.sum_tensor(scores) / distributed.sum_tensor(seen)).mean().item()
-    run.log({"step": step, "heldout_reward": reward})
-    print0(f"  held-out pairs after {step} steps: {args.rule} {reward:.4f} (n = {len(samples)})")
 
 
 def require_same_function(args, kl, log_ratio):
@@ -218,7 +188,7 @@ def main():
     if args.heldout:                               # kept aside, to see what was learned
         heldout = data.preference_pairs(args, args.heldout, tokenizer, model, run, keep_all=True)
         rollout.require_room(model, heldout, args.max_new_tokens)
-        held = heldout, order.like(heldout)
+        held = heldout, order.like(heldout), data.loader, score.RULES[args.rule]
         print0(f"  held-out: {heldout.summary()}")
 
     # ---- the optimizer works on the sharded fp32 masters
@@ -233,7 +203,7 @@ def main():
     if run.start:
         run.resume(model, optimizer)
     elif args.heldout:
-        report_heldout(args, run, model, tokenizer, *held, clock, step=0)
+        rollout.report_heldout(args, run, model, tokenizer, *held, clock, step=0)
     distributed.heed_signals()
 
     clock.start(data.loader(pairs, order.schedule(run.start, steps), "prompts", args.workers))
@@ -266,9 +236,9 @@ def main():
                 model.set_requires_gradient_sync(micro == order.micro_steps - 1)
 
                 # METHOD: one image, one prompt, G answers, one forward.
-                # L = E_tokens [−min(ρ A, clip(ρ) A) + 0.1 · ½ max((V − R)², (clip(V) − R)²)]
+                # L = E_tokens [−min(ρ A, clip(ρ) A) + w_v · ½ max((V − R)², (clip(V) − R)²)]
                 # ρ = π / π_old
-                answered = (batch["labels"] != m.IGNORE).nonzero(as_tuple=True)
+                answered = group["answered"]
                 logps, values = model(**batch, with_values=True)                  # (B, T) fp32
                 logps, values = logps[answered], values[answered]                 # (R,)
                 losses, clipped = m.clipped_loss(logps, group["old_logps"], group["advantages"],
@@ -309,7 +279,7 @@ def main():
         bar.set_postfix(reward=f"{share['reward']:.3f}", refresh=False)
         run.save_if_due(step + 1, steps, model, optimizer)
     if args.heldout:
-        report_heldout(args, run, model, tokenizer, *held, clock, step=steps)
+        rollout.report_heldout(args, run, model, tokenizer, *held, clock, step=steps)
     run.finish(model, tokenizer, f"python extract.py --run-dir {args.run} --stage {args.stage}")
 
 

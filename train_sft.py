@@ -27,9 +27,7 @@ def get_args(argv=None):
     flags.add_parent(parser)
     flags.add_verifiable(parser)
     flags.add_preferences(parser)
-    args = flags.settle(parser.parse_args(argv), "sft", PAPER, TOY, parent="pretrain")
-    args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
-    return args
+    return flags.settle_pairs(parser.parse_args(argv), "sft", PAPER, TOY, parent="pretrain")
 
 
 def main():

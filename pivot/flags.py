@@ -123,6 +123,28 @@ def add_preferences(parser):
               "rejected; default DATA/preferences/meta.json")
 
 
+def add_heldout(parser, what):
+    """The flag of the stages that look at pairs kept aside. what: what is done with them."""
+    parser.add_argument("--heldout", help=f"pairs {what} before and after training; default "
+                        "DATA/preferences/heldout.jsonl, where that exists; 'none': none")
+
+
+def add_rollout(parser, rules):
+    """The flags of the stages that learn from answers of their own: how these are drawn and what
+    they are worth. rules: the names of judge/score.py's."""
+    parser.add_argument("--max-new-tokens", type=COUNT, help="of a drawn answer, its end included "
+                        "(default 512; 24 with a toy LLM)")
+    parser.add_argument("--rule", choices=rules, default="exact", help="what compares an answer "
+                        "with the gold one: judge/score.py's rules; what follows a last \"Final "
+                        "answer:\" counts, in both (default exact)")
+    parser.add_argument("--format-reward", type=RATE, default=0, help="added for an answer that "
+                        "reasons first and then says \"Final answer:\" (default 0: none)")
+    parser.add_argument("--reward-control", choices=["none", "random"], default="none",
+                        help="random: a coin is the reward, to see what training does without any")
+    parser.add_argument("--blank-image", action="store_true", help="a control: every picture is "
+                        "black, in the rollout and in the update")
+
+
 def add_image_size(parser):
     """The flag of every command that opens an encoder as it was published."""
     parser.add_argument("--image-size", type=COUNT, help="another input size than the encoder's "
@@ -249,6 +271,19 @@ def settle(args, stage, paper, toy, parent=None):
     args.rehearsal = args.rehearsal or ("on" if torch.cuda.is_available() else "off")
     args.stage, args.parent = stage, parent
     args.refusal = refusal or unfit_machine(args)
+    return args
+
+
+def settle_pairs(args, stage, paper, toy, parent):
+    """`settle` for the stages that train on pairs, which lie in DATA/preferences."""
+    args = settle(args, stage, paper, toy, parent)
+    args.preferences = args.preferences or f"{args.data}/preferences/meta.json"
+    if hasattr(args, "heldout"):
+        there = Path(args.data, "preferences", "heldout.jsonl")
+        if not args.heldout:
+            args.heldout = str(there) if there.exists() else None
+        elif args.heldout == "none":
+            args.heldout = None
     return args
 
 

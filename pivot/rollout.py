@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from model import can_hold_pairs
-from pivot import records
+from pivot import distributed, records
+from pivot.distributed import print0
 
 
 class Drawn(NamedTuple):
@@ -53,15 +54,21 @@ def draw(model, prompts, group, max_new_tokens, stop_id, seeds=()):
     return Drawn(answers, stopped)
 
 
+def texts_of(drawn, tokenizer):
+    """The answers as texts, without the token that ended them: B lists of G."""
+    return [tokenizer.batch_decode([answer[:-1] if stops else answer
+                                    for answer, stops in zip(group, stopped)])
+            for group, stopped in zip(drawn.answers, drawn.stopped.tolist())]
+
+
 def score(drawn, tokenizer, golds, rule):
     """What each answer is worth: (B, G) fp32. golds: B gold answers; rule: a function of an
     answer's text and a gold answer → a number.
 
     An answer that did not stop gets 0, whatever stands in it: nobody has said where it ends.
     """
-    values = [[rule(text, gold) for text in tokenizer.batch_decode(
-        [answer[:-1] if stops else answer for answer, stops in zip(group, stopped)])]
-        for group, stopped, gold in zip(drawn.answers, drawn.stopped.tolist(), golds)]
+    values = [[rule(text, gold) for text in texts]
+              for texts, gold in zip(texts_of(drawn, tokenizer), golds)]
     return torch.tensor(values, dtype=torch.float32) * drawn.stopped
 
 
@@ -117,6 +124,22 @@ def next_prompts(args, clock):
     if args.blank_image:
         prompts["pixel_values"] = torch.zeros_like(prompts["pixel_values"])
     return prompts, index
+
+
+def report_heldout(args, run, model, tokenizer, samples, order, loader, rule, clock, step):
+    """The rule's mean score of greedy answers to prompts never trained on. loader: data.loader;
+    rule: as in rewards_of."""
+    scores, seen = torch.zeros(len(samples)), torch.zeros(len(samples))
+    stop_id, cover = tokenizer.convert_tokens_to_ids("<|im_end|>"), order.cover()
+    clock.start(loader(samples, cover, "prompts", args.workers))
+    for _ in distributed.progress(0, len(cover), "held-out pairs"):
+        prompts, index = next_prompts(args, clock)
+        drawn = draw(model, prompts, 1, args.max_new_tokens, stop_id)
+        _, parts = rewards_of(args, drawn, tokenizer, samples, index, step, rule)
+        scores[index], seen[index] = parts[args.rule][:, 0], 1
+    reward = (distributed.sum_tensor(scores) / distributed.sum_tensor(seen)).mean().item()
+    run.log({"step": step, "heldout_reward": reward})
+    print0(f"  held-out pairs after {step} steps: {args.rule} {reward:.4f} (n = {len(samples)})")
 
 
 def require_branches(llm):

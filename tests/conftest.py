@@ -83,11 +83,29 @@ def stage1(world, tmp_path_factory):
     return folder
 
 
+def copied(stage1, folder):
+    """The stage-1 model in a run folder of a test's own, without what others trained from it."""
+    shutil.copytree(stage1 / "pretrain", folder / "pretrain")
+    return folder
+
+
 @pytest.fixture
 def fresh(stage1, tmp_path):
     """A copy of the stage-1 run folder that a test may spoil."""
-    shutil.copytree(stage1, tmp_path / "run")
-    return tmp_path / "run"
+    return copied(stage1, tmp_path / "run")
+
+
+def killed_at(moment, place, line):
+    """Run a stage that kills itself when it meets a moment of tests/killed.py, "what:count:rank".
+    place: a folder of this kill's own; line: the stage's script and flags."""
+    place.mkdir()
+    mark, script = place / "mark", place / "script.py"
+    script.write_text(
+        f"import os, runpy, sys\nos.environ.update(KILL={moment!r}, KILL_MARK={str(mark)!r})\n"
+        f"sys.argv = ['killed.py', {str(ROOT / line[0])!r}, *sys.argv[1:]]\n"
+        f"runpy.run_path({str(ROOT / 'tests/killed.py')!r}, run_name='__main__')\n")
+    done = run(script, *line[1:], check=False)
+    assert done.returncode == -9 and mark.exists(), moment
 
 
 VISION = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,

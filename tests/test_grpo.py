@@ -1,7 +1,6 @@
 """train_grpo.py: losses against slow definitions, a group in one row against plain rows, what is
 drawn and what it is worth; the stage on two processes, killed, and under its controls."""
 import json
-import shutil
 import statistics
 from argparse import Namespace
 
@@ -12,7 +11,7 @@ import torch
 import data
 import model as m
 import train_grpo
-from conftest import COMMON, ROOT, bit_equal, metrics, run, tiny_model
+from conftest import COMMON, bit_equal, copied, killed_at, metrics, run, tiny_model
 from judge import score
 from pivot import model_io, records, rollout
 from test_model import IMAGE, llava_twin, plain_norm
@@ -316,22 +315,12 @@ def command(folder, world, *more):
             "--reward-control", "random", "--heldout", "none", "--micro-batch", 4, *more]
 
 
-def copied(stage1, folder):
-    shutil.copytree(stage1 / "pretrain", folder / "pretrain")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def trained(stage1, world, tmp_path_factory):
     folder = copied(stage1, tmp_path_factory.mktemp("grpo") / "run")
     done = run(*command(folder, world))
     assert "policy and reference are the same function" in done.stdout
     return folder / "grpo"
-
-
-@pytest.fixture
-def fresh(stage1, tmp_path):
-    return copied(stage1, tmp_path / "run")
 
 
 def test_what_is_logged(trained):
@@ -359,13 +348,7 @@ def test_killed_inside_and_between_is_bit_equal(trained, fresh, world, tmp_path)
     line = [str(x) for x in command(fresh, world, "--save-every", 1)]
     for i, moment in enumerate(("before a group:4:0", "before a group is scored:2:0",
                                 "before the update:4:0")):
-        mark, script = tmp_path / f"mark-{i}", tmp_path / f"killed-{i}.py"
-        script.write_text(
-            f"import os, runpy, sys\nos.environ.update(KILL={moment!r}, KILL_MARK={str(mark)!r})\n"
-            f"sys.argv = ['killed.py', {str(ROOT / line[0])!r}, *sys.argv[1:]]\n"
-            f"runpy.run_path({str(ROOT / 'tests/killed.py')!r}, run_name='__main__')\n")
-        done = run(script, *line[1:], check=False)
-        assert done.returncode == -9 and mark.exists(), moment
+        killed_at(moment, tmp_path / f"kill-{i}", line)
     assert "continuing after" in run(*line).stdout
     bit_equal(fresh / "grpo", trained)
 
@@ -378,7 +361,7 @@ def test_a_blank_image_and_the_rules_reward(fresh, world):
             f"{world}/preferences/heldout.jsonl", "--kl", 0, "--inner-epochs", 1, "--max-steps", 1]
     told = []
     for blank in ([], ["--blank-image", "--overwrite"]):
-        said = run(*command(fresh, world, *more, *blank)).stdout
+        run(*command(fresh, world, *more, *blank))
         first, line, last = metrics(fresh / "grpo")
         assert 0 <= first["heldout_reward"] <= 1 and "heldout_reward" in last
         assert line["clipped"] == 0 and "kl" not in line and line["reward"] == line["reward_anls"]

@@ -3,7 +3,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -421,8 +420,6 @@ def test_cached_or_not_by_any_number_of_processes(world, fresh, tmp_path):
 
 def test_killed_while_it_is_written(world, fresh):
     """The same command then makes it anew; nothing of the first one is left or read."""
-    for name in ("sft", "index"):                              # of other tests on this stage 1
-        shutil.rmtree(fresh / name, ignore_errors=True)
     command = ["train_sft.py", *map(str, [*COMMON[2:], "--data", world, "--max-steps", 1,
                                           "--run-dir", fresh])]
     done = subprocess.run([sys.executable, "tests/killed.py", *command], cwd=ROOT, env={

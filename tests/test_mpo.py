@@ -2,7 +2,6 @@
 import json
 import math
 import re
-import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -14,7 +13,7 @@ import data
 import in_fork
 import model as m
 import train_mpo
-from conftest import COMMON, ROOT, bit_equal, metrics, run, tiny_model
+from conftest import COMMON, ROOT, bit_equal, copied, metrics, run, tiny_model
 from pivot import model_io, records
 from test_model import batch_of, llava_twin, plain_norm, random_pairs, slow_logps
 
@@ -28,17 +27,6 @@ def command(stage, folder, world, *more):
 
 def steps(folder):
     return [x for x in metrics(folder) if "loss" in x]
-
-
-def copied(stage1, folder):
-    """A run folder with the stage-1 model and nothing else: whatever is run there runs anew."""
-    shutil.copytree(stage1 / "pretrain", folder / "pretrain")
-    return folder
-
-
-@pytest.fixture
-def fresh(stage1, tmp_path):
-    return copied(stage1, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

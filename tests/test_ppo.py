@@ -1,7 +1,6 @@
 """train_ppo.py: GAE, whitening and both losses against slow definitions, values in one row against
 plain rows, what the value head's loss may move; the stage on two processes, killed, controlled."""
 import json
-import shutil
 import statistics
 from argparse import Namespace
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 import data
 import model as m
 import train_ppo
-from conftest import COMMON, ROOT, bit_equal, metrics, run, tiny_model
+from conftest import COMMON, bit_equal, copied, killed_at, metrics, run, tiny_model
 from pivot import distributed, rollout, training
 from test_grpo import plain_rows, random_groups
 from test_model import llava_twin, plain_norm
@@ -273,22 +272,12 @@ def command(folder, world, *more):
             4, *more]
 
 
-def copied(stage1, folder):
-    shutil.copytree(stage1 / "pretrain", folder / "pretrain")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def trained(stage1, world, tmp_path_factory):
     folder = copied(stage1, tmp_path_factory.mktemp("ppo") / "run")
     done = run(*command(folder, world))
     assert "policy, old policy and reference are the same function" in done.stdout
     return folder / "ppo"
-
-
-@pytest.fixture
-def fresh(stage1, tmp_path):
-    return copied(stage1, tmp_path / "run")
 
 
 def test_what_is_logged_and_what_is_saved(trained):
@@ -335,13 +324,7 @@ def test_killed_inside_and_between_is_bit_equal(trained, fresh, world, tmp_path)
     line = [str(x) for x in command(fresh, world, "--save-every", 1)]
     for i, moment in enumerate(("before a group:4:0", "before clipping:1:0",
                                 "before the update:7:0")):
-        mark, script = tmp_path / f"mark-{i}", tmp_path / f"killed-{i}.py"
-        script.write_text(
-            f"import os, runpy, sys\nos.environ.update(KILL={moment!r}, KILL_MARK={str(mark)!r})\n"
-            f"sys.argv = ['killed.py', {str(ROOT / line[0])!r}, *sys.argv[1:]]\n"
-            f"runpy.run_path({str(ROOT / 'tests/killed.py')!r}, run_name='__main__')\n")
-        done = run(script, *line[1:], check=False)
-        assert done.returncode == -9 and mark.exists(), moment
+        killed_at(moment, tmp_path / f"kill-{i}", line)
     assert "continuing after 2 steps" in run(*line).stdout
     bit_equal(fresh / "ppo", trained)
 

@@ -1,6 +1,5 @@
 """The plan of the six signals, its table from made-up results, and the encoder passes it counts."""
 import json
-import shutil
 import re
 from pathlib import Path
 
@@ -202,7 +201,6 @@ def test_encoder_passes_and_tokens_are_those_of_the_stage(fresh, world, tmp_path
     """Counted where they happen: in Encoder.forward, and in the gradient of what it gave."""
     if not (ROOT / f"train_{stage}.py").exists():
         pytest.skip(f"no train_{stage}.py")
-    shutil.rmtree(fresh / stage, ignore_errors=True)           # another test's, on this stage 1
     script, counts = tmp_path / "counted.py", tmp_path / "counts.json"
     script.write_text(COUNTED.format(root=str(ROOT), counts=str(counts)))
     run(script, f"train_{stage}.py", "--run-dir", fresh, *COMMON, "--data", world, "--max-steps", 2,

@@ -110,8 +110,6 @@ def same_weights(a, b, start):
 def test_processes_and_micro_batches_count_the_same(trained, fresh, world, stage, processes,
                                                     micro_batch):
     """Invariant 4: all equal 1 process × micro-batch 8."""
-    for old in ("sft", "dpo"):
-        shutil.rmtree(fresh / old, ignore_errors=True)
     stage2(stage, fresh, world, "--micro-batch", micro_batch, processes=processes)
     close(metrics(fresh / stage), metrics(trained[0] / stage))
     same_weights(fresh / stage, trained[0] / stage,
@@ -153,7 +151,6 @@ def test_stage_1_in_bf16_stays_close(stage1, world, tmp_path, processes):
 def test_dpo_that_does_not_start_at_ln_2_stops_before_the_first_update(fresh, world, spoil, off):
     """A reference that is another function: by 0.01 in one answer of each pair; or each pair's is
     another pair's, so that the mean margin is 0."""
-    shutil.rmtree(fresh / "dpo", ignore_errors=True)
     stage2("dpo", fresh, world, "--max-steps", 1, "--num-samples", 8)            # one batch
     ref = fresh / "dpo/ref_logps.safetensors"
     with safe_open(ref, "pt") as file:
@@ -175,7 +172,6 @@ def test_dpo_that_does_not_start_at_ln_2_stops_before_the_first_update(fresh, wo
 
 def test_bf16_and_activation_checkpointing_stay_close(trained, fresh, world):
     """bf16 compute over fp32 masters: losses within 1e-2, step 0 still at ln 2, weights move."""
-    shutil.rmtree(fresh / "dpo", ignore_errors=True)
     stage2("dpo", fresh, world, "--dtype", "bf16", "--activation-checkpointing", processes=2)
     close(metrics(fresh / "dpo"), metrics(trained[0] / "dpo"), 1e-2)
     first = next(x for x in metrics(fresh / "dpo") if "loss" in x)
@@ -189,7 +185,6 @@ def test_bf16_and_activation_checkpointing_stay_close(trained, fresh, world):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
 def test_compiled_blocks_give_the_same_losses(trained, fresh, world):
     """To rounding, which AdamW's first steps enlarge (eager and eager on two processes: 1e-5)."""
-    shutil.rmtree(fresh / "dpo", ignore_errors=True)
     stage2("dpo", fresh, world, "--compile", "--activation-checkpointing", processes=2)
     close(metrics(fresh / "dpo"), metrics(trained[0] / "dpo"), 5e-5)
 
@@ -198,7 +193,6 @@ def test_compiled_blocks_give_the_same_losses(trained, fresh, world):
 def test_compiled_bf16_starts_at_ln_2(fresh, world):
     """The cached reference is of the very graph that is trained: without gradients the compiler
     fuses, and so rounds, otherwise."""
-    shutil.rmtree(fresh / "dpo", ignore_errors=True)
     stage2("dpo", fresh, world, "--compile", "--dtype", "bf16", "--max-steps", 1)
     first = next(x for x in metrics(fresh / "dpo") if "loss" in x)
     assert first["margin"] == 0 and abs(first["loss"] - math.log(2)) < 1e-6
@@ -207,7 +201,6 @@ def test_compiled_bf16_starts_at_ln_2(fresh, world):
 
 def test_a_stage_ends_with_its_curve_and_what_comes_next(fresh, world):
     """The numbers are those of metrics.jsonl: 12 steps, so each tenth is one or two of them."""
-    shutil.rmtree(fresh / "dpo", ignore_errors=True)
     said = stage2("dpo", fresh, world, "--max-steps", 12, "--log-every", 5).stdout
     lines = [x for x in metrics(fresh / "dpo") if "loss" in x]
     for what in ("loss", "margin"):
@@ -223,14 +216,12 @@ def test_a_stage_ends_with_its_curve_and_what_comes_next(fresh, world):
 
 
 def test_live_reference_gives_the_losses_of_the_cached_one(trained, fresh, world):
-    shutil.rmtree(fresh / "dpo", ignore_errors=True)
     stage2("dpo", fresh, world, "--reference", "live")
     close(metrics(fresh / "dpo"), metrics(trained[0] / "dpo"))
 
 
 def test_stopped_and_started_again_is_bit_equal(trained, fresh, world):
     """Invariant 5, the polite way: SIGTERM, then the same command."""
-    shutil.rmtree(fresh / "dpo", ignore_errors=True)
     command = ["train_dpo.py", "--run", fresh, *COMMON[2:], "--data", world, "--lr", 1e-4,
                "--beta", 0.1, "--max-steps", 4, "--save-every", 1]
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT,
@@ -433,8 +424,6 @@ def test_the_model_card_runs(trained):
 
 
 def test_extract_refuses_when_nothing_moved(fresh, world):
-    for old in ("sft", "dpo"):
-        shutil.rmtree(fresh / old, ignore_errors=True)
     folder = fresh / "still"
     run("pretrain.py", "--run", folder, "--encoder", "toy-vit", *COMMON, "--data", world,
         "--projector-max-steps", 1, "--max-steps", 1, "--encoder-lr", 0)
@@ -575,7 +564,6 @@ def test_an_image_that_breaks_during_the_run(stage1, world, fresh, tmp_path, pro
     shutil.copytree(world, bad)
     for image in (bad / "preferences/images").glob("*.png"):
         image.write_bytes(image.read_bytes()[:60])
-    shutil.rmtree(fresh / "dpo", ignore_errors=True)
     done = run("train_dpo.py", "--run-dir", fresh, *COMMON[2:], "--data", bad, "--heldout",
                bad / "preferences/heldout.jsonl", processes=processes, check=False)
     assert done.returncode != 0
@@ -588,7 +576,6 @@ def test_an_image_that_breaks_during_the_run(stage1, world, fresh, tmp_path, pro
 
 def test_another_run_in_the_same_folder_is_refused(fresh, world):
     """Other arguments: the first difference is named. Other reference log-probs: refused, too."""
-    shutil.rmtree(fresh / "dpo", ignore_errors=True)
     stage2("dpo", fresh, world, "--save-every", 1)
     shutil.rmtree(fresh / "dpo/final")
     ref = (fresh / "dpo/ref_logps.safetensors").read_bytes()

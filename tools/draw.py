@@ -179,16 +179,15 @@ def draw_batch(args, model, tokenizer, pairs, prompts, index):
     def right(said, gold):
         return RULES[args.rule](records.final_answer(said), gold)
     rewards = rollout.score(drawn, tokenizer, [pairs.golds[i] for i in index], right)
-    special = {*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", records.IMAGE_TOKEN}
+    special = data.special_tokens(tokenizer)
     lines = []
-    for i, group, stopped, worth in zip(index, drawn.answers, drawn.stopped.tolist(),
-                                        rewards.tolist()):
-        texts = tokenizer.batch_decode([answer[:-1] if stops else answer
-                                        for answer, stops in zip(group, stopped)])
+    for i, group, texts, stopped, worth in zip(
+            index, drawn.answers, rollout.texts_of(drawn, tokenizer), drawn.stopped.tolist(),
+            rewards.tolist()):
         lines.append({"item": i, "where": pairs.where[i], "gold": pairs.golds[i],
                       "answers": texts, "stopped": stopped, "rewards": worth,
                       "tokens": sum(map(len, group)),
-                      "pair": pair_of(texts, stopped, worth, special - {""})})
+                      "pair": pair_of(texts, stopped, worth, special)})
     add_logps(model, tokenizer, prompts, lines, stop_id)
     return lines
 
