@@ -296,11 +296,15 @@ def launch(main):
         stop()
         return
     except BaseException as e:
-        code = 1                    # also where it cannot be said: nobody reads the pipe any more
+        code = 1                    # also where it cannot be said
         try:
             code = say_why(e)
             sys.stdout.flush()
             sys.stderr.flush()
+        except OSError:             # nobody reads the pipe any more
+            pass
+        except BaseException:       # a second failure, in saying why: its traceback names both
+            traceback.print_exc()
         finally:
             os._exit(code)
 
@@ -310,7 +314,7 @@ def say_why(error):
     if isinstance(error, SystemExit) and not isinstance(error.code, str):
         return error.code or 0
     line = reason(error)
-    if isinstance(error, (SystemExit, BadRecord)) and not is_main():
+    if isinstance(error, (SystemExit, BadRecord)) and not speaks():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)         # torchrun ends us meanwhile
         time.sleep(10)       # if all refuse, the main one says why meanwhile; if we alone, we do
     sys.stdout.flush()
@@ -319,6 +323,14 @@ def say_why(error):
     else:
         tqdm.write(" ".join(line.splitlines()), file=sys.stderr)             # not behind a bar
     return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def speaks():
+    """Whether this process says a refusal at once: the main one, and any that cannot know."""
+    try:
+        return is_main()
+    except SystemExit:              # RANK is no number, which is what it has to say
+        return True
 
 
 def reason(error):

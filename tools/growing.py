@@ -118,10 +118,10 @@ class Growing:
 
     def say(self, facts, path):
         """Write JSON aside, make it lasting, rename it."""
-        aside = Path(f"{path}.tmp")
-        aside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        files.sync(aside)
-        os.replace(aside, path)
+        def write(aside):
+            aside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            files.sync(aside)
+        files.write_aside(path, write)
         files.sync(Path(path).parent)
 
     def finish(self):
@@ -281,10 +281,10 @@ def write_index(entries, folder):
     if len(twice):
         name = index[twice[0]]["name"].decode("utf-8", "replace")
         raise SystemExit(f"error: {folder}: two pictures are called {name}")
-    aside = folder / f"{packs.INDEX}.tmp"
-    with open(aside, "wb") as file:
-        np.save(file, index, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, folder / packs.INDEX)
+
+    def write(aside):
+        with open(aside, "wb") as file:
+            np.save(file, index, allow_pickle=False)
+        files.sync(aside)
+    files.write_aside(folder / packs.INDEX, write)
     files.sync(folder)
