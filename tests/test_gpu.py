@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from concurrent.futures import Future
 
 import pytest
@@ -243,18 +244,23 @@ def test_a_step_is_measured_and_starts_at_ln_2(monkeypatch):
     monkeypatch.setattr(gpu_speed, "ProcessPoolExecutor", Inline)
     work = gpu_speed.speed(gpu_speed.LARGE, [200], "plain", "flex")
     step, sft, left_out, profile = rows_of(work)
-    assert step["ok"] and step["step0_bf16"] == 0 or step["step0_bf16"] < 1e-6
+    assert step["ok"] and step["step0_bf16"] < 1e-6
     assert step["samples_per_s"] > 0 and step["hours"] > 20_000 * 3 / step["samples_per_s"] / 3600
     assert sft["setting"]["stage"] == "sft" and left_out["left_out"] == "needs CUDA"
     assert profile["ok"] and len(profile["kernels"]) == 10
+    reference_of_other_weights(monkeypatch)
+    assert not rows_of(gpu_speed.speed(gpu_speed.LARGE, [200], "checkpointing"))[0]["ok"]
+
+
+def reference_of_other_weights(monkeypatch):
+    """What must be seen at step 0: log-probs of the reference that are not this model's."""
     true = g.Step.reference
 
-    def of_other_weights(self):
+    def broken(self):
         true(self)
         with torch.no_grad():
             self.model.projector.linear_1.weight.add_(0.5)
-    monkeypatch.setattr(g.Step, "reference", of_other_weights)
-    assert not rows_of(gpu_speed.speed(gpu_speed.LARGE, [200], "checkpointing"))[0]["ok"]
+    monkeypatch.setattr(g.Step, "reference", broken)
 
 
 def test_without_trl_its_side_is_left_out_and_ours_starts_at_ln_2(monkeypatch):
@@ -262,6 +268,23 @@ def test_without_trl_its_side_is_left_out_and_ours_starts_at_ln_2(monkeypatch):
     assert rows_of(gpu_speed.trl_pairs)[0]["left_out"] == "TRL cannot be imported here"
     row, = rows_of(gpu_speed.our_pairs)
     assert row["ok"] and row["side"] == "ours" and row["samples_per_s"] > 0
+    reference_of_other_weights(monkeypatch)
+    row, = rows_of(gpu_speed.our_pairs)
+    assert not row["ok"]
+
+
+@pytest.mark.parametrize("first_loss,ok", [(math.log(2) + 0.03, True), (math.log(2) + 0.07, False)])
+def test_a_side_of_trl_that_does_not_start_at_ln_2_is_seen(monkeypatch, first_loss, ok):
+    """With TRL's side made up: it takes 2 s a step, 3 s for its reference, and says first_loss."""
+    def trl_side(timed, *_, **__):
+        timed.took = {"reference": [3.0], "step": [9.0, 2.0, 2.0]}
+        timed.losses = [first_loss, 0.1]
+    made_up = types.ModuleType("dpo_vs_trl")
+    made_up.trl_side = trl_side
+    monkeypatch.setitem(sys.modules, "dpo_vs_trl", made_up)
+    monkeypatch.setattr(gpu_speed.importlib.util, "find_spec", lambda name: True)
+    row, = rows_of(gpu_speed.trl_pairs)
+    assert row["ok"] == ok and row["seconds"] == 3 and row["samples_per_s"] == 2 / 3
 
 
 def test_gaps_and_shares_of_a_profile():
