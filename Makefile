@@ -87,9 +87,11 @@ compat: .venv/done .venv-compat/done
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-# Every way to end, and every stage killed at every named moment and at random ones; an hour.
+# Every way to end, and every stage killed at every named moment and at random ones; then the tests
+# that are too slow for `make test`. Hours.
 kill: .venv/done
 	PIVOT_KILLS=long $(PY) -m pytest -v -n 2 --dist loadfile tests/test_ends.py tests/test_survive.py
+	PIVOT_KILLS=long $(PY) -m pytest -v -n 2 -m slow tests
 
 # The controlled study: hours, resumable; SEEDS=1 QUICK=1 says in minutes whether it all works;
 # MINUTES=140 is a slice of it, PARTS="lr vqa" the parts to run. The plan: results/README.md.

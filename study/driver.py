@@ -26,6 +26,7 @@ beforehand what counts as a finding.
 import argparse
 import ast
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -124,7 +125,11 @@ class Live(set):
 
 def code_of(path):
     """The lines of a source file without docstrings and comments: these may change."""
-    text = path.read_text(encoding="utf-8")
+    return code_in(path.read_text(encoding="utf-8"))
+
+
+@functools.cache                                 # a report asks for every result
+def code_in(text):
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

@@ -36,8 +36,18 @@ from pivot import distributed  # noqa: E402, F401  (sets the environment transfo
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+LONG = os.environ.get("PIVOT_KILLS") == "long"                  # `make kill`, or `make test`?
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes a minute; part of `make kill`, not `make test`")
+
+
 def pytest_collection_modifyitems(items):
     """Files that take minutes begin first: both workers then end at about the same time."""
+    for item in items:
+        if item.get_closest_marker("slow") and not LONG:
+            item.add_marker(pytest.mark.skip(reason="slow: make kill"))
     long = ("test_stages.py", "test_plan.py", "test_survive.py", "test_bench.py")
     items.sort(key=lambda item: long.index(item.path.name) if item.path.name in long else len(long))
 

@@ -19,7 +19,8 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import model as m  # noqa: E402
-from pivot import checkpoints, encoders, index, model_io, rehearsal, training  # noqa: E402
+from pivot import (checkpoints, distributed, encoders, index, model_io, rehearsal,  # noqa: E402
+                   training)
 
 what, left, rank = os.environ["END"].split(":")
 left, trainer = int(left), os.getpid()
@@ -91,6 +92,6 @@ elif where == "in a hook":
     torch.nn.modules.module.register_module_forward_hook(lambda *_: meet())
 else:
     wrap(*MOMENTS[where])
-if where == "reading records":                # in forks, however few they are
-    index.WORTH = 0
+if where == "reading records":                # in two forks a process, however few they are
+    index.WORTH, index.LEAST, distributed.cores = 0, 4, lambda: 2
 runpy.run_path(sys.argv[0], run_name="__main__")

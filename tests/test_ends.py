@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
-from conftest import COMMON, ROOT, bit_equal, metrics
+from conftest import COMMON, LONG, ROOT, bit_equal, metrics
 
-LONG = os.environ.get("PIVOT_KILLS") == "long"
 MINUTE, STOPPED = 60, 75
 
 

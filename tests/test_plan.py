@@ -100,7 +100,7 @@ def test_bytes_of_weights_gradients_and_optimizer_are_exact(processes):
 
 
 @pytest.mark.parametrize("arguments,processes", [
-    ((3, 1, 0, "DPO"), 1), ((1, 2, 1, "SFT"), 1), ((2, 2, 1, "DPO"), 2)])
+    ((3, 1, 0, "DPO"), 1), ((1, 2, 1, "SFT"), 1), pytest.param((2, 2, 1, "DPO"), 2, marks=pytest.mark.slow)])
 def test_peak_memory_of_a_real_run(arguments, processes):
     """Resident bytes of the first process at their highest, two real steps: within 10 % of the
     plan, alone and sharded."""
@@ -134,7 +134,8 @@ ENCODERS = [n for n in encoders.ENCODERS if not n.startswith("toy")]
 LLMS = [n for n in encoders.LLMS if not n.startswith("toy")]
 
 
-@pytest.mark.parametrize("i", range(len(ENCODERS)))
+@pytest.mark.parametrize("i", [                          # the others in `make kill`
+    pytest.param(i, marks=[] if i % 3 == 0 else pytest.mark.slow) for i in range(len(ENCODERS))])
 def test_every_preset_is_planned_without_weights(i, tmp_path, monkeypatch, capsys):
     """No network, no weights, no memory for them: most pairs would take 3 GB or more. Every encoder
     and every LLM."""

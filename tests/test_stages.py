@@ -189,6 +189,7 @@ def test_compiled_blocks_give_the_same_losses(trained, fresh, world):
     close(metrics(fresh / "dpo"), metrics(trained[0] / "dpo"), 5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
 def test_compiled_bf16_starts_at_ln_2(fresh, world):
     """The cached reference is of the very graph that is trained: without gradients the compiler

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import COMMON, ROOT, bit_equal, metrics, run
+from conftest import COMMON, LONG, ROOT, bit_equal, metrics, run
 from test_stages import close
 
-LONG = os.environ.get("PIVOT_KILLS") == "long"
 # moment, for the how-manieth time, on which process
 MOMENTS = [
     ("before rename of ref_logps.safetensors", 1, 0), ("after a line", 1, 0),
@@ -26,8 +25,7 @@ MOMENTS = [
     ("before a line", 2, 1), ("before rename of position.json", 1, 0), ("before clipping", 2, 0),
     ("before rename of final", 1, 0), ("after rename of final", 1, 0)]
 STEPS = 9 if LONG else 5          # most kills cost a step or two
-SHORT = [m for m in MOMENTS if m[0] in ("shards written", "old half removed",
-                                        "after rename of final")]
+SHORT = [m for m in MOMENTS if m[0] in ("old half removed", "after rename of final")]
 
 
 def torchrun(script, *command, processes=2, restarts=0, env=(), wait=True):
@@ -150,7 +148,7 @@ def test_torchrun_restarts_a_killed_worker_by_itself(commands, tmp_path, turn):
     bit_equal(folder, calm("dpo"))
 
 
-@pytest.mark.parametrize("before,after", [(2, 1), (1, 4)] if LONG else [(2, 1), (1, 2)])
+@pytest.mark.parametrize("before,after", [(2, 1), (1, 4)] if LONG else [(2, 1)])
 def test_restarted_with_another_number_of_processes(commands, tmp_path, before, after):
     """Five steps: AdamW magnifies the rounding of each further one (1.4e-5 after nine)."""
     command, calm = commands
