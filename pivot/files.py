@@ -27,14 +27,18 @@ def read_json(path, *keys, remedy=""):
     return facts
 
 
-def write_aside(path, write):
+def write_aside(path, write, lasting=False):
     """Let `write` make a file aside, then rename it: nobody ever sees half of it.
 
-    write: a function of the path to write to.
+    write: a function of the path to write to; lasting: it is on disk before something else goes.
     """
     aside = Path(f"{path}.tmp")
     write(aside)
+    if lasting:
+        sync(aside)
     os.replace(aside, path)
+    if lasting:
+        sync(Path(path).parent)
 
 
 def write_text(path, text):

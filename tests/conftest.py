@@ -44,7 +44,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take minutes begin first: both workers then end at about the same time."""
+    """What is slow is for `make kill`. Files that take minutes begin first: both workers then end at
+    about the same time."""
     for item in items:
         if item.get_closest_marker("slow") and not LONG:
             item.add_marker(pytest.mark.skip(reason="slow: make kill"))

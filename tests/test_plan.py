@@ -100,7 +100,8 @@ def test_bytes_of_weights_gradients_and_optimizer_are_exact(processes):
 
 
 @pytest.mark.parametrize("arguments,processes", [
-    ((3, 1, 0, "DPO"), 1), ((1, 2, 1, "SFT"), 1), pytest.param((2, 2, 1, "DPO"), 2, marks=pytest.mark.slow)])
+    ((3, 1, 0, "DPO"), 1), ((1, 2, 1, "SFT"), 1),
+    pytest.param((2, 2, 1, "DPO"), 2, marks=pytest.mark.slow)])
 def test_peak_memory_of_a_real_run(arguments, processes):
     """Resident bytes of the first process at their highest, two real steps: within 10 % of the
     plan, alone and sharded."""

@@ -148,7 +148,7 @@ def test_torchrun_restarts_a_killed_worker_by_itself(commands, tmp_path, turn):
     bit_equal(folder, calm("dpo"))
 
 
-@pytest.mark.parametrize("before,after", [(2, 1), (1, 4)] if LONG else [(2, 1)])
+@pytest.mark.parametrize("before,after", [(2, 1), (1, 2), (1, 4)] if LONG else [(2, 1)])
 def test_restarted_with_another_number_of_processes(commands, tmp_path, before, after):
     """Five steps: AdamW magnifies the rounding of each further one (1.4e-5 after nine)."""
     command, calm = commands

@@ -118,11 +118,9 @@ class Growing:
 
     def say(self, facts, path):
         """Write JSON aside, make it lasting, rename it."""
-        def write(aside):
-            aside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-            files.sync(aside)
-        files.write_aside(path, write)
-        files.sync(Path(path).parent)
+        said = json.dumps(facts, indent=1) + "\n"
+        files.write_aside(path, lambda aside: aside.write_text(said, encoding="utf-8"),
+                          lasting=True)
 
     def finish(self):
         """Rename what has grown, and say that all of it is there."""
@@ -285,6 +283,4 @@ def write_index(entries, folder):
     def write(aside):
         with open(aside, "wb") as file:
             np.save(file, index, allow_pickle=False)
-        files.sync(aside)
-    files.write_aside(folder / packs.INDEX, write)
-    files.sync(folder)
+    files.write_aside(folder / packs.INDEX, write, lasting=True)
