@@ -20,6 +20,7 @@ from model import IGNORE, MAX_LENGTH, PADDING
 from pivot import distributed, files, images, index, packs, records
 from pivot.records import ANSWER, IMAGE_TOKEN, OTHER, PROMPT, BadRecord
 
+AT_ONCE = 64                # texts tokenised in one call: the work on more leaves the core's cache
 MAX_TEXT = 1500             # text tokens of prompt + answer, for either answer of a pair (MMPR)
 
 
@@ -65,8 +66,7 @@ class Reader:
         return {**facts, "rules": files.sha256(*rules)}
 
     def read(self, raw):
-        """[(where, record as bytes, image root), …] → an index.Outcome of each, in their order. All
-        pieces are tokenised in one call."""
+        """[(where, record as bytes, image root), …] → an index.Outcome of each, in their order."""
         outcomes = [self.look(*one) for one in raw]
         usable = [one for one in outcomes if one.state == index.KEPT]
         encoded = iter(self.tokenised([text for one in usable for text, _ in one.record.pieces]))
@@ -83,7 +83,8 @@ class Reader:
         core = getattr(self.tokenizer, "backend_tokenizer", None)
         if core is None:
             return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        return [one.ids for one in core.encode_batch_fast(texts, add_special_tokens=False)]
+        return [one.ids for i in range(0, len(texts), AT_ONCE) for one in core.encode_batch_fast(
+            texts[i:i + AT_ONCE], add_special_tokens=False)]
 
     def look(self, where, raw, root):
         """One record, all but its tokens → index.Outcome."""

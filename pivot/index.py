@@ -346,7 +346,7 @@ def arrays_of(outcomes):
         begin = len(ids)
         for piece, role in one.parts:
             ids.extend(piece)
-            roles.extend([role] * len(piece))
+            roles.frombytes(bytes([role]) * len(piece))
         lengths.append(len(ids) - begin)
         answer_tokens.append(sum(len(piece) for piece, role in one.parts if role == records.ANSWER))
         name = os.path.basename(one.record.image or "")

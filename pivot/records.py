@@ -144,7 +144,8 @@ def parse(where, raw):
     """A record as bytes → dict; raises BadRecord."""
     try:
         item = files.json_of(raw)
-        json.dumps(item, ensure_ascii=False).encode()     # half a surrogate pair is no character
+        if b"\\u" in raw:
+            json.dumps(item, ensure_ascii=False).encode()   # half a surrogate pair is no character
     except RecursionError:
         raise BadRecord(f"{where}: JSON nested too deeply")
     except ValueError as e:

@@ -931,7 +931,7 @@ def test_two_encoders_see_what_each_sees_alone(tmp_path):
     """Channels side by side; the second's 6 × 6 grid resampled to the first's 4 × 4; each gets the
     picture squashed for its own size, its own statistics and its own prefix dropped."""
     import torch
-    from pivot import model_io, published
+    from pivot import published
     for name, vision in (("a", tiny_encoder("clip", 32, 8, 32)),
                          ("b", tiny_encoder("dinov2", 48, 8, 16, 1))):
         vision.save_pretrained(tmp_path / name)
@@ -994,7 +994,7 @@ def test_two_encoders_are_repaired_saved_and_read_again(stage1, world, tmp_path)
 def test_reused_layers_start_where_pivot_left_them(stage1, world, tmp_path):
     """"1+1": linear_1 is the trained one, linear_2 fresh, bit by bit, before the first step."""
     import torch
-    from pivot import model_io, published
+    from pivot import model_io
     import repair_eval
     from conftest import COMMON
     shutil.copytree(stage1 / "pretrain/final", tmp_path / "run/dpo/final")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from conftest import COMMON, ROOT, run
+from conftest import COMMON, ROOT, copied, run
 from pivot import packs
 from tools import draw
 
@@ -64,7 +64,7 @@ def command(asked, run_folder, *more):
 @pytest.fixture(scope="module")
 def drawn(asked, stage1, tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn") / "run"
-    shutil.copytree(stage1 / "pretrain", folder / "pretrain")
+    copied(stage1, folder)
     return folder, run(*command(asked, folder)).stdout
 
 

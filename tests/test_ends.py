@@ -4,7 +4,6 @@ with a non-zero code and the cause last on the screen, and nothing of it is left
 Ten ways here; `make kill` (PIVOT_KILLS=long) goes through all of them.
 """
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from conftest import COMMON, LONG, ROOT, bit_equal, metrics
+from conftest import COMMON, LONG, ROOT, bit_equal, copied, metrics, run
 
 MINUTE, STOPPED = 60, 75
 
@@ -130,15 +129,14 @@ def calm(world, stage1, tmp_path_factory):
     """processes → the run folder of an undisturbed run."""
     made = {}
 
-    def run(processes):
+    def undisturbed(processes):
         if processes not in made:
             folder = tmp_path_factory.mktemp("calm") / "run"
-            shutil.copytree(stage1 / "pretrain", folder / "pretrain")
-            process = start(["train_dpo.py", *command(folder, world, 2)], processes, {})
-            assert process.communicate(timeout=300)[0] and process.returncode == 0
+            copied(stage1, folder)
+            run("train_dpo.py", *command(folder, world, 2), processes=processes)
             made[processes] = folder
         return made[processes]
-    return run
+    return undisturbed
 
 
 def command(folder, world, workers):
@@ -149,8 +147,7 @@ def command(folder, world, workers):
 @pytest.mark.parametrize("end", TABLE, ids=lambda e: f"{e.what}, {e.workers} workers, "
                          f"{e.processes} processes")
 def test_every_end_is_an_end(end, world, stage1, calm, tmp_path):
-    folder, mark = tmp_path / "run", uuid.uuid4().hex
-    shutil.copytree(stage1 / "pretrain", folder / "pretrain")
+    folder, mark = copied(stage1, tmp_path / "run"), uuid.uuid4().hex
     words = command(folder, world, end.workers)
     process = start(["tests/ends.py", "train_dpo.py", *words, *end.flags], end.processes,
                     {"END": f"{end.what}:{end.count}:{end.rank}", "ENDS_MARK": mark,
@@ -175,9 +172,7 @@ def test_every_end_is_an_end(end, world, stage1, calm, tmp_path):
     if end.goes_on and not (LONG or end.what.startswith(("full", "SIG"))):
         return                                             # `make kill` starts every one again
     if end.goes_on:
-        again = start(["train_dpo.py", *words], end.processes, {})
-        said = again.communicate(timeout=300)[0]
-        assert again.returncode == 0, said[-2000:]
+        run("train_dpo.py", *words, processes=end.processes)
         bit_equal(folder / "dpo", calm(end.processes) / "dpo")
     elif (folder / "dpo/metrics.jsonl").exists():
         assert not [x for x in metrics(folder / "dpo") if "loss" in x]
@@ -186,8 +181,7 @@ def test_every_end_is_an_end(end, world, stage1, calm, tmp_path):
 def test_a_second_interrupt_ends_at_once(world, stage1, tmp_path):
     """The first asks to stop; the second is heeded where it finds the run, here in a stuck save."""
     import signal
-    folder, mark = tmp_path / "run", uuid.uuid4().hex
-    shutil.copytree(stage1 / "pretrain", folder / "pretrain")
+    folder, mark = copied(stage1, tmp_path / "run"), uuid.uuid4().hex
     process = start(["tests/ends.py", "train_dpo.py", *command(folder, world, 2)], 1,
                     {"END": "stuck saving:1:0", "ENDS_MARK": mark,
                      "ENDS_AT": str(tmp_path / "at")})
@@ -207,8 +201,7 @@ def test_a_second_interrupt_ends_at_once(world, stage1, tmp_path):
 def test_a_run_that_nobody_reads_any_more_ends(world, stage1, tmp_path):
     """`| head`, or a terminal that is gone: the cause cannot be printed either. It ends all the
     same, while workers live."""
-    folder, mark = tmp_path / "run", uuid.uuid4().hex
-    shutil.copytree(stage1 / "pretrain", folder / "pretrain")
+    folder, mark = copied(stage1, tmp_path / "run"), uuid.uuid4().hex
     process = start(["train_dpo.py", *command(folder, world, 2), "--log-every", 1, "--max-steps",
                      400, "--epochs", 100], 1, {"ENDS_MARK": mark})
     while "step 0" not in process.stdout.readline():
@@ -218,8 +211,7 @@ def test_a_run_that_nobody_reads_any_more_ends(world, stage1, tmp_path):
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored(world, stage1, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(stage1 / "pretrain", folder / "pretrain")
+    folder = copied(stage1, tmp_path / "run")
     words = ["nohup", sys.executable, "tests/ends.py", "train_dpo.py", *command(folder, world, 0)]
     done = subprocess.run([str(w) for w in words], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "END": "SIGHUP in the loop:2:0",

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, run
+from conftest import ROOT, copied, run
 
 STAGES = ["pretrain", "train_sft", "train_dpo", "train_mpo", "train_grpo", "train_ppo", "extract",
           "repair_eval"]
@@ -246,7 +246,7 @@ def test_a_new_stage_needs_no_edit_elsewhere(stage1, world, tmp_path):
         assert text.count(old) == 1, old
         text = text.replace(old, new)
     (here / "train_focal.py").write_text(text, encoding="utf-8")
-    shutil.copytree(stage1 / "pretrain", run_dir / "pretrain")
+    copied(stage1, run_dir)
 
     def command(*words, processes=1, code=0):
         start = [sys.executable] if processes == 1 else [

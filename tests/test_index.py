@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import data
-from conftest import COMMON, ROOT, bit_equal, run
+from conftest import COMMON, bit_equal, killed_at, run
 from pivot import checkpoints, distributed, encoders, flags, index, published, records
 
 TEXT = {"conversations": [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "yes"}]}
@@ -418,13 +418,10 @@ def test_cached_or_not_by_any_number_of_processes(world, fresh, tmp_path):
     bit_equal(tmp_path / "one/sft", tmp_path / "again/sft")
 
 
-def test_killed_while_it_is_written(world, fresh):
+def test_killed_while_it_is_written(world, fresh, tmp_path):
     """The same command then makes it anew; nothing of the first one is left or read."""
-    command = ["train_sft.py", *map(str, [*COMMON[2:], "--data", world, "--max-steps", 1,
-                                          "--run-dir", fresh])]
-    done = subprocess.run([sys.executable, "tests/killed.py", *command], cwd=ROOT, env={
-        **os.environ, "KILL": "before rename of pairs:1:0", "KILL_MARK": str(fresh / "mark")})
-    assert done.returncode == -9
+    command = ["train_sft.py", *COMMON[2:], "--data", world, "--max-steps", 1, "--run-dir", fresh]
+    killed_at("before rename of pairs:1:0", tmp_path / "kill", command)
     left, = (fresh / "index").glob("pairs-*")
     assert left.suffix == ".tmp" and (left / "facts.json").exists()
     run(*command)

@@ -1,10 +1,6 @@
 """LLMs people use: opened as they compute themselves, or refused in one line before any training."""
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +8,7 @@ import transformers as t
 from safetensors.torch import load_file, save_file
 
 import model as m
-from conftest import COMMON, ROOT, TEXT, metrics, run
+from conftest import COMMON, ROOT, TEXT, copied, killed_at, metrics, run
 from pivot import flags, model_io, published, tensors
 
 TOY = ROOT / "weights/toy-lm"
@@ -239,10 +235,7 @@ def test_sliding_and_linear_attention_train_with_rows(name, world, tmp_path):
     # killed after the checkpoint of step 2, started again: the same four steps, bit for bit
     command = ["--run-dir", tmp_path / "resumed", "--data", world, *COMMON[2:], *SHORT, "--layout",
                "rows", "--save-every", 2]
-    killed = subprocess.run([sys.executable, "tests/killed.py", "train_dpo.py",
-                             *map(str, command)], cwd=ROOT, capture_output=True, env={
-        **os.environ, "KILL": "after rename of step:1:0", "KILL_MARK": str(tmp_path / "mark")})
-    assert killed.returncode == -signal.SIGKILL
+    killed_at("after rename of step:1:0", tmp_path / "kill", ["train_dpo.py", *command])
     assert "continuing after 2 steps" in run("train_dpo.py", *command).stdout
     assert metrics(tmp_path / "resumed/dpo") == whole
 
@@ -258,13 +251,13 @@ def test_rows_and_pairs_train_alike(stage1, world, tmp_path):
     """On full attention the layout changes the time, not the run; a reference of the other layout
     is refused."""
     for name in ("pair", "rows"):
-        shutil.copytree(stage1 / "pretrain", tmp_path / name / "pretrain")
+        copied(stage1, tmp_path / name)
         dpo(tmp_path / name, world, "--layout", name)
     for a, b in zip(metrics(tmp_path / "pair/dpo"), metrics(tmp_path / "rows/dpo")):
         for key in {"loss", "margin", "heldout_margin", "heldout_accuracy"} & a.keys():
             assert abs(a[key] - b[key]) < 1e-4, (key, a, b)
     (tmp_path / "third/dpo").mkdir(parents=True)
-    shutil.copytree(stage1 / "pretrain", tmp_path / "third/pretrain")
+    copied(stage1, tmp_path / "third")
     shutil.copy(tmp_path / "pair/dpo/ref_logps.safetensors", tmp_path / "third/dpo")
     refused = dpo(tmp_path / "third", world, "--layout", "rows", check=False)
     assert refused.returncode == 1 and "layout" in refused.stderr.splitlines()[-1]

@@ -1,12 +1,8 @@
 """A published MLLM as stage 1 (tools.parent), and stages that go on from elsewhere (--parent)."""
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
@@ -15,7 +11,7 @@ import transformers as t
 from safetensors.torch import load_file, save_file
 
 import data
-from conftest import COMMON, ROOT, TEXT, VISION, bit_equal, metrics, run
+from conftest import COMMON, ROOT, TEXT, VISION, bit_equal, killed_at, metrics, run
 from judge import answer
 from pivot import model_io, published, records, tensors
 from tools import parent
@@ -285,10 +281,7 @@ def test_dpo_from_a_published_model_killed_and_resumed(brought, world, tmp_path)
     assert all(norm > 0 for norm in steps[0]["grad_norm"].values())
     command = ["--run-dir", tmp_path / "other", "--parent", run_dir, "--data", world, *COMMON[2:],
                *SHORT, "--epochs", 2, "--save-every", 2]
-    killed = subprocess.run([sys.executable, "tests/killed.py", "train_dpo.py",
-                             *map(str, command)], cwd=ROOT, capture_output=True, env={
-        **os.environ, "KILL": "after rename of step:1:0", "KILL_MARK": str(tmp_path / "mark")})
-    assert killed.returncode == -signal.SIGKILL
+    killed_at("after rename of step:1:0", tmp_path / "kill", ["train_dpo.py", *command])
     command[2:4] = []                                    # as it was begun
     assert "continuing after 2 steps" in run("train_dpo.py", *command).stdout
     bit_equal(run_dir / "dpo", tmp_path / "other/dpo")

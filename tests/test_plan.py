@@ -94,7 +94,8 @@ def test_flops_by_hand():
 @pytest.mark.parametrize("processes", [1, 3])
 def test_bytes_of_weights_gradients_and_optimizer_are_exact(processes):
     """Three processes: no axis divides evenly. The LLM is frozen: it has neither."""
-    got = measured("bytes", processes=processes)
+    said = run("tests/measured.py", "bytes", processes=processes).stdout
+    got = json.loads(next(x for x in said.splitlines() if x.startswith("{")))
     assert got["real"] == got["planned"] and got["real"]["gradients"] > 0
     assert got["real"]["optimizer"] == 2 * got["real"]["gradients"] < got["real"]["weights"]
 

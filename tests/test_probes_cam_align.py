@@ -16,7 +16,7 @@ from pivot import distributed, encoders, images, published, records
 import gradcam
 import probe_align
 import model as m
-from conftest import tiny_model
+from conftest import copied, tiny_model
 from test_encoders import write_checkpoint
 
 
@@ -320,7 +320,7 @@ def test_path_as_a_command(stage1, cam_world, tmp_path, capsys):
 
 
 def test_gradcam_refuses_in_one_line(stage1, cam_world, tmp_path):
-    shutil.copytree(stage1 / "pretrain", tmp_path / "run/pretrain")   # others add stages to stage1
+    copied(stage1, tmp_path / "run")
     common = ["--run", tmp_path / "run", "--data", cam_world, "--out", tmp_path]
     refuses(gradcam, "--run", tmp_path / "none", match=r"no trained model.*pretrain\.py --run-dir")
     refuses(gradcam, *common, "--stage", "dpo", match=r"train_dpo\.py --run-dir")

@@ -1,18 +1,16 @@
 """The rehearsal: the longest micro-batch there is, nothing about the run changed, one line where
 memory does not suffice, and the planner's bytes against those that autograd really keeps."""
 import copy
-import shutil
 from argparse import Namespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 import data
 import model as m
 from pivot import distributed, model_io, records, rehearsal, training
 from tools import meta, plan
-from conftest import COMMON, bit_equal, run, tiny_model
+from conftest import COMMON, bit_equal, copied, run, tiny_model
 
 RATES = {"encoder": 1e-5, "projector": 1e-5, "llm": 1e-5}
 ARGS = Namespace(rehearsal="on", global_batch=4, micro_batch=2, encoder="siglip2-so400m",
@@ -64,7 +62,7 @@ def test_one_token_more_is_over_long(toy, kind, layout, bound, monkeypatch):
     ("dpo", [], 1), ("dpo", ["--layout", "rows", "--micro-batch", 2], 2), ("sft", [], 1)])
 def test_the_run_is_bit_for_bit_the_same(stage1, world, tmp_path, stage, flags, processes):
     for name in ("off", "on"):
-        shutil.copytree(stage1 / "pretrain", tmp_path / name / "pretrain")
+        copied(stage1, tmp_path / name)
         said = run(f"train_{stage}.py", "--run-dir", tmp_path / name, "--data", world, *COMMON[2:],
                    "--micro-batch", 4, "--max-steps", 2, "--num-samples", 16, "--lr", 1e-3, *flags,
                    "--rehearsal", name, processes=processes).stdout

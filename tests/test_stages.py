@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import compat
 from pivot import checkpoints, model_io, published, tensors
-from conftest import COMMON, ROOT, bit_equal, metrics, run
+from conftest import COMMON, ROOT, bit_equal, copied, killed_at, metrics, run
 
 
 def stage2(name, folder, world, *more, **options):
@@ -241,9 +241,7 @@ def test_killed_before_at_and_after_the_border_of_two_phases(trained, world, tmp
     """Invariant 5, the rude way: kill -9 behind a checkpoint inside phase 1a, at its end, in 1b."""
     command = ["pretrain.py", "--run", tmp_path / "new", "--encoder", "toy-vit", *COMMON, "--data",
                world, "--projector-max-steps", 2, "--max-steps", 3, "--save-every", 1]
-    killed = subprocess.run([sys.executable, "tests/killed.py", *map(str, command)], cwd=ROOT, env={
-        **os.environ, "KILL": f"after rename of step:{done}:0", "KILL_MARK": str(tmp_path / "mark")})
-    assert killed.returncode == -signal.SIGKILL
+    killed_at(f"after rename of step:{done}:0", tmp_path / "kill", command)
     assert f"continuing after {done} steps" in run(*command).stdout
     bit_equal(tmp_path / "new/pretrain", trained[0] / "pretrain")
 
@@ -547,7 +545,7 @@ def test_the_headline_command_says_what_is_missing(tmp_path):
 ])
 def test_bad_arguments(stage1, world, tmp_path, command, words):
     if "RUN" in command:
-        shutil.copytree(stage1 / "pretrain", tmp_path / "run/pretrain")
+        copied(stage1, tmp_path / "run")
     command = [tmp_path / "run" if c == "RUN" else c for c in command]
     if command[0] in ("pretrain.py", "train_dpo.py"):
         command += ["--data", world, "--workers", 0]

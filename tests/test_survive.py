@@ -1,11 +1,11 @@
 """Killed at any moment and started again = never killed (invariant 5), on two processes.
 
-A few kills here; `make kill` (PIVOT_KILLS=long) goes through every moment and stage.
+A few kills here; `make kill` (PIVOT_KILLS=long) goes through every moment and stage. torchrun is run
+where it is what is killed, or what starts a run again; elsewhere the processes are forks (conftest).
 """
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import COMMON, LONG, ROOT, bit_equal, metrics, run
+from conftest import COMMON, LONG, ROOT, bit_equal, copied, killed_at, metrics, run
 from test_stages import close
 
 # moment, for the how-manieth time, on which process
@@ -49,7 +49,7 @@ def commands(world, stage1, tmp_path_factory):
         common = ["--run-dir", folder, *COMMON[2:], "--data", world, "--save-every", 1]
         if stage in ("sft", "dpo"):
             if not folder.exists():
-                shutil.copytree(stage1 / "pretrain", folder / "pretrain")
+                copied(stage1, folder)
             return [f"train_{stage}.py", *common, "--max-steps", steps], folder / stage
         if stage == "pretrain":
             return ["pretrain.py", "--encoder", "toy-vit", "--llm", "toy-lm", *common,
@@ -60,8 +60,7 @@ def commands(world, stage1, tmp_path_factory):
     def calm(stage, steps=STEPS):
         if (stage, steps) not in made:
             line, folder = command(stage, f"{stage}-calm-{steps}", steps)
-            code, out = torchrun(*line)
-            assert code == 0, out[-3000:]
+            run(*line, processes=2)
             made[stage, steps] = folder
         return made[stage, steps]
     return command, calm
@@ -77,14 +76,10 @@ def test_killed_at_named_moments(commands, tmp_path, stage):
     line, folder = command(stage, f"{stage}-killed")
     moments = [m for m in (MOMENTS if LONG else SHORT) if stage == "dpo" or "ref_logps" not in m[0]]
     for i, (moment, count, rank) in enumerate(moments):
-        mark = tmp_path / f"mark-{i}"
-        code, out = torchrun("tests/killed.py", *line, env={
-            "KILL": f"{moment}:{count}:{rank}", "KILL_MARK": str(mark)})
-        assert code != 0 and mark.exists(), f"{moment}: not met\n{out[-3000:]}"
+        killed_at(f"{moment}:{count}:{rank}", tmp_path / f"kill-{i}", line, processes=2)
         if (folder / "final").exists():
             assert (folder / "final/config.json").exists()
-    code, out = torchrun(*line)
-    assert code == 0, out[-3000:]
+    run(*line, processes=2)
     bit_equal(folder, calm(stage))
 
 
@@ -153,11 +148,8 @@ def test_restarted_with_another_number_of_processes(commands, tmp_path, before, 
     """Five steps: AdamW magnifies the rounding of each further one (1.4e-5 after nine)."""
     command, calm = commands
     line, folder = command("dpo", f"from-{before}-to-{after}", steps=5)
-    code, _ = torchrun("tests/killed.py", *line, processes=before, env={
-        "KILL": "before the update:4:0", "KILL_MARK": str(tmp_path / "mark")})
-    assert code != 0 and (tmp_path / "mark").exists()
-    code, out = torchrun(*line, processes=after)
-    assert code == 0 and "continuing after 3 steps" in out, out[-3000:]
+    killed_at("before the update:4:0", tmp_path / "kill", line, processes=before)
+    assert "continuing after 3 steps" in run(*line, processes=after).stdout
     close(metrics(folder), metrics(calm("dpo", steps=5)))
 
 
@@ -177,7 +169,7 @@ def test_nothing_older_goes_before_what_replaces_it_is_on_disk(stage1, world, tm
     """Power may fail: files are fsynced before their folder gets its name, the name (its parent
     folder) before the older checkpoint, the checkpoints or the older encoder are deleted."""
     log, folder = tmp_path / "log", tmp_path / "run"
-    shutil.copytree(stage1 / "pretrain", folder / "pretrain")
+    copied(stage1, folder)
     dpo = ["train_dpo.py", "--run-dir", folder, "--data", world, *COMMON[2:], "--max-steps", 3,
            "--num-samples", 24, "--lr", 1e-3, "--save-every", 1, "--keep", 1]
     extract = ["extract.py", "--run-dir", folder, "--stage", "dpo"]
