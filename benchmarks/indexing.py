@@ -129,21 +129,24 @@ def main():
         plans = [(f"{args.before}, {n}", args.before, n) for n in (1,) if args.before]
         plans += [(f"{n}", ROOT, n) for n in args.processes]
         for name, root, processes in plans:
-            shutil.rmtree(work / "index", ignore_errors=True)
+            shutil.rmtree(work / "set-index", ignore_errors=True)
             for which in ("first",) if root == args.before else ("first", "second"):
-                took = start(root, work / "set", work / "index", processes)
+                took = start(root, work / "set", work / "set-index", processes)
                 rows.append([name, which, f"{took['seconds']:.1f}",
                              f"{took['memory'] / 2 ** 20:.0f}", took["digest"]])
                 result.append({"code": name, "start": which, **took})
         c.table(["processes", "start", "seconds", "MiB", "data digest"], rows, left=2)
         print(f"{records} records of {result[0]['tokens']:.0f} tokens")
         if shutil.which("strace"):
-            make(work / "small", min(records, TRACED))
-            for name, root in [*(("before", args.before),) * bool(args.before), ("first", ROOT),
-                               ("second", ROOT)]:
-                asked = calls(root, work / "small", work / "small-index", work / "log")
-                print(f"{name}: {asked} calls, {asked / min(records, TRACED):.4f} a record")
-                result.append({"code": name, "calls": asked})
+            small = min(records, TRACED)
+            make(work / "small", small)
+            plans = [("before", args.before, "small", small)] if args.before else []
+            plans += [("first", ROOT, "small", small), ("second", ROOT, "small", small),
+                      ("second", ROOT, "set", records)]
+            for name, root, data, count in plans:
+                asked = calls(root, work / data, work / f"{data}-index", work / "log")
+                print(f"{name}, {count} records: {asked} calls, {asked / count:.4f} a record")
+                result.append({"code": name, "records": count, "calls": asked})
         else:
             print("strace is not here: calls are not counted")
     c.write("indexing", args, {"starts": result})

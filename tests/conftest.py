@@ -13,6 +13,7 @@ os.environ["PYTHONPATH"] = str(ROOT / "tests" / "offline")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)   # ignored, where `&` started the suite
+signal.signal(signal.SIGHUP, signal.SIG_DFL)               # and where nohup did
 # The same rounding on every processor, as study.ARITHMETIC; set before torch is imported.
 os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 # A cache of its own: inductor's key does not know the capability, and code made for 16 floats at a

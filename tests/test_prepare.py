@@ -4,6 +4,7 @@ The files are made here in the published layouts: columns, nesting, archives, od
 """
 import argparse
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -241,13 +242,20 @@ def test_meta_mat_is_read_as_scipy_reads_it(tmp_path):
             matlab.synsets(tmp_path / "meta.mat")
 
 
-def test_align_is_probed(tmp_path):
-    """minhuh/prh: a list of texts a picture, of which the protocol takes the first."""
-    write_parquet(tmp_path / "prh/data/train-00000-of-00001.parquet", [
+@pytest.fixture(scope="module")
+def prh(tmp_path_factory):
+    """minhuh/prh: a list of texts a picture."""
+    source = tmp_path_factory.mktemp("prh")
+    write_parquet(source / "data/train-00000-of-00001.parquet", [
         ("image", IMAGE), ("text", pa.list_(pa.string())), ("origin", pa.string())],
         [{"image": numbered("n1", i), "text": [f"caption {i}", "page", "section"], "origin": "u"}
          for i in range(14)])
-    call("align", tmp_path / "prh", tmp_path / "align", "--pack")
+    return source
+
+
+def test_align_is_probed(prh, tmp_path):
+    """Of a picture's texts the protocol takes the first."""
+    call("align", prh, tmp_path / "align", "--pack")
     first = json.loads((tmp_path / "align/pairs.jsonl").read_text().splitlines()[0])
     assert first == {"image": "00000-000000.jpg", "caption": "caption 0"}
     said = run("probe_align.py", "--encoder", "toy-vit", "--llm", "toy-lm", "--data",
@@ -345,23 +353,35 @@ def test_without_pyarrow_one_line_says_what_to_install(chats, tmp_path, monkeypa
     refused("pip install -r requirements-prepare.txt", "onevision", chats, tmp_path / "out")
 
 
-def test_a_full_disk_is_one_line_and_goes_on(chats, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [[], ["--pack"]])
+@pytest.mark.parametrize("what", ["onevision", "imagenet", "align", "mmpr"])
+def test_a_full_disk_is_one_line_and_goes_on(chats, labelled, prh, tmp_path, monkeypatch, what,
+                                             flags):
+    """At the first, the middle and the last fsync; a list that is there is whole."""
+    source = {"onevision": chats, "imagenet": labelled / "hub", "align": prh}.get(what)
+    source = source or mmpr_source(tmp_path / "MMPR")
     fsync, calls = os.fsync, []
 
-    def full(descriptor):
+    def full(descriptor, at=None):
         calls.append(descriptor)
-        if len(calls) == 4:
+        if len(calls) == at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
-    monkeypatch.setattr("sys.argv", ["prepare", "onevision", str(chats), str(tmp_path / "out")])
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(SystemExit, match="error: no room left on the disk"):
-            prepare.main()
-    assert not (tmp_path / "out/instruct.jsonl").exists()
-    prepare.main()
-    call("onevision", chats, tmp_path / "other")
-    assert tree(tmp_path / "out") == tree(tmp_path / "other")
+    monkeypatch.setattr(os, "fsync", full)
+    call(what, source, tmp_path / "calm", *flags)
+    calm, count = tree(tmp_path / "calm"), len(calls)
+    for at in (1, (count + 1) // 2, count):
+        out = tmp_path / f"out-{at}"
+        monkeypatch.setattr("sys.argv", ["prepare", what, str(source), str(out), *flags])
+        with monkeypatch.context() as patch:
+            calls.clear()
+            patch.setattr(os, "fsync", functools.partial(full, at=at))
+            with pytest.raises(SystemExit, match="error: no room left on the disk"):
+                prepare.main()
+        assert all(calm[name] == raw for name, raw in tree(out).items()
+                   if name.endswith((".jsonl", "meta.json")) and "prepared" not in name)
+        prepare.main()
+        assert tree(out) == calm
 
 
 def test_what_was_written_is_read_back(chats, tmp_path, monkeypatch):
