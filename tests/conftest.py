@@ -54,12 +54,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: long.index(item.path.name) if item.path.name in long else len(long))
 
 
-def run(*command, processes=1, check=True):
+def run(*command, processes=1, check=True, root=ROOT):
     """Run a script of the repository, or "-m" and a module, in one process or several, which are
-    forks that have torch imported already; → CompletedProcess."""
+    forks that have torch imported already; → CompletedProcess. root: another checkout of it."""
     with tempfile.TemporaryDirectory() as folder:
-        done = in_fork.run(in_fork.server(), [str(c) for c in command], ROOT, Path(folder),
-                           processes=processes)
+        done = in_fork.run(in_fork.server(), [str(c) for c in command], root, Path(folder),
+                           processes=processes, root=root)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -107,15 +107,22 @@ def fresh(stage1, tmp_path):
     return copied(stage1, tmp_path / "run")
 
 
+def under(wrapper, script, stage, **environment):
+    """Write the script that runs a stage under a file of tests/ which reads these variables."""
+    environment = {name: str(value) for name, value in environment.items()}
+    script.write_text(
+        f"import os, runpy, sys\nos.environ.update({environment!r})\n"
+        f"sys.argv = [{wrapper!r}, {str(ROOT / stage)!r}, *sys.argv[1:]]\n"
+        f"runpy.run_path({str(ROOT / 'tests' / wrapper)!r}, run_name='__main__')\n")
+    return script
+
+
 def killed_at(moment, place, line, processes=1):
     """Run a stage that kills itself when it meets a moment of tests/killed.py, "what:count:rank".
     place: a folder of this kill's own, made here; line: the stage's script and flags."""
     place.mkdir()
-    mark, script = place / "mark", place / "script.py"
-    script.write_text(
-        f"import os, runpy, sys\nos.environ.update(KILL={moment!r}, KILL_MARK={str(mark)!r})\n"
-        f"sys.argv = ['killed.py', {str(ROOT / line[0])!r}, *sys.argv[1:]]\n"
-        f"runpy.run_path({str(ROOT / 'tests/killed.py')!r}, run_name='__main__')\n")
+    mark = place / "mark"
+    script = under("killed.py", place / "script.py", line[0], KILL=moment, KILL_MARK=mark)
     done = run(script, *line[1:], processes=processes, check=False)
     assert mark.exists() and done.returncode, f"{moment}: not met\n{done.stderr[-3000:]}"
 

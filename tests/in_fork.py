@@ -27,16 +27,21 @@ from tqdm import tqdm  # noqa: E402
 tqdm.set_lock(threading.RLock())     # its own is a semaphore, which a killed child would leak
 
 
-def child(command, folder, out, killed, environment):
+def child(command, folder, out, killed, environment, root):
     """In the child: the script as __main__, in `folder`, its output in two files in `out`.
 
-    killed: die in Run.finish, as a lost machine would: what is left is a run half done.
+    root: the checkout whose script it is. killed: die in Run.finish, as a lost machine would: what is left is a run half done.
     """
     os.chdir(folder)
     os.environ |= environment
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)
+    if root != ROOT:                         # what was imported from here is forgotten
+        ours = {path.stem for path in root.iterdir() if path.suffix == ".py" or path.is_dir()}
+        for name in [name for name in sys.modules if name.split(".")[0] in ours]:
+            del sys.modules[name]
+        sys.path[:] = [str(root), *(path for path in sys.path if path != str(ROOT))]
     if killed:
         checkpoints.Run.finish = lambda *_: os._exit(9)
     try:
@@ -44,7 +49,7 @@ def child(command, folder, out, killed, environment):
             sys.argv = command[1:]
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
         else:
-            sys.argv = [str(ROOT / command[0]), *command[1:]]
+            sys.argv = [str(root / command[0]), *command[1:]]
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as e:                  # as the interpreter does it
         if isinstance(e.code, str):
@@ -64,14 +69,15 @@ def server():
     return context
 
 
-def run(context, command, folder, out=None, killed=False, processes=1):
-    """→ CompletedProcess. folder: where the command is typed; out: where its output is kept."""
+def run(context, command, folder, out=None, killed=False, processes=1, root=ROOT):
+    """→ CompletedProcess. folder: where the command is typed; out: where its output is kept; root:
+    the checkout that it belongs to."""
     outs = [Path(out or folder)] + [Path(out or folder, str(r)) for r in range(1, processes)]
     forks = []
     for rank, (place, environment) in enumerate(zip(outs, torchrun_says(processes))):
         place.mkdir(exist_ok=True)
         forks.append(context.Process(target=child, args=(command, folder, place, killed,
-                                                         environment)))
+                                                         environment, root)))
         forks[rank].start()
     end, failed = time.monotonic() + 300, False
     while any(fork.exitcode is None for fork in forks) and time.monotonic() < end:

@@ -249,10 +249,7 @@ def test_a_new_stage_needs_no_edit_elsewhere(stage1, world, tmp_path):
     copied(stage1, run_dir)
 
     def command(*words, processes=1, code=0):
-        start = [sys.executable] if processes == 1 else [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = subprocess.run([*start, *map(str, words)], cwd=here, capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": f"{here}:{ROOT}/tests/offline"})
+        done = run(*words, processes=processes, check=False, root=here)
         assert done.returncode == code, done.stdout[-1500:] + done.stderr[-1500:]
         return done.stdout + done.stderr
 

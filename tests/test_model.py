@@ -444,6 +444,7 @@ def test_a_number_falls_to_the_token_that_owns_its_place():
     assert m.token_at(numbers, logits).tolist() == [0, 0, 2, 2, 3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
 def test_every_block_is_compiled(monkeypatch):
     """Same log-probs and gradients; a few graphs, for what is alike shares one (the limit is 8)."""

@@ -101,7 +101,7 @@ def test_bytes_of_weights_gradients_and_optimizer_are_exact(processes):
 
 
 @pytest.mark.parametrize("arguments,processes", [
-    ((3, 1, 0, "DPO"), 1), ((1, 2, 1, "SFT"), 1),
+    ((3, 1, 0, "DPO"), 1), pytest.param((1, 2, 1, "SFT"), 1, marks=pytest.mark.slow),
     pytest.param((2, 2, 1, "DPO"), 2, marks=pytest.mark.slow)])
 def test_peak_memory_of_a_real_run(arguments, processes):
     """Resident bytes of the first process at their highest, two real steps: within 10 % of the
@@ -243,27 +243,28 @@ def test_a_machine_that_is_none(tmp_path, spec, words):
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_page_for_real_use_states_what_is_computed():
+@pytest.mark.parametrize("llm,place", [("qwen2.5-0.5b", 2), pytest.param(
+    "qwen2.5-7b", 5, marks=pytest.mark.slow)])
+def test_the_page_for_real_use_states_what_is_computed(llm, place):
     """Its table: So400m with four LLMs on 8 × H100, of which the smallest and the largest here."""
     lines = ["| head | parameters | weights, gradients, AdamW a GPU | `--micro-batch`, stage 1 / "
              "DPO | without checkpointing | stage 1 | DPO | in all |", "|---" * 8 + "|"]
-    for llm in ("qwen2.5-0.5b", "qwen2.5-7b"):
-        plans = []
-        for stage in ("pretrain", "train_dpo"):
-            stage, args, _ = plan.stage_and_args([
-                stage, "--llm", llm, "--activation-checkpointing", "--data", "nowhere", "--run-dir",
-                "nowhere"])                                                  # no data: the paper's
-            model = meta.empty_mllm(args.encoder, args.llm)
-            plans += [plan.phase_plan(args, model, p) for p in plan.phases_of(stage, args)]
-        _, full, dpo = plans
-        states = sum(dpo["held"][k] for k in ("weights", "optimizer", "gradients"))
-        count = sum(p.numel() for p in model.parameters())
-        lines.append(f"| {llm} | {count / 1e9:.2f} B | {states / 1e9:.1f} GB | "
-                     f"{full['fits'][True]} / {dpo['fits'][True]} | "
-                     f"{full['fits'][False]} / {dpo['fits'][False]} | "
-                     f"{plans[0]['hours'] + full['hours']:.1f} h | {dpo['hours']:.2f} h | "
-                     f"{sum(p['hours'] for p in plans):.1f} h |")
+    plans = []
+    for stage in ("pretrain", "train_dpo"):
+        stage, args, _ = plan.stage_and_args([
+            stage, "--llm", llm, "--activation-checkpointing", "--data", "nowhere", "--run-dir",
+            "nowhere"])                                                  # no data: the paper's
+        model = meta.empty_mllm(args.encoder, args.llm)
+        plans += [plan.phase_plan(args, model, p) for p in plan.phases_of(stage, args)]
+    _, full, dpo = plans
+    states = sum(dpo["held"][k] for k in ("weights", "optimizer", "gradients"))
+    count = sum(p.numel() for p in model.parameters())
+    lines.append(f"| {llm} | {count / 1e9:.2f} B | {states / 1e9:.1f} GB | "
+                 f"{full['fits'][True]} / {dpo['fits'][True]} | "
+                 f"{full['fits'][False]} / {dpo['fits'][False]} | "
+                 f"{plans[0]['hours'] + full['hours']:.1f} h | {dpo['hours']:.2f} h | "
+                 f"{sum(p['hours'] for p in plans):.1f} h |")
     page = (ROOT / "docs/real-use.md").read_text(encoding="utf-8")
     stated = re.search(r"<!-- plan -->\n(.*?)\n<!-- /plan -->", page, re.S)[1]
     stated = stated.strip().split("\n")
-    assert len(stated) == 6 and stated[:3] + stated[5:] == lines, "\n".join(lines)
+    assert len(stated) == 6 and [*stated[:2], stated[place]] == lines, "\n".join(lines)

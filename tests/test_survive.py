@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import COMMON, LONG, ROOT, bit_equal, copied, killed_at, metrics, run
+from conftest import COMMON, LONG, ROOT, bit_equal, copied, killed_at, metrics, run, under
 from test_stages import close
 
 # moment, for the how-manieth time, on which process
@@ -174,8 +174,8 @@ def test_nothing_older_goes_before_what_replaces_it_is_on_disk(stage1, world, tm
            "--num-samples", 24, "--lr", 1e-3, "--save-every", 1, "--keep", 1]
     extract = ["extract.py", "--run-dir", folder, "--stage", "dpo"]
     for words in (dpo, extract, [*extract, "--overwrite"]):
-        subprocess.run([sys.executable, "tests/durable.py", *map(str, words)], cwd=ROOT, check=True,
-                       capture_output=True, env={**os.environ, "DURABLE": str(log)})
+        script = under("durable.py", tmp_path / f"durable_{words[0]}", words[0], DURABLE=log)
+        run(script, *words[1:])
     events, lasting, named, deleted = [json.loads(line) for line in log.open()], set(), None, []
     for what, path, *more in events:
         if what == "fsync":

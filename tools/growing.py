@@ -59,7 +59,7 @@ class Growing:
             if gone := [place for _, place in moves if not Path(place).exists()]:
                 raise SystemExit(f"error: {gone[0]} is gone; {self.said} says that it was made: "
                                  f"delete that, and what else it made, to make it again")
-            shutil.rmtree(self.work, ignore_errors=True)    # that call may have ended before it went
+            shutil.rmtree(self.work, ignore_errors=True)    # it may have ended before that
             return
         journal = self.work / "journal.json"
         if not journal.exists():
