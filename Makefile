@@ -74,7 +74,7 @@ real: .venv/done data/real
 	@$(PY) repair_eval.py --compare $(REALRUN)/repair/toy-vit $(REALRUN)/repair/sft $(REALRUN)/repair/dpo
 
 test: .venv/done
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_opens.py tests
+	$(PY) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/test_opens.py tests
 
 # Every family of encoders trained for a moment; what comes out opened here and by transformers 4.
 compat: .venv/done .venv-compat/done

@@ -45,12 +45,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """What is slow is for `make kill`. Files that take minutes begin first: both workers then end at
+    """What is slow is for `make kill`. Files that take minutes begin first: all workers then end at
     about the same time."""
     for item in items:
         if item.get_closest_marker("slow") and not LONG:
             item.add_marker(pytest.mark.skip(reason="slow: make kill"))
-    long = ("test_stages.py", "test_plan.py", "test_survive.py", "test_bench.py")
+    long = ("test_stages.py", "test_ends.py", "test_survive.py", "test_headline.py", "test_plan.py",
+            "test_house.py", "test_llms.py", "test_bench.py")
     items.sort(key=lambda item: long.index(item.path.name) if item.path.name in long else len(long))
 
 
