@@ -88,7 +88,7 @@ compat: .venv/done .venv-compat/done
 	@touch $@
 
 # Every way to end, and every stage killed at every named moment and at random ones; then the tests
-# that are too slow for `make test`. Hours.
+# that are too slow for `make test`. An hour.
 kill: .venv/done
 	PIVOT_KILLS=long $(PY) -m pytest -v -n 3 --dist worksteal tests/test_ends.py tests/test_survive.py
 	PIVOT_KILLS=long $(PY) -m pytest -v -n 2 -m slow tests

@@ -55,6 +55,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: long.index(item.path.name) if item.path.name in long else len(long))
 
 
+ENDED = "seconds from the failure to the end of all processes"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The longest of the ends that test_ends.py waited for."""
+    took = [(value, report.nodeid) for report in terminalreporter.getreports("passed")
+            for name, value in report.user_properties if name == ENDED]
+    if took:
+        terminalreporter.write_line(f"{ENDED}, of {len(took)} ends, at most: "
+                                    "{:.1f} ({})".format(*max(took)))
+
+
 def run(*command, processes=1, check=True, root=ROOT):
     """Run a script of the repository, or "-m" and a module, in one process or several, which are
     forks that have torch imported already; → CompletedProcess. root: another checkout of it."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from conftest import COMMON, LONG, ROOT, bit_equal, copied, metrics, run
+from conftest import COMMON, ENDED, LONG, ROOT, bit_equal, copied, metrics, run
 
 MINUTE, STOPPED = 60, 75
 
@@ -146,7 +146,7 @@ def command(folder, world, workers):
 
 @pytest.mark.parametrize("end", TABLE, ids=lambda e: f"{e.what}, {e.workers} workers, "
                          f"{e.processes} processes")
-def test_every_end_is_an_end(end, world, stage1, calm, tmp_path):
+def test_every_end_is_an_end(end, world, stage1, calm, tmp_path, record_property):
     folder, mark = copied(stage1, tmp_path / "run"), uuid.uuid4().hex
     words = command(folder, world, end.workers)
     process = start(["tests/ends.py", "train_dpo.py", *words, *end.flags], end.processes,
@@ -161,7 +161,7 @@ def test_every_end_is_an_end(end, world, stage1, calm, tmp_path):
                              f"{process.communicate()[0][-2000:]}")
     left = left_behind(mark)
     took = time.time() - float((tmp_path / "at").read_text())
-    print(f"{end.what}: {took:.1f} s")
+    record_property(ENDED, took)
     assert not left and took < MINUTE, f"{took:.0f} s after the failure, left: {left}"
     if end.processes == 1:
         assert process.returncode == end.code, said[-2000:]
