@@ -30,7 +30,8 @@ tqdm.set_lock(threading.RLock())     # its own is a semaphore, which a killed ch
 def child(command, folder, out, killed, environment, root):
     """In the child: the script as __main__, in `folder`, its output in two files in `out`.
 
-    root: the checkout whose script it is. killed: die in Run.finish, as a lost machine would: what is left is a run half done.
+    root: the checkout whose script it is. killed: die in Run.finish, as a lost machine would: what
+    is left is a run half done.
     """
     os.chdir(folder)
     os.environ |= environment
