@@ -187,10 +187,14 @@ def names_of(item, key):
 
 def names_a_picture(value):
     """Is it a file name of a picture or film, a picture itself, or does it hold one?"""
-    if isinstance(value, (list, dict)):
-        return any(map(names_a_picture, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str) and (value.lower().endswith(PICTURES + FILMS)
-                                       or value.startswith("data:image/"))
+    values = [value]
+    for value in values:                  # grows on the way: JSON may nest deeper than calls do
+        if isinstance(value, (list, dict)):
+            values += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and (value.lower().endswith(PICTURES + FILMS)
+                                         or value.startswith("data:image/")):
+            return True
+    return False
 
 
 def unread(item, kind):

@@ -100,6 +100,12 @@ def test_both_answers_end_with_im_end(tools, folder):
         assert tokenizer.decode(labels[labels != m.IGNORE]) == text
 
 
+def test_a_picture_is_found_however_deep_it_lies_under_a_key_that_nobody_reads(tools, folder):
+    line = json.dumps(PAIR).replace("{", '{"extra": %s"b.png"%s, ' % ("[" * 700, "]" * 700), 1)
+    s = samples("pairs", folder, [PAIR, line], tools)
+    assert len(s) == 2 and "pictures under 'extra'" in s.summary()
+
+
 @pytest.mark.parametrize("record,reason", [
     ({**PAIR, "image": ["a.png", "a.png"]}, "multi-image"),
     ({**PAIR, "chosen": "see <image>"}, "special token in text"),
