@@ -259,7 +259,8 @@ class MLLM(nn.Module):
 
     @torch.no_grad()            # not inference_mode: FSDP gathers into tensors that train again
     def generate(self, pixel_values, input_ids, attention_mask, max_new_tokens, stop_ids,
-                 temperature=0.0, seeds=(), keep_stop=False, group=1, uniforms=None):
+                 temperature=0.0, seeds=(), keep_stop=False, group=1, uniforms=None,
+                 with_logps=False):
         """Continuation, batched and KV-cached: a list of B × group lists of token ids, a prompt's
         one after the other. Greedy, or drawn from softmax(logits / temperature).
 
@@ -268,11 +269,13 @@ class MLLM(nn.Module):
         LLM once for all of them; keep_stop: a stop token that was given ends its list. What is
         drawn is a function of its own seed, not of what it is batched with: seeds: B × group ints;
         or uniforms: fp64 (B × group, max_new_tokens) in [0, 1), for which see `token_at`.
+        with_logps: → also fp32 (B × group, N), log π of what was drawn, at temperature 1; behind an
+        answer's end it means nothing.
         """
         stop = torch.tensor(sorted(stop_ids), device=input_ids.device)
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         inputs, cache = {"inputs_embeds": self.embed(pixel_values, input_ids)}, None
-        answers = [[] for _ in range(len(input_ids) * group)]
+        answers, logps = [[] for _ in range(len(input_ids) * group)], []
         done = torch.zeros(len(answers), dtype=torch.bool, device=input_ids.device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if uniforms is not None:
@@ -286,6 +289,7 @@ class MLLM(nn.Module):
                 hidden, attention_mask, positions = (
                     x.repeat_interleave(group, 0) for x in (hidden, attention_mask, positions))
             logits = logits_of(self.llm, hidden)                                  # (B × group, V)
+            total = logits.logsumexp(-1) if with_logps else None
             logits[:, self.image_token_id] = -torch.inf          # no picture would stand behind it
             if uniforms is not None:
                 token = token_at(uniforms[:, step], logits / temperature)
@@ -293,6 +297,8 @@ class MLLM(nn.Module):
                 token = drawn_token(logits / temperature, generators)
             else:
                 token = logits.argmax(-1)
+            if with_logps:
+                logps.append(logits.gather(1, token[:, None])[:, 0] - total)
             before, done = done, done | torch.isin(token, stop)
             said, over, over_now = torch.stack([token, before, done]).tolist()     # waits, once
             for answer, word, silent in zip(answers, said, over if keep_stop else over_now):
@@ -303,7 +309,7 @@ class MLLM(nn.Module):
             inputs, cache = {"input_ids": token[:, None]}, out.past_key_values
             positions = positions[:, -1:] + 1
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
-        return answers
+        return (answers, torch.stack(logps, 1)) if with_logps else answers
 
 
 def answer_logps(logps, branch=None):
@@ -358,18 +364,18 @@ def group_advantages(rewards, scaled=True):
     """GRPO (arXiv 2402.03300): what an answer's reward is above the mean of its group, in standard
     deviations of the group (over G − 1). (B, G) → (B, G).
 
-    A group whose answers are all worth the same gets 0. scaled=False leaves the division out, as
-    Dr. GRPO does (arXiv 2503.20783): with it a question that is nearly always, or nearly never,
-    answered rightly counts more.
+    A group whose answers are all worth the same gets 0. Dividing makes a question that is nearly
+    always, or nearly never, answered rightly count more; scaled=False leaves it out, as Dr. GRPO
+    does (arXiv 2503.20783).
     """
     above = rewards - rewards.mean(1, keepdim=True)
     return above / (rewards.std(1, keepdim=True) + 1e-4) if scaled else above
 
 
-def of_tokens(values, branch, answered):
-    """A value of every answer → of each of its tokens that is predicted: (B, G), (B, T) → (R,), in
-    the order of logps[answered]."""
-    return values.gather(1, (branch - 1).clamp(min=0))[answered]
+def of_tokens(values, branch, drawn_at):
+    """A value of every answer → of each of its tokens: (B, G), (B, T) → (R,), in the order of
+    logps[drawn_at]."""
+    return values.gather(1, (branch - 1).clamp(min=0))[drawn_at]
 
 
 def clipped_loss(logps, old_logps, advantages, clip_low, clip_high):
@@ -385,7 +391,7 @@ def clipped_loss(logps, old_logps, advantages, clip_low, clip_high):
 
 class ValueHead(nn.Linear):
     """PPO's critic: the reward that is still to come, read off the LLM's last hidden state. (R, D)
-    → (R,) fp32. Zero at the start.
+    → (R,) fp32, of a product in the model's dtype. Zero at the start.
 
     detached: what it gets wrong moves itself alone, neither LLM nor projector nor encoder.
     """
@@ -447,8 +453,8 @@ def value_loss(values, old_values, returns, clip):
 
 def kl_k3(logps, ref_logps):
     """e^d − d − 1, d = log π_ref − log π: per token, ≥ 0, and in the mean over drawn tokens the KL
-    divergence from the reference. DeepSeekMath's and TRL's; its gradient is right to first order in
-    d alone (arXiv 2510.01555)."""
+    divergence from the reference. DeepSeekMath's and TRL's; its gradient is that of the divergence
+    only while d is small, to first order (arXiv 2510.01555)."""
     d = ref_logps - logps
     return d.exp() - d - 1
 

@@ -23,14 +23,15 @@ What was decided here, where PPOs differ:
                       lets it through. Then the encoder is taught by two losses at once, and the
                       second is regression on the rule's scores, supervised learning from gold
                       answers: what it does to the encoder is no longer RL's doing
-  KL                  from stage 1 is a cost in the reward of each token, k1: log π − log π_ref, at
+  KL                  from the first π is a cost in each token's reward, k1: log π − log π_ref, at
                       0.05 (arXiv 2403.17031). GRPO's default is none; --kl 0 holds no second model
   truncated answers   (no end within --max-new-tokens) get reward 0, as if they had ended there
   advantages          are whitened over the tokens of the global batch, of all processes
-  log π_old, V_old    are of a pass of their own before the update, in the layout that is trained.
-                      In the first inner epoch ρ = 1 and V = V_old: clipping does nothing before the
-                      second, and by default, as in GRPO, there is one
-  the loss            of the policy is near 0 by construction. Look at `reward`
+  log π_old, V_old    are of a forward of their own before the update. In the first inner epoch
+                      ρ = 1 and V = V_old: clipping does nothing before the second, and by default,
+                      as in GRPO, there is one
+  the loss            does not say what was learned: at ρ = 1 the policy's part is 0, for advantages
+                      are whitened, and what is left is the value head's. Look at `reward`
 """
 import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 import time
@@ -61,28 +62,32 @@ def get_args(argv=None):
     flags.add_parent(parser)
     flags.add_preferences(parser)
     flags.add_rollout(parser, score.RULES)
-    parser.add_argument("--group", type=flags.COUNT, help="answers drawn to a prompt "
-                        "(default 8)")
-    parser.add_argument("--inner-epochs", type=flags.COUNT, default=1, help="updates a rollout "
-                        "(default 1)")
+    parser.add_argument("--group", type=flags.COUNT, help="answers drawn for a "
+                        "prompt (default 8)")
+    parser.add_argument("--inner-epochs", type=flags.COUNT, default=1, help="optimizer steps on "
+                        "what a rollout drew (default 1)")
     parser.add_argument("--clip-low", type=flags.number(float, 0, 1), default=0.2,
-                        help="ρ below 1 − this moves no further (default 0.2)")
+                        help="where ρ = π / π_old is below 1 − CLIP_LOW, a token of a bad answer "
+                        "is not made less likely still (default 0.2)")
     parser.add_argument("--clip-high", type=flags.RATE, default=0.2,
-                        help="ρ above 1 + this moves no further (default 0.2)")
+                        help="where ρ is above 1 + CLIP_HIGH, a token of a good answer is not made "
+                        "more likely still (default 0.2)")
     parser.add_argument("--clip-value", type=flags.RATE, default=0.2, help="a value this far from "
                         "the old one moves no further (default 0.2)")
     parser.add_argument("--gamma", type=flags.number(float, 0, 1), default=1, help="γ: how much a "
                         "reward one token later counts (default 1)")
-    parser.add_argument("--lam", type=flags.number(float, 0, 1), default=0.95, help="λ of GAE: 0 "
-                        "trusts the value head, 1 what came of it alone (default 0.95)")
+    parser.add_argument("--lam", type=flags.number(float, 0, 1), default=0.95, help="λ of GAE: at "
+                        "0 one token, then the value head's word; at 1 the rewards that came, "
+                        "alone (default 0.95)")
     parser.add_argument("--value-lr", type=flags.RATE, help="the value head's own rate "
                         "(default 3e-4; 1e-2 with a toy LLM)")
-    parser.add_argument("--value-weight", type=flags.RATE, default=0.1, help="of the value loss. "
-                        "Adam heeds no scale: it matters with --value-gradient (default 0.1)")
+    parser.add_argument("--value-weight", type=flags.RATE, default=0.1, help="of the value loss; "
+                        "it matters with --value-gradient (the head alone is trained by Adam, which "
+                        "divides by the size of gradients) (default 0.1)")
     parser.add_argument("--value-gradient", action="store_true", help="the value loss trains LLM, "
                         "projector and encoder, too; see above")
     parser.add_argument("--kl", type=flags.RATE, default=0.05, help="what a nat of divergence from "
-                        "stage 1 costs, which is then held as a second, frozen model; 0: none "
+                        "the model it starts from costs, then held a second time, frozen; 0: none "
                         "(default 0.05)")
     flags.add_heldout(parser, "answered, greedily,")
     args = flags.settle_pairs(parser.parse_args(argv), "ppo", PAPER, TOY, parent="pretrain")
@@ -96,66 +101,69 @@ def get_args(argv=None):
 def roll_out(args, model, tokenizer, pairs, prompts, index, step):
     """METHOD: draw and score a group for each prompt of a micro-batch.
 
-    → a dict that the update reads: `batch` for the model; `lengths`, `rewards` (B, G); `counts` to
-    be logged.
+    → a dict that the update reads: `batch` for the model; `sampler_logps` (R,), of the R drawn
+    tokens; `lengths`, `rewards` (B, G); `counts` to be logged.
     """
     drawn, rewards, counts = rollout.draw_and_score(args, model, tokenizer, pairs, prompts, index,
                                                     step, score.RULES[args.rule])
     device = prompts["input_ids"].device
-    return {"batch": data.group_batch(prompts, drawn.answers), "counts": counts,
+    return {"batch": data.group_batch(prompts, drawn.answers),
+            "sampler_logps": drawn.sampler_logps, "counts": counts,
             "lengths": drawn.lengths.to(device, non_blocking=True),
             "rewards": rewards.to(device, non_blocking=True)}
 
 
-def look_back(args, model, ref_model, group):
+def look_back(args, model, ref_model, part):
     """METHOD: before any update, what policy, value head and reference say of every token that was
     drawn, and what then came of it.
 
-    → a dict: `answered`, where those tokens are in the batch; and of (R,), an entry a token:
-    `old_logps`, `old_values`; `kl`, log π_old − log π_ref; `advantages`, A, not yet whitened;
-    `returns`, R = A + V_old, which V is to become.
+    → a dict: `drawn_at`, (b, t), where in (B, T) these R tokens stand; and each (R,), an entry a
+    token: `old_logps`, `old_values`; `kl`, log π_old − log π_ref; `advantages`, A, not yet
+    whitened; `returns`, A + V_old, which V is to become.
     """
-    batch = group["batch"]
-    answered = (batch["labels"] != m.IGNORE).nonzero(as_tuple=True)
+    batch = part["batch"]
+    drawn_at = (batch["labels"] != m.IGNORE).nonzero(as_tuple=True)
     with torch.set_grad_enabled(args.compile):    # its graph is freed at once: nothing holds it
-        old_logps, old_values = (x.detach()[answered] for x in model(**batch, with_values=True))
+        old_logps, old_values = (x.detach()[drawn_at] for x in model(**batch, with_values=True))
     kl = torch.zeros_like(old_logps)
     if args.kl:
         with torch.no_grad():
-            kl = old_logps - ref_model(**batch)[answered]
-    rewards = m.token_rewards(group["rewards"], args.kl * kl, group["lengths"])
-    advantages = m.gae(rewards, old_values, group["lengths"], args.gamma, args.lam)
-    return {"answered": answered, "old_logps": old_logps, "old_values": old_values, "kl": kl,
+            kl = old_logps - ref_model(**batch)[drawn_at]
+    rewards = m.token_rewards(part["rewards"], args.kl * kl, part["lengths"])
+    advantages = m.gae(rewards, old_values, part["lengths"], args.gamma, args.lam)
+    return {"drawn_at": drawn_at, "old_logps": old_logps, "old_values": old_values, "kl": kl,
             "advantages": advantages, "returns": advantages + old_values}
 
 
-def whiten(rolled):
+def whiten(parts):
     """METHOD: the advantages of all tokens, of all processes, get mean 0 and deviation 1, in place.
 
-    → what the value head explained of the returns' variance: 1 − Var(R − V_old) / Var(R). 0: no
-    more than a constant would; 1: all.
+    → what the value head explained of the variance of the returns: 1 − Var(returns − V_old) /
+    Var(returns). 0: no more than a constant would; 1: all.
     """
     def moments(name):
-        values = torch.cat([group[name] for group in rolled]).double()
+        values = torch.cat([part[name] for part in parts]).double()
         sums = distributed.reduce_sum({"count": len(values), "sum": values.sum(),
                                        "squares": values.square().sum()})
         mean = sums["sum"] / sums["count"]
         return mean, max(0.0, sums["squares"] / sums["count"] - mean ** 2)
 
-    mean, variance = moments("advantages")                                       # A = R − V_old
+    mean, variance = moments("advantages")                                 # A = returns − V_old
     _, of_returns = moments("returns")
-    for group in rolled:
-        group["advantages"] = (group["advantages"] - mean) / (variance + 1e-8) ** 0.5
+    for part in parts:
+        part["advantages"] = (part["advantages"] - mean) / (variance + 1e-8) ** 0.5
     return 1 - variance / of_returns if of_returns else 0.0
 
 
-def require_same_function(args, kl, log_ratio):
-    """METHOD: before the first update policy and reference are one model, KL 0, and the policy is
-    still the one of the look back, |log ρ| 0. Means over tokens; raises SystemExit.
+def require_same_function(args, sampler_gap, ref_gap, log_ratio):
+    """METHOD: before the first update the sampler, the policy and the reference are one model, and
+    the policy is still the one of the look back: what they say of the drawn tokens is 0 apart.
+    Means of |Δ log π|; raises SystemExit.
     """
+    rollout.require_same_sampler(args, sampler_gap)
     who = "policy, old policy and reference" if args.kl else "policy and old policy"
-    said = f"step 0: KL {kl:.2g}, |log ρ| {log_ratio:.2g}: {who}"
-    if max(abs(kl), log_ratio) > (1e-3 if args.dtype == "bf16" else 1e-5):
+    said = f"step 0: |log π − log π_ref| {ref_gap:.2g}, |log ρ| {log_ratio:.2g}: {who}"
+    if max(ref_gap, log_ratio) > (1e-3 if args.dtype == "bf16" else 1e-5):
         raise SystemExit(f"error: {said} are NOT the same function; nothing was updated. Usual "
                          f"causes: randomness in a forward, as of dropout; a forward that changes "
                          f"the model")
@@ -185,7 +193,7 @@ def main():
     steps = training.num_steps(args.epochs, args.max_steps, order)
     run.describe({"data": pairs.summary(), "data_digest": order.digest(steps),
                   "parent_digest": checkpoints.file_digest(run.parent)})
-    if args.heldout:                               # kept aside, to see what was learned
+    if args.heldout:                               # kept aside, for rollout.report_heldout
         heldout = data.preference_pairs(args, args.heldout, tokenizer, model, run, keep_all=True)
         rollout.require_room(model, heldout, args.max_new_tokens)
         held = heldout, order.like(heldout), data.loader, score.RULES[args.rule]
@@ -210,73 +218,82 @@ def main():
     for step in (bar := distributed.progress(run.start, steps, args.stage)):
         lrs = training.set_lr(optimizer, step, steps, args.warmup)
 
-        # ---- rollout
-        rolled, began = [], time.perf_counter()
+        # ---- rollout: of each micro-batch a part
+        parts, began = [], time.perf_counter()
         for _ in range(order.micro_steps):
             prompts, index = rollout.next_prompts(args, clock)
-            rolled.append(roll_out(args, model, tokenizer, pairs, prompts, index, step))
-        counts = distributed.reduce_sum({k: sum(float(group["counts"][k]) for group in rolled)
-                                         for k in rolled[0]["counts"]})
-        seconds = time.perf_counter() - began
+            parts.append(roll_out(args, model, tokenizer, pairs, prompts, index, step))
+        counts = distributed.reduce_sum({k: sum(float(part["counts"][k]) for part in parts)
+                                         for k in parts[0]["counts"]})
+        rollout_seconds = time.perf_counter() - began
 
         # ---- look back
-        for group in rolled:
-            group |= look_back(args, model, ref_model, group)
+        for part in parts:
+            part.update(look_back(args, model, ref_model, part))
         past = distributed.reduce_sum({
-            "kl": sum(group["kl"].sum() for group in rolled) / counts["tokens"],
-            "entropy": -sum(group["old_logps"].sum() for group in rolled) / counts["tokens"]})
-        explained = whiten(rolled)
+            "kl": sum(part["kl"].sum() for part in parts),
+            "ref_gap": sum(part["kl"].abs().sum() for part in parts),
+            "surprise": -sum(part["old_logps"].sum() for part in parts),
+            "sampler_gap": sum((part["old_logps"] - part["sampler_logps"]).abs().sum()
+                               for part in parts)})
+        past = {k: v / counts["answer_tokens"] for k, v in past.items()}
+        explained = whiten(parts)
 
         # ---- update
         for inner in range(args.inner_epochs):
             sums = {"loss": 0.0, "tokens": 0, "value_loss": 0.0, "clipped": 0, "value_clipped": 0,
                     "log_ratio": 0.0}
-            for micro, group in enumerate(rolled):
-                batch = group["batch"]
+            for micro, part in enumerate(parts):
+                batch = part["batch"]
                 model.set_requires_gradient_sync(micro == order.micro_steps - 1)
 
                 # METHOD: one image, one prompt, G answers, one forward.
-                # L = E_tokens [−min(ρ A, clip(ρ) A) + w_v · ½ max((V − R)², (clip(V) − R)²)]
-                # ρ = π / π_old
-                answered = group["answered"]
+                # L = E_tokens [−min(ρ A, clip(ρ) A) + w ½ max((V − Y)², (clip(V) − Y)²)]
+                # ρ = π / π_old; Y: returns; clip(V): at most --clip-value from V_old;
+                # w: --value-weight
+                # gradients are summed over micro-batches and processes
+                drawn_at = part["drawn_at"]
                 logps, values = model(**batch, with_values=True)                  # (B, T) fp32
-                logps, values = logps[answered], values[answered]                 # (R,)
-                losses, clipped = m.clipped_loss(logps, group["old_logps"], group["advantages"],
+                logps, values = logps[drawn_at], values[drawn_at]     # (R,), of R drawn tokens
+                losses, clipped = m.clipped_loss(logps, part["old_logps"], part["advantages"],
                                                  args.clip_low, args.clip_high)
-                value_losses, value_clipped = m.value_loss(values, group["old_values"],
-                                                           group["returns"], args.clip_value)
+                value_losses, value_clipped = m.value_loss(values, part["old_values"],
+                                                           part["returns"], args.clip_value)
                 # a mean over the tokens of all processes
-                loss = (losses + args.value_weight * value_losses).sum() / counts["tokens"]
+                loss = (losses + args.value_weight * value_losses).sum() / counts["answer_tokens"]
                 loss.backward()
 
                 sums["loss"] += loss.detach()
-                sums["tokens"] += batch["input_ids"].numel()
-                sums["value_loss"] += value_losses.detach().sum() / counts["tokens"]
-                sums["clipped"] += clipped.sum() / counts["tokens"]
-                sums["value_clipped"] += value_clipped.sum() / counts["tokens"]
-                log_ratio = logps.detach() - group["old_logps"]
-                sums["log_ratio"] += log_ratio.abs().sum() / counts["tokens"]
+                sums["tokens"] += batch["input_ids"].numel()      # prompts and padding, too
+                sums["value_loss"] += value_losses.detach().sum()
+                sums["clipped"] += clipped.sum()
+                sums["value_clipped"] += value_clipped.sum()
+                sums["log_ratio"] += (logps.detach() - part["old_logps"]).abs().sum()
             sums = distributed.reduce_sum(sums)
+            mean = {k: v / counts["answer_tokens"] for k, v in sums.items()}
             norms = training.clip_grad_norm(model)
             norms |= training.clip_grad_norm(model, modules=["value"])     # not with the policy's
             training.require_finite(step, sums["loss"], norms, pairs, order)
-            if step == inner == 0:
-                require_same_function(args, past["kl"], sums["log_ratio"])
+            if step == 0 and inner == 0:
+                require_same_function(args, past["sampler_gap"], past["ref_gap"],
+                                      mean["log_ratio"])
             optimizer.step()
             optimizer.zero_grad()
 
-        # ---- log, save
-        share = {k: v / counts["answers"] for k, v in counts.items()}
+        # ---- log, save; loss, norms and clipped are of the last inner epoch
+        per_answer = {k: v / counts["answers"] for k, v in counts.items()}
         run.log({"step": step, "samples_seen": (step + 1) * args.global_batch,
                  "loss": sums["loss"], "lr": lrs, "grad_norm": norms,
-                 **{k: v for k, v in share.items() if k.startswith("reward")},
-                 "stopped": share["stopped"], "length": share["tokens"],
-                 "entropy": past["entropy"], "clipped": sums["clipped"],
-                 "value_loss": sums["value_loss"], "value_clipped": sums["value_clipped"],
-                 "explained_variance": explained, **({"kl": past["kl"]} if args.kl else {})},
+                 **{k: v for k, v in per_answer.items() if k.startswith("reward")},
+                 "stopped": per_answer["stopped"], "length": per_answer["answer_tokens"],
+                 "entropy": past["surprise"], "sampler_gap": past["sampler_gap"],
+                 "clipped": mean["clipped"],
+                 "value_loss": mean["value_loss"], "value_clipped": mean["value_clipped"],
+                 "explained_variance": explained,
+                 **({"kl": past["kl"]} if args.kl else {})},
                 {**clock.lap(step, sums["tokens"] * args.inner_epochs),
-                 "rollout": round(seconds, 4)})
-        bar.set_postfix(reward=f"{share['reward']:.3f}", refresh=False)
+                 "rollout": round(rollout_seconds, 4)})
+        bar.set_postfix(reward=f"{per_answer['reward']:.3f}", refresh=False)
         run.save_if_due(step + 1, steps, model, optimizer)
     if args.heldout:
         rollout.report_heldout(args, run, model, tokenizer, *held, clock, step=steps)

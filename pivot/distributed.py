@@ -345,8 +345,9 @@ def reason(error):
         return "interrupted"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (f"error: out of GPU memory: {said.splitlines()[0][:90]}; lower --micro-batch or "
-                f"add --activation-checkpointing, the sums stay the same (`python -m tools.plan` "
-                f"says what fits; where it answers: --eval-batch); {whole}")
+                f"add --activation-checkpointing, the sums stay the same; where answers are drawn "
+                f"also --max-new-tokens, where a model is judged --eval-batch (`python -m "
+                f"tools.plan` says what most stages take); {whole}")
     if isinstance(error, RuntimeError) and "DataLoader worker" in said and "Caught" not in said:
         return (f"error: a process that reads pictures was killed ({said.splitlines()[0]}); out of "
                 f"memory? Fewer --workers need less. {whole.capitalize()}, the same command "

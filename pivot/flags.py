@@ -60,7 +60,8 @@ def arguments(doc, paper):
         "images.pack (a meta.json names its own)")
     add("--epochs", COUNT, "passes over the data")
     add("--max-steps", COUNT, "stop after so many steps; the schedule then ends there, too")
-    add("--global-batch", COUNT, "samples (pairs, for DPO) a step, over all processes")
+    add("--global-batch", COUNT, "samples a step, over all processes: of DPO and MPO pairs, "
+        "of GRPO and PPO prompts")
     add("--micro-batch", COUNT, "samples a process holds at once; lower it when memory runs out")
     add("--lr", RATE, "peak learning rate; 0 freezes")
     for module in ("encoder", "projector"):
@@ -142,7 +143,7 @@ def add_rollout(parser, rules):
     parser.add_argument("--reward-control", choices=["none", "random"], default="none",
                         help="random: a coin is the reward, to see what training does without any")
     parser.add_argument("--blank-image", action="store_true", help="a control: every picture is "
-                        "black, in the rollout and in the update")
+                        "black, in rollout, update and held-out run")
 
 
 def add_image_size(parser):
@@ -358,7 +359,7 @@ def fill(args, paper, toy):
         if value != paper.get(key):
             of_the_toy.append(f"--{key.replace('_', '-')} {value} ({paper.get(key)})")
     if of_the_toy:
-        print0(f"  a toy's values, the paper's in brackets: {', '.join(of_the_toy)}")
+        print0(f"  a toy's values, those of the full size in brackets: {', '.join(of_the_toy)}")
 
 
 def unfit_machine(args):

@@ -11,8 +11,14 @@ import torch
 from pivot import distributed, training
 from pivot.distributed import print0
 
-REMEDIES = ("lower --micro-batch, add --activation-checkpointing, or train encoder and projector "
-            "alone (--lr 0 --encoder-lr 1e-6 --projector-lr 1e-6)")
+
+def remedies(args):
+    """What takes less memory, in words."""
+    smaller = "lower --micro-batch"
+    if hasattr(args, "group"):
+        smaller += ", --group or --max-new-tokens"
+    return (f"{smaller}, add --activation-checkpointing, or train encoder and projector alone "
+            f"(--lr 0 --encoder-lr 1e-6 --projector-lr 1e-6)")
 
 
 def rehearse(args, model, rates, batch):
@@ -36,7 +42,7 @@ def rehearse(args, model, rates, batch):
             forward_and_backward(args, model, {k: v.to(device) for k, v in batch.items()})
         except torch.OutOfMemoryError as e:
             raise SystemExit(f"error: out of memory at {said} ({str(e).splitlines()[0][:90]}); "
-                             f"{REMEDIES}{what_fits(args)}")
+                             f"{remedies(args)}{what_fits(args)}")
     # AdamW keeps two numbers for each that it trains, of the share that this process holds.
     moments = 2 * sum(own.numel() * own.element_size() for own in (
         getattr(p, "_local_tensor", p) for p in model.parameters() if p.requires_grad))
@@ -48,7 +54,7 @@ def rehearse(args, model, rates, batch):
     print0(f"  {said}: {used / 1e9:.2f} GB at its peak, {(used + moments) / 1e9:.2f} GB with "
            f"AdamW's moments, of {there / 1e9:.1f} GB (--rehearsal off goes without)")
     if used + moments > there:
-        raise SystemExit(f"error: that is more than there is; {REMEDIES}{what_fits(args)}")
+        raise SystemExit(f"error: that is more than there is; {remedies(args)}{what_fits(args)}")
 
 
 def forward_and_backward(args, model, batch):

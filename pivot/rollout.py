@@ -14,9 +14,12 @@ from pivot.distributed import print0
 
 class Drawn(NamedTuple):
     """Answers to B prompts, G to each. answers: B lists of G lists of token ids, the stop token
-    included; stopped: bool (B, G), False where an answer was cut off at max_new_tokens."""
+    included; stopped: bool (B, G), False where an answer was cut off at max_new_tokens;
+    sampler_logps: fp32 (R,), log π of the R tokens of all answers, one after the other, as the
+    KV-cached forward had it that drew them; None of a greedy answer."""
     answers: list
     stopped: torch.Tensor
+    sampler_logps: torch.Tensor | None = None
 
     @property
     def lengths(self):
@@ -43,15 +46,20 @@ def draw(model, prompts, group, max_new_tokens, stop_id, seeds=()):
     answer; seeds: B lists of G ints; none: one greedy answer. There is no other sampler: what top-k
     or another temperature draws does not come from π, and log π would not be its log-prob.
     """
-    uniforms = None
+    how = dict(max_new_tokens=max_new_tokens, stop_ids=[stop_id], keep_stop=True, group=group)
     if seeds:
         uniforms = torch.stack([uniforms_of(seed, max_new_tokens) for own in seeds for seed in own])
-    rows = model.generate(
-        prompts["pixel_values"], prompts["input_ids"], prompts["attention_mask"], max_new_tokens,
-        [stop_id], 1.0 if seeds else 0.0, keep_stop=True, group=group, uniforms=uniforms)
+        rows, logps = model.generate(**prompts, **how, temperature=1.0, uniforms=uniforms,
+                                     with_logps=True)
+    else:
+        rows = model.generate(**prompts, **how)
     answers = [rows[i:i + group] for i in range(0, len(rows), group)]
     stopped = torch.tensor([[answer[-1] == stop_id for answer in group] for group in answers])
-    return Drawn(answers, stopped)
+    drawn = Drawn(answers, stopped)
+    if seeds:
+        own = (torch.arange(logps.shape[1]) < drawn.lengths.view(-1, 1)).nonzero()   # not behind
+        drawn = drawn._replace(sampler_logps=logps[own.to(logps.device).unbind(1)])
+    return drawn
 
 
 def texts_of(drawn, tokenizer):
@@ -81,7 +89,8 @@ def well_formed(said, gold):
 def rewards_of(args, drawn, tokenizer, pairs, index, step, rule):
     """METHOD: what each answer is worth, (B, G); its parts before their weights, {name: (B, G)}.
 
-    rule: what --rule names, a function of an answer and a gold answer → a number.
+    rule: what --rule names, a function of an answer and a gold answer → a number. An answer that
+    did not stop gets 0 for every part; under --reward-control random a coin, like any other.
     """
     def right(said, gold):
         return rule(records.final_answer(said), gold)
@@ -111,8 +120,8 @@ def draw_and_score(args, model, tokenizer, pairs, prompts, index, step, rule):
     drawn = draw(model, prompts, args.group, args.max_new_tokens,
                  tokenizer.convert_tokens_to_ids("<|im_end|>"), seeds)
     rewards, parts = rewards_of(args, drawn, tokenizer, pairs, index, step, rule)
-    counts = {"answers": rewards.numel(), "tokens": drawn.lengths.sum(), "reward": rewards.sum(),
-              "stopped": drawn.stopped.sum(),
+    counts = {"answers": rewards.numel(), "answer_tokens": drawn.lengths.sum(),
+              "reward": rewards.sum(), "stopped": drawn.stopped.sum(),
               **{f"reward_{name}": values.sum() for name, values in parts.items()}}
     return drawn, rewards, counts
 
@@ -140,6 +149,18 @@ def report_heldout(args, run, model, tokenizer, samples, order, loader, rule, cl
     reward = (distributed.sum_tensor(scores) / distributed.sum_tensor(seen)).mean().item()
     run.log({"step": step, "heldout_reward": reward})
     print0(f"  held-out pairs after {step} steps: {args.rule} {reward:.4f} (n = {len(samples)})")
+
+
+def require_same_sampler(args, gap):
+    """Raise SystemExit where the model that draws, with a KV cache, left padding and one position
+    after the other, is not the model that is trained. gap: the mean of |Δ log π| over the drawn
+    tokens, before the first update: rounding, in bf16 some hundredths of a nat."""
+    said = f"step 0: |log π_sampler − log π| {gap:.2g}: what draws and what is trained"
+    if gap > (0.1 if args.dtype == "bf16" else 1e-4):
+        raise SystemExit(f"error: {said} are NOT the same function; nothing was updated. Usual "
+                         f"causes: a mask or positions that are wrong in one of them; randomness "
+                         f"in a forward")
+    print0(f"  {said} are the same function")
 
 
 def require_branches(llm):

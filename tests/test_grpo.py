@@ -2,6 +2,7 @@
 drawn and what it is worth; the stage on two processes, killed, and under its controls."""
 import json
 import statistics
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -89,12 +90,12 @@ def test_loss_and_gradients_are_the_definition(monkeypatch, normalise, estimator
     g = torch.Generator().manual_seed(1)
     old, ref = (logps.detach() + 0.3 * torch.randn(count, generator=g, dtype=torch.float64)
                 for _ in range(2))
-    answered = batch["labels"] != m.IGNORE
-    losses, clipped = m.clipped_loss(logps, old, m.of_tokens(advantages, batch["branch"], answered),
+    drawn_at = batch["labels"] != m.IGNORE
+    losses, clipped = m.clipped_loss(logps, old, m.of_tokens(advantages, batch["branch"], drawn_at),
                                      LOW, HIGH)
     weights = train_grpo.NORMALISE[normalise](lengths, 8, count, LONGEST)
     losses = losses + BETA * train_grpo.KL[estimator](logps, ref)
-    loss = (losses * m.of_tokens(weights, batch["branch"], answered)).sum()
+    loss = (losses * m.of_tokens(weights, batch["branch"], drawn_at)).sum()
     loss.backward()
     assert 0 < clipped.sum() < count
 
@@ -244,7 +245,11 @@ def test_a_group_is_drawn_behind_its_own_picture_by_its_own_seeds():
             assert whole == alone + [stop] * drawn.stopped[b, g].item()
             assert drawn.stopped[b, g] == (stop in whole) and drawn.lengths[b, g] == len(whole)
     assert len({str(x) for group in free.answers for x in group}) > 8
-    assert rollout.draw(model, prompts, 1, 6, stop).answers[0][0] != []
+    greedy = rollout.draw(model, prompts, 1, 6, stop)
+    assert greedy.answers[0][0] != [] and greedy.sampler_logps is None
+    with torch.no_grad():
+        plain = predicted(model, plain_rows(prompts, drawn.answers))
+    assert (drawn.sampler_logps - plain).abs().max() < 1e-5 and plain.std() > 0.1
 
 
 class Words:
@@ -328,8 +333,9 @@ def test_what_is_logged(trained):
     assert len(lines) == 3
     for x in lines:
         assert set(x["grad_norm"]) == {"encoder", "projector", "llm"}
-        assert min(x["grad_norm"].values()) > 0 and x["kl"] > 0
+        assert min(x["grad_norm"].values()) > 0 and (x["kl"] > 1e-12) == (x["step"] > 0)
         assert 0 < x["reward"] < 1 and 1 <= x["length"] <= 8 and x["entropy"] > 0
+        assert 0 < x["sampler_gap"] < 2e-6
     assert all(0 <= x[k] <= 1 for x in lines for k in ("stopped", "equal_groups", "clipped"))
     config = json.loads((trained / "config.json").read_text())
     assert "dropped: none; 0 text-only; all with a gold answer" in config["data"]
@@ -354,7 +360,7 @@ def test_killed_inside_and_between_is_bit_equal(trained, fresh, world, tmp_path)
 
 
 def test_a_blank_image_and_the_rules_reward(fresh, world):
-    """No picture: the encoder's gradient is another one. Held-out pairs are answered before and
+    """No picture: the encoder's gradient is another one. Held-out pairs are drawn_at before and
     after. Of train_dpo.py --verifiable the items are the same; extract.py takes the stage by name.
     """
     more = ["--reward-control", "none", "--rule", "anls", "--heldout",
@@ -393,9 +399,26 @@ def test_pairs_without_gold_are_dropped_and_counted(world, tmp_path):
     assert len(data.preference_pairs(args, file, tokenizer, model)) == 6
 
 
+def test_another_sampler_at_step_0_is_refused(fresh, world, monkeypatch):
+    """Positions that the KV-cached forward counts otherwise: one line, before any update."""
+    monkeypatch.setattr(sys, "argv", [str(x) for x in command(fresh, world, "--kl", 0)])
+    right = m.MLLM.generate
+
+    def shifted(self, pixel_values, input_ids, attention_mask, *args, **kwargs):
+        off = torch.cat([attention_mask[:, :1] + 1, attention_mask[:, 1:]], 1)   # cumsum: one more
+        return right(self, pixel_values, input_ids, off, *args, **kwargs)
+
+    monkeypatch.setattr(m.MLLM, "generate", shifted)
+    with pytest.raises(SystemExit, match="what draws and what is trained are NOT the same"):
+        train_grpo.main()
+    assert not (fresh / "grpo" / "final").exists()
+
+
 def test_another_function_at_step_0_and_too_few_positions_are_refused(world):
-    with pytest.raises(SystemExit, match="NOT the same function; nothing was updated"):
-        train_grpo.require_same_function(Namespace(dtype="fp32"), 1e-4)
+    for gaps in ((2e-4, 0), (0, 2e-5)):
+        with pytest.raises(SystemExit, match="NOT the same function; nothing was updated"):
+            train_grpo.require_same_function(Namespace(dtype="fp32", kl=0.1), *gaps)
+    train_grpo.require_same_function(Namespace(dtype="fp32", kl=0), 1e-5, 1.0)   # no reference
     model, tokenizer = model_io.build_mllm("toy-vit", "toy-lm", 0)
     args = Namespace(images=None, data=str(world), num_samples=5, seed=0, skip_bad=False,
                      follow_links=False)

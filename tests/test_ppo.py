@@ -132,8 +132,8 @@ def test_loss_and_gradients_are_the_definition(monkeypatch, alone, detached):
     step_away(model, 0.01)
     loss, seen = 0, []
     for group in rolled:
-        answered = group["batch"]["labels"] != m.IGNORE
-        logps, values = (x[answered] for x in model(**group["batch"], with_values=True))
+        drawn_at = group["batch"]["labels"] != m.IGNORE
+        logps, values = (x[drawn_at] for x in model(**group["batch"], with_values=True))
         losses, clipped = m.clipped_loss(logps, group["old_logps"], group["advantages"], LOW, HIGH)
         value_losses, value_clipped = m.value_loss(values, group["old_values"], group["returns"],
                                                    VALUE)
@@ -290,6 +290,7 @@ def test_what_is_logged_and_what_is_saved(trained):
         assert 0 < x["reward"] < 1 and 1 <= x["length"] <= 8
         assert all(0 <= x[k] <= 1 for k in ("stopped", "clipped", "value_clipped"))
     assert lines[0]["kl"] == lines[0]["explained_variance"] == 0
+    assert all(0 < x["sampler_gap"] < 2e-6 for x in lines)
     assert lines[2]["kl"] != 0 and lines[2]["explained_variance"] != 0
     assert any(x["value_clipped"] > 0 for x in lines), "the head's rate is high here"
     names = [load_file(path / "final/model.safetensors").keys()
@@ -354,6 +355,6 @@ def test_controls_and_the_value_gradient(fresh, world):
 
 
 def test_another_function_at_step_0_is_refused():
-    for kl, log_ratio in ((1e-4, 0), (-1e-4, 0), (0, 1e-4)):
+    for gaps in ((2e-4, 0, 0), (0, 1e-4, 0), (0, 0, 1e-4)):
         with pytest.raises(SystemExit, match="NOT the same function; nothing was updated"):
-            train_ppo.require_same_function(Namespace(dtype="fp32", kl=0.1), kl, log_ratio)
+            train_ppo.require_same_function(Namespace(dtype="fp32", kl=0.1), *gaps)
