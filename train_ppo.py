@@ -82,8 +82,8 @@ def get_args(argv=None):
     parser.add_argument("--value-lr", type=flags.RATE, help="the value head's own rate "
                         "(default 3e-4; 1e-2 with a toy LLM)")
     parser.add_argument("--value-weight", type=flags.RATE, default=0.1, help="of the value loss; "
-                        "it matters with --value-gradient (the head alone is trained by Adam, which "
-                        "divides by the size of gradients) (default 0.1)")
+                        "it matters with --value-gradient; the head alone is moved by Adam, which "
+                        "heeds no scale (default 0.1)")
     parser.add_argument("--value-gradient", action="store_true", help="the value loss trains LLM, "
                         "projector and encoder, too; see above")
     parser.add_argument("--kl", type=flags.RATE, default=0.05, help="what a nat of divergence from "

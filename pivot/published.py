@@ -274,8 +274,8 @@ def refuse_dropout(model):
                                                      "dropout_prob")]
         rates += [module.p] if isinstance(module, nn.Dropout) else []
         if any(isinstance(rate, float) and rate > 0 for rate in rates):
-            raise SystemExit(f"error: {name} has dropout, and two passes of a step are compared bit "
-                             f"by bit; set every dropout in the model's config.json to 0")
+            raise SystemExit(f"error: {name} has dropout, and two passes of a step are compared "
+                             f"bit by bit; set every dropout in the model's config.json to 0")
     return model
 
 
