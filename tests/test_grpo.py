@@ -2,7 +2,6 @@
 drawn and what it is worth; the stage on two processes, killed, and under its controls."""
 import json
 import statistics
-import sys
 from argparse import Namespace
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 import data
 import model as m
 import train_grpo
-from conftest import COMMON, bit_equal, copied, killed_at, metrics, run, tiny_model
+from conftest import COMMON, ROOT, bit_equal, copied, killed_at, metrics, run, tiny_model
 from judge import score
 from pivot import model_io, records, rollout
 from test_model import IMAGE, llava_twin, plain_norm
@@ -399,19 +398,29 @@ def test_pairs_without_gold_are_dropped_and_counted(world, tmp_path):
     assert len(data.preference_pairs(args, file, tokenizer, model)) == 6
 
 
-def test_another_sampler_at_step_0_is_refused(fresh, world, monkeypatch):
-    """Positions that the KV-cached forward counts otherwise: one line, before any update."""
-    monkeypatch.setattr(sys, "argv", [str(x) for x in command(fresh, world, "--kl", 0)])
-    right = m.MLLM.generate
+SEES_PADDING = """
+import runpy, sys, torch
+import model as m
+right = m.MLLM.generate
 
-    def shifted(self, pixel_values, input_ids, attention_mask, *args, **kwargs):
-        off = torch.cat([attention_mask[:, :1] + 1, attention_mask[:, 1:]], 1)   # cumsum: one more
-        return right(self, pixel_values, input_ids, off, *args, **kwargs)
+def wrong(self, pixel_values, input_ids, attention_mask, *args, **kwargs):
+    return right(self, pixel_values, input_ids, torch.ones_like(attention_mask), *args, **kwargs)
 
-    monkeypatch.setattr(m.MLLM, "generate", shifted)
-    with pytest.raises(SystemExit, match="what draws and what is trained are NOT the same"):
-        train_grpo.main()
-    assert not (fresh / "grpo" / "final").exists()
+m.MLLM.generate = wrong
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_a_sampler_that_sees_padding_is_refused_at_step_0(stage, fresh, world, tmp_path):
+    script = tmp_path / "wrong.py"
+    script.write_text(SEES_PADDING)
+    done = run(script, ROOT / f"train_{stage}.py", *command(fresh, world, "--kl", 0)[1:],
+               check=False)
+    assert done.returncode == 1 and "what draws and what is trained are NOT the same" in done.stderr
+    assert not (fresh / stage / "final").exists()
+    assert not (fresh / stage / "metrics.jsonl").exists() or not metrics(fresh / stage)
 
 
 def test_another_function_at_step_0_and_too_few_positions_are_refused(world):
