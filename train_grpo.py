@@ -16,18 +16,21 @@ update a row holds a picture, a prompt and all G answers, and the encoder learns
 once. The items and their order are those of `train_dpo.py --verifiable`.
 
 What was decided here, where GRPOs differ:
-  what is drawn       is drawn from π itself: temperature 1, no top-k, and only `<image>` is never
-                      drawn; `<|im_end|>` alone ends an answer, and is trained as its last token
+  what is drawn       is drawn from π: temperature 1, no top-k. `<image>` alone is left out of the
+                      draw, but not of log π: the two differ by how probable it is, next to nothing.
+                      `<|im_end|>` alone ends an answer, and is trained as its last token
   truncated answers   (no end within --max-new-tokens) get reward 0 and are trained on as they are
   equal groups        (all answers worth the same) stay in the batch, with advantage 0, so that the
                       items are those of SFT and DPO. Their share is logged, as `equal_groups`
   log π_old           is what the first inner epoch's own forward says, before any update; the
                       sampler's KV-cached forward says the same but for rounding: how far they are
-                      apart is logged, as `sampler_gap`, and step 0 refuses more than that. With
+                      apart is logged, as `sampler_gap`, and step 0 refuses more than rounding. With
                       one inner epoch ρ = 1, and this is the plain policy gradient: clipping does
                       nothing
-  the loss            does not say what was learned: at ρ = 1 it is −Σ w A, always 0 by --normalise
-                      grpo, else above 0 where the worse answers are the longer. Look at `reward`
+  the loss            does not say what was learned: at ρ = 1, without KL, it is −Σ w A, always 0 by
+                      --normalise grpo, else above 0 where the worse answers are the longer. Look at
+                      `reward_exact` (or what --rule names): `reward`, which is trained on, may have
+                      a format's part in it, or be a coin
 """
 import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 import time
@@ -106,7 +109,8 @@ def roll_out(args, model, tokenizer, pairs, prompts, index, step):
 
 def require_same_function(args, sampler_gap, ref_gap):
     """METHOD: before the first update the sampler, the policy and the reference are one model: what
-    they say of the drawn tokens is 0 apart. Means of |Δ log π|; raises SystemExit.
+    they say of the drawn tokens is apart by rounding alone (of the sampler's more, for it computes
+    otherwise). Means of |Δ log π|; raises SystemExit.
     """
     rollout.require_same_sampler(args, sampler_gap)
     if not args.kl:
@@ -165,7 +169,7 @@ def main():
     for step in (bar := distributed.progress(run.start, steps, args.stage)):
         lrs = training.set_lr(optimizer, step, steps, args.warmup)
 
-        # ---- rollout: of each micro-batch a part
+        # ---- rollout: all answers of the step, before any update; a part is one micro-batch's
         parts, began = [], time.perf_counter()
         for _ in range(order.micro_steps):
             prompts, index = rollout.next_prompts(args, clock)
@@ -182,7 +186,9 @@ def main():
                 batch = part["batch"]
                 model.set_requires_gradient_sync(micro == order.micro_steps - 1)
 
-                # METHOD: one image, one prompt, G answers, one forward.
+                # METHOD: one image, one prompt, G answers, one forward. A row is the prompt less
+                # its last token; then, for each answer, that token once more and the answer,
+                # which sees prompt and itself (data.branch_row, model.visible).
                 # L = Σ_tokens w [−min(ρ A, clip(ρ) A) + c KL],  ρ = π / π_old
                 # w: --normalise; c: --kl
                 # gradients are summed over micro-batches and processes
@@ -217,7 +223,7 @@ def main():
             norms = training.clip_grad_norm(model)
             training.require_finite(step, sums["loss"], norms, pairs, order)
             if inner == 0:
-                past = mean           # of the very π that drew: its mean −log π is its entropy
+                past = mean        # of the very π that drew: its mean −log π is its entropy
             if step == 0 and inner == 0:
                 require_same_function(args, past["sampler_gap"], past["ref_gap"])
             optimizer.step()

@@ -31,7 +31,8 @@ What was decided here, where PPOs differ:
                       ρ = 1 and V = V_old: clipping does nothing before the second, and by default,
                       as in GRPO, there is one
   the loss            does not say what was learned: at ρ = 1 the policy's part is 0, for advantages
-                      are whitened, and what is left is the value head's. Look at `reward`
+                      are whitened, and what is left is the value head's. Look at `reward_exact` (or
+                      what --rule names); no `reward` has the cost of KL in it
 """
 import pivot  # noqa: F401  (first: from here on Ctrl-C is no traceback)
 import time
@@ -46,10 +47,10 @@ from pivot import checkpoints, distributed, flags, model_io, rehearsal, rollout,
 from pivot.distributed import print0
 
 # The PIVOT paper's PPO is another project's model. Items, steps, rate and group are GRPO's here; λ,
-# KL, clipping and the value loss's weight are those of arXiv 2403.17031. The head's rate is ours.
-# On the toy, behind a policy that stood still, 1e-2 was the best of six for runs of 60 steps; 1e-3
-# was too slow: its values were still worse than a constant. A step of Adam moves a value by at most
-# rate × Σ|hidden state|, there 1.3; for Qwen, whose sum is larger, the rate is a guess.
+# KL, clipping and the value loss's weight are those of arXiv 2403.17031. The head's rate is ours:
+# with a frozen policy on the toy 1e-2 was the best of six after 60 steps; at 1e-3 the head was
+# still worse than a constant. A step of Adam moves a value by at most rate × Σ|hidden state|, 1.3
+# on the toy and larger in Qwen, for which 3e-4 is a guess.
 PAPER = dict(encoder="siglip2-so400m", llm="qwen2.5-1.5b", data="data", epochs=3, lr=1e-6,
              global_batch=256, micro_batch=4, warmup=0.03, num_samples=20_000, workers=4,
              group=8, max_new_tokens=512, value_lr=3e-4)
@@ -139,7 +140,8 @@ def whiten(parts):
     """METHOD: the advantages of all tokens, of all processes, get mean 0 and deviation 1, in place.
 
     → what the value head explained of the variance of the returns: 1 − Var(returns − V_old) /
-    Var(returns). 0: no more than a constant would; 1: all.
+    Var(returns). 0: no more than a constant would; below 0: less; 1: all. Below --lam 1 returns
+    have V in them, and this flatters the head.
     """
     def moments(name):
         values = torch.cat([part[name] for part in parts]).double()
@@ -157,8 +159,9 @@ def whiten(parts):
 
 def require_same_function(args, sampler_gap, ref_gap, log_ratio):
     """METHOD: before the first update the sampler, the policy and the reference are one model, and
-    the policy is still the one of the look back: what they say of the drawn tokens is 0 apart.
-    Means of |Δ log π|; raises SystemExit.
+    the policy is still the one of the look back: what they say of the drawn tokens is apart by
+    rounding alone (of the sampler's more, for it computes otherwise). Means of |Δ log π|; raises
+    SystemExit.
     """
     rollout.require_same_sampler(args, sampler_gap)
     who = "policy, old policy and reference" if args.kl else "policy and old policy"
@@ -218,7 +221,7 @@ def main():
     for step in (bar := distributed.progress(run.start, steps, args.stage)):
         lrs = training.set_lr(optimizer, step, steps, args.warmup)
 
-        # ---- rollout: of each micro-batch a part
+        # ---- rollout: all answers of the step, before any update; a part is one micro-batch's
         parts, began = [], time.perf_counter()
         for _ in range(order.micro_steps):
             prompts, index = rollout.next_prompts(args, clock)
@@ -247,7 +250,9 @@ def main():
                 batch = part["batch"]
                 model.set_requires_gradient_sync(micro == order.micro_steps - 1)
 
-                # METHOD: one image, one prompt, G answers, one forward.
+                # METHOD: one image, one prompt, G answers, one forward. A row is the prompt less
+                # its last token; then, for each answer, that token once more and the answer,
+                # which sees prompt and itself (data.branch_row, model.visible).
                 # L = E_tokens [−min(ρ A, clip(ρ) A) + w ½ max((V − Y)², (clip(V) − Y)²)]
                 # ρ = π / π_old; Y: returns; clip(V): at most --clip-value from V_old;
                 # w: --value-weight
