@@ -359,7 +359,7 @@ def test_killed_inside_and_between_is_bit_equal(trained, fresh, world, tmp_path)
 
 
 def test_a_blank_image_and_the_rules_reward(fresh, world):
-    """No picture: the encoder's gradient is another one. Held-out pairs are drawn_at before and
+    """No picture: the encoder's gradient is another one. Held-out pairs are answered before and
     after. Of train_dpo.py --verifiable the items are the same; extract.py takes the stage by name.
     """
     more = ["--reward-control", "none", "--rule", "anls", "--heldout",
