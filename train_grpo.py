@@ -115,12 +115,8 @@ def require_same_function(args, sampler_gap, ref_gap):
     rollout.require_same_sampler(args, sampler_gap)
     if not args.kl:
         return
-    said = f"step 0: |log π − log π_ref| {ref_gap:.2g}: policy and reference"
-    if ref_gap > (1e-3 if args.dtype == "bf16" else 1e-5):
-        raise SystemExit(f"error: {said} are NOT the same function; nothing was updated. Usual "
-                         f"causes: randomness in a forward, as of dropout; a forward that changes "
-                         f"the model")
-    print0(f"  {said} are the same function")
+    training.require_same_function(
+        args, ref_gap, f"|log π − log π_ref| {ref_gap:.2g}: policy and reference")
 
 
 def main():
@@ -134,6 +130,11 @@ def main():
     rates = training.learning_rates(args)
     model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
                               args.replicas, args.attention, args.compile)
+    if args.kl:                                    # the parent once more, frozen
+        ref_model, _ = model_io.load_mllm(run.parent)
+        ref_model = distributed.shard(ref_model.requires_grad_(False), device, args.dtype,
+                                      replicas=args.replicas, attention=args.attention,
+                                      compiled=args.compile)
     rehearsal.rehearse(args, model, rates, data.longest_group(
         args.group, args.max_new_tokens, data.rows_at_once(args), tokenizer, model))
 
@@ -148,21 +149,17 @@ def main():
     if args.heldout:                               # kept aside, for rollout.report_heldout
         heldout = data.preference_pairs(args, args.heldout, tokenizer, model, run, keep_all=True)
         rollout.require_room(model, heldout, args.max_new_tokens)
-        held = heldout, order.like(heldout), data.loader, score.RULES[args.rule]
+        held = {"samples": heldout, "order": order.like(heldout), "loader": data.loader,
+                "rule": score.RULES[args.rule]}
         print0(f"  held-out: {heldout.summary()}")
 
     # ---- the optimizer works on the sharded fp32 masters
     optimizer = training.adamw(model, rates)
     clock = training.Clock(device, args.stall_timeout)
-    if args.kl:                                    # the parent once more, frozen
-        ref_model, _ = model_io.load_mllm(run.parent)
-        ref_model = distributed.shard(ref_model.requires_grad_(False), device, args.dtype,
-                                      replicas=args.replicas, attention=args.attention,
-                                      compiled=args.compile)
     if run.start:
         run.resume(model, optimizer)
     elif args.heldout:
-        rollout.report_heldout(args, run, model, tokenizer, *held, clock, step=0)
+        rollout.report_heldout(args, run, model, tokenizer, clock, step=0, **held)
     distributed.heed_signals()
 
     clock.start(data.loader(pairs, order.schedule(run.start, steps), "prompts", args.workers))
@@ -193,6 +190,9 @@ def main():
                 # w: --normalise; c: --kl
                 # gradients are summed over micro-batches and processes
                 drawn_at = part["drawn_at"]
+                if args.kl and inner == 0:         # before the policy's, whose activations stay
+                    with torch.no_grad():
+                        part["ref_logps"] = ref_model(**batch)[drawn_at]
                 logps = model(**batch)[drawn_at]           # (B, T) fp32 → (R,), of R drawn tokens
                 if inner == 0:
                     part["old_logps"] = logps.detach()
@@ -203,9 +203,6 @@ def main():
                 weights = NORMALISE[args.normalise](part["lengths"], counts["answers"],
                                                     counts["answer_tokens"], args.max_new_tokens)
                 if args.kl:
-                    if inner == 0:
-                        with torch.no_grad():
-                            part["ref_logps"] = ref_model(**batch)[drawn_at]
                     kl = KL[args.kl_estimator](logps, part["ref_logps"])
                     losses = losses + args.kl * kl
                     sums["kl"] += kl.detach().sum()
@@ -244,7 +241,7 @@ def main():
         bar.set_postfix(reward=f"{per_answer['reward']:.3f}", refresh=False)
         run.save_if_due(step + 1, steps, model, optimizer)
     if args.heldout:
-        rollout.report_heldout(args, run, model, tokenizer, *held, clock, step=steps)
+        rollout.report_heldout(args, run, model, tokenizer, clock, step=steps, **held)
     run.finish(model, tokenizer, f"python extract.py --run-dir {args.run} --stage {args.stage}")
 
 

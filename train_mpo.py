@@ -118,14 +118,11 @@ def require_same_function(args, loss, generation, margin):
     """
     weight = args.preference_weight + 2 * args.quality_weight
     rest = loss - args.generation_weight * generation
-    off = max(abs(margin), abs(rest - weight * math.log(2)) / max(1, loss))
-    said = (f"step 0: loss {loss:.6f}, without generation {rest:.6f} ({weight:g} ln 2 = "
+    apart = max(abs(margin), abs(rest - weight * math.log(2)) / max(1, loss))
+    said = (f"loss {loss:.6f}, without generation {rest:.6f} ({weight:g} ln 2 = "
             f"{weight * math.log(2):.6f}), margin {margin:.2g}: policy and reference")
-    if off > (1e-3 if args.dtype == "bf16" else 1e-5):
-        raise SystemExit(f"error: {said} are NOT the same function; nothing was updated. Usual "
-                         f"causes: randomness in a forward, as of dropout; a forward that changes "
-                         f"the model; a ref_logps.safetensors of another --micro-batch (delete it)")
-    print0(f"  {said} are the same function")
+    training.require_same_function(
+        args, apart, said, "a ref_logps.safetensors of another --micro-batch (delete it)")
 
 
 def report_heldout(args, run, model, samples, order, ref, clock, step):
@@ -149,6 +146,11 @@ def main():
     published.refuse_layout(model.llm, args.layout)
     model = distributed.shard(model, device, args.dtype, args.activation_checkpointing,
                               args.replicas, args.attention, args.compile)
+    if args.reference == "live":                   # the parent once more, frozen
+        ref_model, _ = model_io.load_mllm(run.parent)
+        ref_model = distributed.shard(ref_model.requires_grad_(False), device, args.dtype,
+                                      replicas=args.replicas, attention=args.attention,
+                                      compiled=args.compile)
     rehearsal.rehearse(args, model, training.learning_rates(args),
                        data.longest_batch("pairs", args.layout, data.rows_at_once(args), tokenizer,
                                           model))
@@ -169,11 +171,7 @@ def main():
     # ---- the optimizer works on the sharded fp32 masters
     optimizer = training.adamw(model, training.learning_rates(args))
     clock = training.Clock(device, args.stall_timeout)
-    if args.reference == "live":                   # the parent once more, frozen
-        ref_model, _ = model_io.load_mllm(run.parent)
-        ref_model = distributed.shard(ref_model.requires_grad_(False), device, args.dtype,
-                                      replicas=args.replicas, attention=args.attention,
-                                      compiled=args.compile)
+    if args.reference == "live":                   # log π_ref of pairs comes step by step
         del sets["pairs"]
     ref = reference_logps(args, run, model, sets, clock)
     delta = 0.0                  # METHOD: δ, the mean of all rewards of the steps before this one
@@ -197,15 +195,15 @@ def main():
             # L = −E [w_p log σ(r_c − r_r) + w_q (log σ(r_c − δ) + log σ(δ − r_r))
             #         + w_g log π(y_c) / |y_c|]
             index = batch.pop("index")
-            logps = model(**batch)                                    # (B, T) fp32
-            chosen_logps, rejected_logps = m.answer_logps(logps, batch.get("branch"))
             if args.reference == "cached":
                 ref_logps = ref["pairs"][index].to(device, non_blocking=True)      # (B, 2)
                 ref_chosen, ref_rejected = ref_logps.unbind(1)
-            else:
+            else:                               # before the policy's, whose activations stay
                 with torch.no_grad():
                     ref_chosen, ref_rejected = m.answer_logps(ref_model(**batch),
                                                               batch.get("branch"))
+            logps = model(**batch)                                    # (B, T) fp32
+            chosen_logps, rejected_logps = m.answer_logps(logps, batch.get("branch"))
             chosen_tokens = torch.from_numpy(pairs.answer_tokens)[index]
             preference, quality, generation, chosen_reward, rejected_reward = m.mpo_loss(
                 chosen_logps, rejected_logps, ref_chosen, ref_rejected, args.beta, delta,

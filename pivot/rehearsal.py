@@ -24,8 +24,8 @@ def remedies(args):
 def rehearse(args, model, rates, batch):
     """Train on a micro-batch and throw the gradients away: afterwards everything that a run depends
     on is bit for bit what it was. Prints the peak, with AdamW's moments, which are still to come,
-    and the memory there is; raises SystemExit, one line, where that is less. Not counted: a frozen
-    second model (--reference live, --kl), and what drawing answers takes.
+    and the memory there is; raises SystemExit, one line, where that is less. A frozen second model
+    (--reference live, --kl) is there already, and counted; what drawing answers takes is not.
 
     model: as distributed.shard returns it; rates: {"encoder", "projector", "llm"}, 0 freezes;
     batch: data.longest_batch's, the same on every process.

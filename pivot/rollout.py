@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from model import can_hold_pairs
-from pivot import distributed, records
+from pivot import distributed, records, training
 from pivot.distributed import print0
 
 
@@ -16,7 +16,7 @@ class Drawn(NamedTuple):
     """Answers to B prompts, G to each. answers: B lists of G lists of token ids, the stop token
     included; stopped: bool (B, G), False where an answer was cut off at max_new_tokens;
     sampler_logps: fp32 (R,), log π of the R tokens of all answers, one after the other, as the
-    KV-cached forward had it that drew them; None of a greedy answer."""
+    KV-cached forward had it that drew them; None where nobody asked for them."""
     answers: list
     stopped: torch.Tensor
     sampler_logps: torch.Tensor | None = None
@@ -37,26 +37,27 @@ def uniforms_of(seed, count):
     return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def draw(model, prompts, group, max_new_tokens, stop_id, seeds=()):
+def draw(model, prompts, group, max_new_tokens, stop_id, seeds=(), with_logps=False):
     """METHOD: G answers to each prompt, from the model as it is, at temperature 1: from π itself,
     every token of its vocabulary but `<image>`. A prompt and its image go through the model once.
     → Drawn.
 
     prompts: a micro-batch of data.collate's layout "prompts"; stop_id: the token that ends an
-    answer; seeds: B lists of G ints; none: one greedy answer. There is no other sampler: what top-k
-    or another temperature draws does not come from π, and log π would not be its log-prob.
+    answer; seeds: B lists of G ints; none: one greedy answer; with_logps: sampler_logps, too. There
+    is no other sampler: what top-k or another temperature draws does not come from π, and log π
+    would not be its log-prob.
     """
     how = dict(max_new_tokens=max_new_tokens, stop_ids=[stop_id], keep_stop=True, group=group)
     if seeds:
         uniforms = torch.stack([uniforms_of(seed, max_new_tokens) for own in seeds for seed in own])
-        rows, logps = model.generate(**prompts, **how, temperature=1.0, uniforms=uniforms,
-                                     with_logps=True)
-    else:
-        rows = model.generate(**prompts, **how)
+        how |= dict(temperature=1.0, uniforms=uniforms)
+    rows = model.generate(**prompts, **how, with_logps=with_logps)
+    if with_logps:
+        rows, logps = rows
     answers = [rows[i:i + group] for i in range(0, len(rows), group)]
     stopped = torch.tensor([[answer[-1] == stop_id for answer in group] for group in answers])
     drawn = Drawn(answers, stopped)
-    if seeds:
+    if with_logps:
         own = (torch.arange(logps.shape[1]) < drawn.lengths.view(-1, 1)).nonzero()   # not behind
         drawn = drawn._replace(sampler_logps=logps[own.to(logps.device).unbind(1)])
     return drawn
@@ -118,7 +119,7 @@ def draw_and_score(args, model, tokenizer, pairs, prompts, index, step, rule):
     seeds = [[seed_of(args.seed, step, pairs.keys[i], g) for g in range(args.group)]
              for i in index]
     drawn = draw(model, prompts, args.group, args.max_new_tokens,
-                 tokenizer.convert_tokens_to_ids("<|im_end|>"), seeds)
+                 tokenizer.convert_tokens_to_ids("<|im_end|>"), seeds, with_logps=True)
     rewards, parts = rewards_of(args, drawn, tokenizer, pairs, index, step, rule)
     counts = {"answers": rewards.numel(), "answer_tokens": drawn.lengths.sum(),
               "reward": rewards.sum(), "stopped": drawn.stopped.sum(),
@@ -135,7 +136,7 @@ def next_prompts(args, clock):
     return prompts, index
 
 
-def report_heldout(args, run, model, tokenizer, samples, order, loader, rule, clock, step):
+def report_heldout(args, run, model, tokenizer, clock, step, samples, order, loader, rule):
     """The rule's mean score of greedy answers to prompts never trained on. loader: data.loader;
     rule: as in rewards_of."""
     scores, seen = torch.zeros(len(samples)), torch.zeros(len(samples))
@@ -155,12 +156,9 @@ def require_same_sampler(args, gap):
     """Raise SystemExit where the model that draws, with a KV cache, left padding and one position
     after the other, is not the model that is trained. gap: the mean of |Δ log π| over the drawn
     tokens, before the first update: rounding, in bf16 some hundredths of a nat."""
-    said = f"step 0: |log π_sampler − log π| {gap:.2g}: what draws and what is trained"
-    if gap > (0.1 if args.dtype == "bf16" else 1e-4):
-        raise SystemExit(f"error: {said} are NOT the same function; nothing was updated. Usual "
-                         f"causes: a mask or positions that are wrong in one of them; randomness "
-                         f"in a forward")
-    print0(f"  {said} are the same function")
+    training.require_same_function(
+        args, gap, f"|log π_sampler − log π| {gap:.2g}: what draws and what is trained",
+        "a mask or positions that are wrong in one of them", fp32=1e-4, bf16=0.1)
 
 
 def require_branches(llm):

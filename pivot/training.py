@@ -112,6 +112,19 @@ def clip_grad_norm(model, max_norm=1.0, modules=MODULES):
     return norms
 
 
+def require_same_function(args, apart, said, *causes, fp32=1e-5, bf16=1e-3):
+    """Before the first update, refuse models that were to be one and the same, and are not; raises
+    SystemExit. apart: by how much what they say differs; bounds: what rounding does in a dtype;
+    said: what was compared; causes: usual ones, besides those of every stage."""
+    said = f"step 0: {said}"
+    if not apart <= (bf16 if args.dtype == "bf16" else fp32):
+        causes = ["randomness in a forward, as of dropout; a forward that changes the model",
+                  *causes]
+        raise SystemExit(f"error: {said} are NOT the same function; nothing was updated. Usual "
+                         f"causes: {'; '.join(causes)}")
+    print0(f"  {said} are the same function")
+
+
 def require_finite(step, loss, norms, samples, order):
     """Stop before the step that would ruin the weights, naming the batch's records."""
     if not all(map(math.isfinite, [loss, *norms.values()])):

@@ -40,6 +40,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
 
+from pivot import files
 from study.pairs import write
 from study.plan import FULL, PARTS, QUICK, Study
 
@@ -72,15 +73,21 @@ def execute(task, out, log, live, ours):
     """Run a task's commands, one after the other, on one thread; write its result or, of what only
     others need, a note in OUT/made/: what it was made of and what it cost. Where just the note was
     lost, nothing is run. `live`: what runs now, for a stop to end it; `ours`: what made_by says.
-    → seconds it took."""
-    start = time.time()
+    → seconds it took, with those of earlier attempts that were stopped: the stage went on from
+    there."""
+    spent = log.with_suffix(".seconds")
+    start = time.time() - (float(spent.read_text()) if spent.exists() else 0)
     commands = [] if task.done.exists() else [[str(x) for x in c] for c in task.steps()]
     log.parent.mkdir(parents=True, exist_ok=True)
+
+    def stop():
+        files.write_text(spent, str(time.time() - start))
+        raise SystemExit("stopped")
     env = {**os.environ, **ARITHMETIC, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
            "RAYON_NUM_THREADS": "1"}
     for command in commands:
         if live.stopping:
-            raise SystemExit("stopped")
+            stop()
         words = command if command[0] == sys.executable else [sys.executable, *command]
         with open(log, "a") as said:
             said.write(f"\n$ {' '.join(command)}\n")
@@ -93,8 +100,9 @@ def execute(task, out, log, live, ours):
             live.discard(process)
         if code:
             said = [x for x in log.read_text(errors="replace").splitlines() if x.strip()]
-            said = "stopped" if live.stopping else \
-                next((x for x in reversed(said[-20:]) if "rror" in x), said[-1])
+            if live.stopping:
+                stop()
+            said = next((x for x in reversed(said[-20:]) if "rror" in x), said[-1])
             if "nothing was updated" not in said:
                 raise SystemExit(said)
             values = {"diverged": said}           # that is a result, too
@@ -106,6 +114,7 @@ def execute(task, out, log, live, ours):
         "run": task.name, **ours,
         "commands": [" ".join(c).replace(sys.executable, "python") for c in commands],
         "values": values, "seconds": round(seconds, 1)})
+    spent.unlink(missing_ok=True)
     if diverged(task, out):
         raise SystemExit(f"the seed is lost for all that needs this: {values['diverged']}")
     if not task.done.exists():

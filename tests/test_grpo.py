@@ -229,7 +229,7 @@ def test_a_group_is_drawn_behind_its_own_picture_by_its_own_seeds():
     seeds = [[100 * b + g for g in range(4)] for b in range(3)]
     free = rollout.draw(model, prompts, 4, 6, 9999, seeds)
     stop = free.answers[1][2][2]
-    drawn = rollout.draw(model, prompts, 4, 6, stop, seeds)
+    drawn = rollout.draw(model, prompts, 4, 6, stop, seeds, with_logps=True)
     assert calls == [3, 3], "a picture is encoded once, not once an answer"
     assert rows == [3, *[12] * 5] * 2, "and a prompt goes through the LLM once"
     assert not free.stopped.any() and drawn.stopped[1, 2] and len(drawn.answers[1][2]) <= 3

@@ -354,7 +354,8 @@ def test_a_rate_too_high_is_a_result_and_never_chosen(toy_study):
 
 
 def test_asked_to_stop_it_stops_and_goes_on(toy_study):
-    """The signal comes from the running command itself, so that no clock is in the test."""
+    """The signal comes from the running command itself, so that no clock is in the test. What the
+    stopped attempt took is part of what the run took."""
     s = toy_study
     signal.signal(signal.SIGINT, signal.default_int_handler)      # as main() does: `&` ignores it
     stop = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
@@ -362,8 +363,13 @@ def test_asked_to_stop_it_stops_and_goes_on(toy_study):
     with pytest.raises(SystemExit, match="the same command goes on"):
         study.go(s, ["vqa", "eye"], 1, True)
     assert s.marks.read_text() == "a" and not (s.out / "vqa" / "b.json").exists()
+    spent = s.work / "logs" / "vqa-b.seconds"
+    assert 0 < float(spent.read_text()) < 60
+    spent.write_text("1000")
     s.result("vqa", "b", ["a"], {"vqa": 1}, s.steps("b"), lambda: {})
     assert study.go(s, ["vqa", "eye"], 1, True) == {} and s.marks.read_text() == "abc"
+    assert 1000 <= json.loads((s.out / "vqa" / "b.json").read_text())["seconds"] < 1060
+    assert not spent.exists()
 
 
 def test_a_command_started_while_stopping_is_ended(toy_study, monkeypatch):
