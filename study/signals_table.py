@@ -1,9 +1,11 @@
 """OUT/*/*.json of the six signals → one table of models, encoders and costs, and what it decides.
+Of the arms that draw answers also what these were worth while it trained, as curves.
 
     python -m study.signals_table                          # of runs/signals/results
     python -m study.signals_table --out runs/signals-quick/results --quick
 
-Writes OUT/signals.md and prints it. signals.md beside this file fixed what is compared.
+Writes OUT/signals.md and prints it; OUT/curves.jsonl, a line a run that is there (runs may be
+deleted then); OUT/curves.png. signals.md beside this file fixed what is compared.
 """
 import argparse
 import json
@@ -14,7 +16,7 @@ from pivot import files
 from study.findings import Results, verdict
 from study.plan import agree, mean
 from study.report import show, table
-from study.signals import ARMS, FULL, QUICK, VISUAL
+from study.signals import ARMS, FULL, QUICK, VISUAL, lines_of
 
 # What is shown, and by which name results have it: models, then encoders.
 MEASURES = {"Knowledge": "vqa Knowledge", **{group: f"vqa {group}" for group in VISUAL},
@@ -26,6 +28,7 @@ AIM = 5                               # points of held-out reward that GRPO shal
 # Decided beforehand: the first minus the second, in each of the measures.
 COMPARED = (("dpo", "sft"), ("mpo", "dpo"), ("grpo", "sft"), ("grpo", "sft-own"),
             ("grpo", "dpo-own"), ("ppo", "grpo"), ("sft-own", "sft"), ("dpo-own", "dpo"))
+EVERY = 10                            # steps to a point of a curve
 DECIDING = ("visual", "linear", "segmentation", "alignment × 100", "re-paired")
 
 
@@ -171,17 +174,71 @@ def page(results, sizes):
         "The comparisons fixed beforehand:", "", *comparisons(results, sizes["seeds"])])
 
 
+def curves(work, out):
+    """What an arm's own draws were worth while it trained, by the rule and before any control: a
+    mean over each EVERY steps. {(seed, arm): [mean, …]}, of the runs in WORK and of those that
+    OUT/curves.jsonl has kept."""
+    kept = out / "curves.jsonl"
+    found = {(x["seed"], x["arm"]): x["reward_exact"] for x in
+             (lines_of(kept) if kept.exists() else [])}
+    for arm, how in ARMS.items():
+        for run in sorted(work.glob(f"runs/seed-*/{arm}/{how.stage}")):
+            rewards = [x["reward_exact"] for x in lines_of(run / "metrics.jsonl")
+                       if "reward_exact" in x]
+            if rewards and (run / "final").exists():
+                found[int(run.parts[-3][5:]), arm] = [
+                    mean(rewards[i:i + EVERY]) for i in range(0, len(rewards), EVERY)]
+    found = dict(sorted(found.items()))
+    lines = [json.dumps({"seed": seed, "arm": arm, "reward_exact": values}) + "\n"
+             for (seed, arm), values in found.items()]
+    if lines:
+        files.write_text(kept, "".join(lines))
+    return found
+
+
+def draw_curves(found, path):
+    """A thin line a seed, a thick one the mean of an arm's; needs matplotlib, of the development
+    requirements alone."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: matplotlib is not installed (pip install -r requirements-dev.txt)")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    arms = [arm for arm in ARMS if any(arm == of for _, of in found)]
+    for color, arm in zip(plt.get_cmap("tab10").colors, arms):
+        each = [values for (_, of), values in found.items() if of == arm]
+        steps = [EVERY * (i + 0.5) for i in range(len(each[0]))]
+        for values in each:
+            axis.plot(steps, [100 * v for v in values], color=color, linewidth=0.6, alpha=0.5)
+        axis.plot(steps, [100 * mean(v) for v in zip(*each)], color=color, linewidth=2,
+                  label=f"{ARMS[arm].words} ({len(each)} seeds)")
+    axis.set_xlabel(f"step; a mean over {EVERY}")
+    axis.set_ylabel("right answers drawn, %")
+    axis.set_title("Answers drawn in training, to questions of the 3,200", fontsize=10)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/signals/results"),
                         help="folder of results (default runs/signals/results)")
+    parser.add_argument("--work", type=Path, help="folder of the runs, where it is still there "
+                        "(default runs/signals, or runs/signals-quick)")
     parser.add_argument("--quick", action="store_true", help="of `python -m study.signals --quick`")
     args = parser.parse_args()
     if not args.out.is_dir():
         raise SystemExit(f"error: no results at {args.out}; python -m study.signals makes them")
     text = page(Results(args.out), QUICK if args.quick else FULL)
     files.write_text(args.out / "signals.md", text)
+    work = args.work or Path("runs/signals-quick" if args.quick else "runs/signals")
+    if found := curves(work, args.out):
+        draw_curves(found, args.out / "curves.png")
     print(text)
     print(f"wrote {args.out}/signals.md")
 

@@ -19,6 +19,7 @@ FOLDERS = ["pivot", "judge", "tools", "toy", "study"]
 FILES = sorted([*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))])
 PACKAGES = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "tokenizers"}
 LAZY = {"study/report.py": {"matplotlib"},          # figures; imported where drawn, not without
+        "study/signals_table.py": {"matplotlib"},
         "tools/figures.py": {"matplotlib"},
         "tools/parquet.py": {"pyarrow"}}
 

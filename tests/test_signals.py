@@ -1,6 +1,7 @@
 """The plan of the six signals, its table from made-up results, and the encoder passes it counts."""
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,28 @@ def test_encoder_passes_and_tokens_are_those_of_the_stage(fresh, world, tmp_path
     drawn = sum(8 * 3 * x["length"] for x in metrics(fresh / stage) if "length" in x)
     assert cost["generated"] == pytest.approx(drawn) and (drawn > 0) is (stage in ("grpo", "ppo"))
     assert cost["trained"] > cost["generated"]
+
+
+def test_curves_outlive_their_runs(tmp_path):
+    """A mean over each ten steps, the last over what is left; a run that has not ended is none."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    out.mkdir()
+    assert signals_table.curves(work, out) == {} and not any(out.iterdir())
+    for arm, stage in (("grpo", "grpo"), ("grpo-random", "grpo"), ("ppo", "ppo")):
+        folder = work / "runs/seed-3" / arm / stage
+        if arm != "ppo":
+            pairs.write(folder / "final/config.json", {})
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"step": 0, "heldout_reward": 9}] + [
+            {"step": i, "reward": 1, "reward_exact": i / 10} for i in range(25)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = signals_table.curves(work, out)
+    assert found == {(3, arm): pytest.approx([0.45, 1.45, 2.2]) for arm in ("grpo", "grpo-random")}
+    shutil.rmtree(work)
+    pairs.write(work / "runs/seed-1/ppo/ppo/final/config.json", {})
+    (work / "runs/seed-1/ppo/ppo/metrics.jsonl").write_text('{"reward_exact": 0.5}\n')
+    both = signals_table.curves(work, out)
+    assert both == {(1, "ppo"): [0.5], **found}
+    pytest.importorskip("matplotlib")
+    signals_table.draw_curves(found, out / "curves.png")
+    assert (out / "curves.png").stat().st_size > 10_000
