@@ -162,13 +162,14 @@ def chosen(results, sizes):
 def page(results, sizes):
     """The whole of OUT/signals.md."""
     require_same(results)
-    seeds = len(results.values.get(("signals", "stage1"), {}))
+    seeds, codes = len(results.values.get(("signals", "stage1"), {})), len(results.codes)
     return "\n".join([
         "# Six signals from one stage 1", "",
         f"{seeds} of {sizes['seeds']} seeds. Points above stage 1 (of stage 1: percent), mean "
         "[95 % interval over seeds]. *visual* is the mean of the three groups before it; Knowledge "
         "is answered without looking. Costs are means over seeds, of training alone; an arm of own "
-        "answers pays for drawing them. Tokens trained count prompt, picture and padding.", "",
+        "answers pays for drawing them. Tokens trained count prompt, picture and padding."
+        + (f" Made by {codes} states of this code." if codes > 1 else ""), "",
         *main_table(results, results.out), *chosen(results, sizes),
         "The aims:", "", *aims(results, sizes["seeds"]),
         "The comparisons fixed beforehand:", "", *comparisons(results, sizes["seeds"])])
