@@ -97,7 +97,7 @@ def our_side(turns, folder, shape, prompts, out):
     def summed(values):                # first of all tokens drawn; then after every update's sums
         total = reduce_sum(values)
         if not updating:
-            updating.append(total["tokens"])
+            updating.append(total["answer_tokens"])
             turns.end()
             turns.begin("update")
         return total
@@ -197,8 +197,8 @@ def our_check(turns, folder, *task):
     draw, advantages, clip = rollout.draw, train_grpo.m.group_advantages, training.clip_grad_norm
     kept = {"prompts": [], "answers": [], "rewards": []}
 
-    def drawn(model, prompts, *rest):
-        made = draw(model, prompts, *rest)
+    def drawn(model, prompts, *rest, **named):
+        made = draw(model, prompts, *rest, **named)
         kept["prompts"] += [ids[mask.bool()].tolist() for ids, mask in zip(
             prompts["input_ids"], prompts["attention_mask"])]
         kept["answers"] += made.answers

@@ -219,7 +219,7 @@ def draw_curves(found, path):
     axis.set_xlabel(f"step; a mean over {EVERY}")
     axis.set_ylabel("right answers drawn, %")
     axis.set_title("Answers drawn in training, to questions of the 3,200", fontsize=10)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
