@@ -236,3 +236,31 @@ def test_curves_outlive_their_runs(tmp_path):
     pytest.importorskip("matplotlib")
     signals_table.draw_curves(found, out / "curves.png")
     assert (out / "curves.png").stat().st_size > 10_000
+
+
+def test_the_pages_say_what_the_committed_results_give():
+    """results/signals/signals.md whole; of study/README.md its table and, to the letter, the
+    intervals that it and README.md name."""
+    out = ROOT / "results/signals"
+    results = findings.Results(out)
+    text = signals_table.page(results, signals.FULL)
+    assert text == (out / "signals.md").read_text(), "run: python -m study.signals_table"
+    drawn = [(x["seed"], x["arm"]) for x in signals.lines_of(out / "curves.jsonl")]
+    assert sorted(drawn) == sorted(
+        (seed, arm) for seed in range(5) for arm, how in signals.ARMS.items()
+        if how.stage in ("grpo", "ppo"))
+    page = (ROOT / "study/README.md").read_text().split("## Six signals")[1]
+    for arm in signals.ARMS.values():
+        found = row(text, arm.words)
+        assert row(page, arm.words) == [found[i] for i in (0, 6, 5, 7, 8, 9, 10, 15)]
+    told = " ".join(page.split())
+    for one, other, measure, said in (
+            ("grpo", "sft", "vqa visual", "−0.7 [−2.5, +1.2]"),
+            ("grpo", "sft-own", "vqa visual", "−0.4 [−2.4, +1.6]"),
+            ("grpo", "sft", "linear", "1.6 [0.6, 2.6]"),
+            ("dpo", "sft", "vqa visual", "−2.6 [−3.9, −1.4]"),
+            ("mpo", "dpo", "vqa visual", "+2.0 [+1.1, +3.0]")):
+        shown = signals_table.show(signals_table.cell(signals_table.apart(
+            results, measure, one, other)))
+        assert shown.replace("-", "−").replace("+", "") == said.replace("+", "") and said in told
+    assert "GRPO adds 5.6 points of reward" in (ROOT / "README.md").read_text()
